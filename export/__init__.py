@@ -1,0 +1,1 @@
+"""Train or load networks, export them, fuse them, and write the files with a manifest."""

@@ -1,0 +1,1 @@
+"""Networks that use BatchRenorm, one file each."""

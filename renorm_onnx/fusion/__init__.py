@@ -1,0 +1,1 @@
+"""The fusion engine: affine maps that operators absorb or pass on."""

@@ -1,0 +1,1 @@
+"""Batch Renormalization layers for torch; their public names are those of `renorm_onnx`."""

@@ -1,0 +1,1 @@
+"""Running and judging models: sessions, the float64 reference, parity, timing, diagnosis."""

@@ -1,0 +1,1 @@
+"""Judges: parity, conformance, packaging and layering tests, benchmarks."""
