@@ -1,0 +1,259 @@
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from renorm_onnx.errors import InputError, MachineError, ModelFileError
+from renorm_onnx.runtime import Session, placement, providers
+from renorm_onnx.runtime.placement import Placed
+from renorm_onnx.runtime.session import open_session
+
+TWO_INPUTS = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,3] a, float[N,3] b) => (float[N,3] total, bool[N,3] larger) {
+  total = Add(a, b)
+  larger = Greater(a, b)
+}"""
+
+
+def model(text=TWO_INPUTS):
+    return onnx.parser.parse_model(text)
+
+
+def rows(seed=0, size=4):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(size, 3)).astype(np.float32), rng.normal(size=(size, 3)).astype(np.float32)
+
+
+def test_a_session_runs_numpy_by_name_and_states_its_options():
+    session = open_session(model(), "cpu", optimize="off", threads=1)
+    a, b = rows()
+    got = session.run({"a": a, "b": b})
+    assert list(got) == ["total", "larger"]
+    np.testing.assert_array_equal(got["total"], a + b)
+    np.testing.assert_array_equal(session.run({"a": a, "b": b}, ["larger"])["larger"], a > b)
+    assert (session.provider, session.optimize, session.threads, session.spinning) == ("cpu", "off", 1, False)
+    assert {node.provider for node in session.placement} == {"CPUExecutionProvider"}
+    assert {node.op_type for node in session.placement} == {"Add", "Greater"}
+    assert session.on_cpu == ()
+
+
+def test_a_model_may_come_as_bytes_path_or_protobuf(tmp_path):
+    onnx.save(model(), tmp_path / "m.onnx")
+    a, b = rows()
+    for source in (model(), model().SerializeToString(), tmp_path / "m.onnx", str(tmp_path / "m.onnx")):
+        np.testing.assert_array_equal(open_session(source).run({"a": a, "b": b})["total"], a + b)
+
+
+def test_a_call_with_numpy_gives_numpy_in_the_order_of_the_outputs():
+    session = Session(model())
+    a, b = rows()
+    total, larger = session(a, b=b)
+    np.testing.assert_array_equal(total, a + b)
+    np.testing.assert_array_equal(larger, a > b)
+
+
+def test_torch_tensors_go_in_and_come_out_without_a_copy():
+    torch = pytest.importorskip("torch")
+    session = Session(model())
+    a, b = (torch.from_numpy(array) for array in rows())
+    total, larger = session(a, b)
+    assert isinstance(total, torch.Tensor)
+    assert larger.dtype == torch.bool
+    torch.testing.assert_close(total, a + b, rtol=0, atol=0)
+    assert torch.equal(larger, a > b)
+    binding = session.bind({"a": a, "b": b})
+    value = session._ort.OrtValue.from_dlpack(a)
+    assert value.data_ptr() == a.data_ptr()
+    session.run_bound(binding)
+    out = binding.get_outputs()[0]
+    assert torch.from_dlpack(out).data_ptr() == out.data_ptr()
+
+
+def test_outputs_outlive_their_session():
+    torch = pytest.importorskip("torch")
+    a, b = (torch.from_numpy(array) for array in rows())
+    total = Session(model())(a, b)[0]
+    torch.testing.assert_close(total, a + b, rtol=0, atol=0)
+
+
+def test_torch_tensors_that_are_not_contiguous_or_need_gradients_are_accepted():
+    torch = pytest.importorskip("torch")
+    a = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).T.requires_grad_()
+    b = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    total = Session(model())(a, b)[0]
+    torch.testing.assert_close(total, (a + b).detach(), rtol=0, atol=0)
+
+
+def test_warming_up_needs_no_inputs():
+    session = Session(model())
+    session.warm_up()
+    session.warm_up(*rows(), runs=1)
+    assert not session.uses_cuda_graph
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, a, b: s.run({"a": a}), "Required inputs"),
+        (lambda s, a, b: s.run({"a": a, "b": b[:, :2]}), "Got invalid dimensions for input: b"),
+        (lambda s, a, b: s.run({"a": a, "b": b.astype(np.float64)}), "Unexpected input data type"),
+        (lambda s, a, b: s.run({"a": a, "b": b}, ["no"]), "Invalid output name"),
+        (lambda s, a, b: s(a), r"inputs given are \['a'\], expected \['a', 'b'\]"),
+        (lambda s, a, b: s(a, b, b), "3 inputs given, expected 2: a, b"),
+        (lambda s, a, b: s(a, a=a), r"inputs given are \['a'\]"),
+        (lambda s, a, b: s.bind({"c": a}), "input 'c' is not one of"),
+        (
+            lambda s, a, b: s.bind({"a": a.astype(np.int32), "b": b}),
+            r"got 'tensor\(int32\)', expected 'tensor\(float\)'",
+        ),
+    ],
+)
+def test_wrong_inputs_are_input_errors_that_say_what_came(call, message):
+    with pytest.raises(InputError, match=message):
+        call(Session(model()), *rows())
+
+
+def test_unknown_options_are_input_errors():
+    with pytest.raises(InputError, match="optimize='most', expected one of off, basic, extended, all"):
+        Session(model(), optimize="most")
+    with pytest.raises(InputError, match="threads=-1"):
+        Session(model(), threads=-1)
+    with pytest.raises(InputError, match="'gpu' is unknown"):
+        Session(model(), "gpu")
+    with pytest.raises(MachineError, match="cuda_graph=True is not possible: provider is 'cpu'"):
+        Session(model(), cuda_graph=True)
+
+
+def test_a_provider_that_cannot_be_created_is_a_machine_error_with_the_cure(monkeypatch):
+    broken = providers.ProviderStatus("cuda", False, "driver missing", "libcuda.so.1: cannot open", "Install one")
+    monkeypatch.setattr(providers, "provider_status", lambda name: broken)
+    with pytest.raises(MachineError, match=r"'cuda' cannot be created here: driver missing: libcuda.*\. Install one"):
+        Session(model(), "cuda")
+
+
+def test_what_onnxruntime_refuses_is_a_model_error_and_what_it_lacks_a_machine_error():
+    with pytest.raises(ModelFileError, match="refuses the model"):
+        open_session(b"not a model")
+    wrong = model(TWO_INPUTS.replace("Add(a, b)", "Reshape(a, b)"))
+    with pytest.raises(ModelFileError, match="refuses the model"):
+        open_session(wrong.SerializeToString())
+    double = model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (double[1,1,3,3] x, double[1,1,1,1] w) => (double[1,1,3,3] y)'
+        "{ y = Conv(x, w) }"
+    )
+    with pytest.raises(MachineError, match="no kernel for this model"):
+        open_session(double)
+
+
+class FakeCuda:
+    """An onnxruntime whose CUDA provider leaves chosen operators to the CPU, as the real one does."""
+
+    def __init__(self, real, on_cpu):
+        self.real, self.on_cpu, self.made = real, on_cpu, []
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def InferenceSession(self, source, options, providers):  # noqa: N802
+        names = [entry if isinstance(entry, str) else entry[0] for entry in providers]
+        strict = options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+        self.made.append((names, strict, dict(providers[0][1]) if not isinstance(providers[0], str) else {}))
+        if strict and "CPUExecutionProvider" in names:
+            raise RuntimeError("Conflicting session configuration")
+        if strict and self.on_cpu:
+            raise RuntimeError("assigned to the default CPU EP, but fallback to CPU EP has been explicitly disabled")
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+        inner = self.real.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return FakeSession(inner, self.on_cpu)
+
+
+class FakeSession:
+    def __init__(self, inner, on_cpu):
+        self.inner, self.on_cpu = inner, on_cpu
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def get_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    real = providers.onnxruntime()
+
+    def install(*on_cpu):
+        fake = FakeCuda(real, on_cpu)
+        works = providers.ProviderStatus("cuda", True, "ok", "", "")
+        monkeypatch.setattr(providers, "provider_status", lambda name: works)
+        monkeypatch.setattr(providers, "onnxruntime", lambda: fake)
+
+        def placed(session):
+            return tuple(
+                Placed(("CPU" if n.op_type in on_cpu else "CUDA") + "ExecutionProvider", n.op_type, n.name)
+                for n in placement.placement_of(session.inner)
+            )
+
+        monkeypatch.setattr("renorm_onnx.runtime.session.placement_of", placed)
+        return fake
+
+    return install
+
+
+def test_cuda_is_asked_for_strictly_and_with_every_option_pinned(fake_cuda):
+    fake = fake_cuda()
+    session = open_session(model(), "cuda:1")
+    names, strict, options = fake.made[0]
+    assert names == ["CUDAExecutionProvider"]
+    assert strict
+    assert options["use_tf32"] == "0"
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert options["device_id"] == "1"
+    assert options["enable_cuda_graph"] == "0"
+    assert session.on_cpu == ()
+
+
+SIZES = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,3] x) => (float[3,N] y) {
+  s = Shape(x)
+  minus = Constant<value_ints=[-1]>()
+  three = Constant<value_ints=[3]>()
+  c = Concat<axis=0>(three, minus)
+  y = Reshape(x, c)
+}"""
+
+
+def test_sizes_computed_on_the_cpu_are_allowed_and_listed(fake_cuda):
+    fake = fake_cuda("Concat", "Shape")
+    session = open_session(model(SIZES), "cuda")
+    assert [names for names, _, _ in fake.made] == [
+        ["CUDAExecutionProvider"],
+        ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    ]
+    assert {node.op_type for node in session.on_cpu} == {"Concat", "Shape"}
+
+
+def test_an_operator_left_to_the_cpu_is_a_machine_error_unless_allowed(fake_cuda):
+    fake_cuda("Softmax")
+    left = model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3] x) => (float[N,3] y) { r = Relu(x) y = Softmax(r) }'
+    )
+    with pytest.raises(MachineError, match=r"1 operators have no kernel .* would run on the CPU: Softmax"):
+        open_session(left, "cuda")
+    assert [node.op_type for node in open_session(left, "cuda", strict=False).on_cpu] == ["Softmax"]
+
+
+def test_float_arithmetic_is_no_size_computation(fake_cuda):
+    fake_cuda("Add")
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3] x) => (float[N,3] y) { y = Add(x, x) }'
+    named = model(text)
+    named.graph.node[0].name = "adding"
+    with pytest.raises(MachineError, match="would run on the CPU: Add 'adding'"):
+        open_session(named, "cuda")
+
+
+def test_a_session_on_the_wrong_provider_is_never_returned(fake_cuda, monkeypatch):
+    fake_cuda()
+    monkeypatch.setattr(FakeSession, "get_providers", lambda self: ["CPUExecutionProvider"])
+    with pytest.raises(MachineError, match="asked for CUDAExecutionProvider, onnxruntime created CPUExecutionProvider"):
+        open_session(model(), "cuda")
