@@ -1,0 +1,146 @@
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from renorm_onnx.layers.schedules import PAPER
+
+LAYERS = {2: BatchRenorm1d, 3: BatchRenorm1d, 4: BatchRenorm2d, 5: BatchRenorm3d}
+TORCH = {BatchRenorm1d: nn.BatchNorm1d, BatchRenorm2d: nn.BatchNorm2d, BatchRenorm3d: nn.BatchNorm3d}
+
+
+def algorithm_1(x, weight, bias, mu, sigma, eps, r_max, d_max, alpha):
+    """The paper's Algorithm 1 in float64 with autograd, written from its lines."""
+    axes = [0, *range(2, x.dim())]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    mu_b = x.mean(axes)
+    sigma_b = torch.sqrt(((x - mu_b.view(shape)) ** 2).mean(axes) + eps)
+    r = torch.clamp(sigma_b.detach() / sigma, 1 / r_max, r_max)
+    d = torch.clamp((mu_b.detach() - mu) / sigma, -d_max, d_max)
+    x_hat = (x - mu_b.view(shape)) / sigma_b.view(shape) * r.view(shape) + d.view(shape)
+    y = weight.view(shape) * x_hat + bias.view(shape)
+    return y, mu + alpha * (mu_b.detach() - mu), sigma + alpha * (sigma_b.detach() - sigma)
+
+
+def shaken(layer, seed=0):
+    """Fill parameters and buffers with values far from their initial ones."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        if layer.affine:
+            layer.weight.copy_(torch.rand(layer.num_features, generator=g) + 0.5)
+            layer.bias.copy_(torch.randn(layer.num_features, generator=g))
+        if layer.track_running_stats:
+            layer.running_mean.copy_(torch.randn(layer.num_features, generator=g))
+            layer.running_var.copy_(torch.rand(layer.num_features, generator=g) * 3 + 0.2)
+    return layer
+
+
+def batch(rank, channels=3, seed=1, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    shape = {2: (16,), 3: (6, 5), 4: (4, 3, 5), 5: (2, 3, 2, 4)}[rank]
+    x = torch.randn(shape[0], channels, *shape[1:], generator=g, dtype=torch.float64)
+    scale = torch.linspace(0.3, 4.0, channels, dtype=torch.float64).view(1, -1, *[1] * (rank - 2))
+    return (x * scale + torch.linspace(-3, 2, channels).view_as(scale)).to(dtype)
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+@pytest.mark.parametrize("step", [0, 4_999, 5_000, 5_001, 25_000, 40_000, 400_000])
+def test_a_training_step_is_algorithm_1_along_the_papers_schedule(rank, step):
+    layer = shaken(LAYERS[rank](3, momentum=0.1, dtype=torch.float64))
+    layer.num_batches_tracked.fill_(step)
+    x = batch(rank).requires_grad_()
+    mu, sigma = layer.running_mean.clone(), (layer.running_var + layer.eps).sqrt()
+    r_max, d_max = PAPER(step)
+    weight, bias = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
+    want, want_mu, want_sigma = algorithm_1(x, weight, bias, mu, sigma, layer.eps, r_max, d_max, 0.1)
+    g = torch.randn(want.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    want_grads = torch.autograd.grad(want, (x, weight, bias), g)
+
+    got = layer(x)
+    grads = torch.autograd.grad(got, (x, layer.weight, layer.bias), g)
+
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(layer.running_mean, want_mu, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close((layer.running_var + layer.eps).sqrt(), want_sigma, rtol=1e-13, atol=1e-13)
+    assert layer.num_batches_tracked.item() == step + 1
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_evaluation_is_bit_equal_to_torchs_batch_norm(rank):
+    layer = shaken(LAYERS[rank](3)).eval()
+    reference = TORCH[LAYERS[rank]](3).eval()
+    reference.load_state_dict(layer.state_dict())
+    x = batch(rank, dtype=torch.float32)
+    assert torch.equal(layer(x), reference(x))
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
+def test_state_dicts_load_strictly_both_ways(options):
+    layer, reference = shaken(BatchRenorm2d(3, **options)), nn.BatchNorm2d(3, **options)
+    reference.load_state_dict(layer.state_dict(), strict=True)
+    other = BatchRenorm2d(3, **options)
+    other.load_state_dict(reference.state_dict(), strict=True)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_features": 0}, "BatchRenorm2d: num_features=0, expected an integer >= 1"),
+        ({"num_features": 2.0}, r"num_features=2\.0"),
+        ({"r_max": 0.5}, r"r_max=0\.5, expected a finite number >= 1"),
+        ({"r_max": float("nan")}, "r_max=nan"),
+        ({"d_max": -1.0}, r"d_max=-1\.0, expected a finite number >= 0"),
+        ({"d_max": float("inf")}, "d_max=inf"),
+        ({"eps": float("nan")}, "eps=nan"),
+        ({"eps": -1e-5}, "eps=-1e-05"),
+        ({"momentum": float("nan")}, "momentum=nan"),
+        ({"momentum": 1.5}, r"momentum=1\.5, expected a number in \[0, 1\]"),
+        ({"stat": "std"}, "stat='std', expected one of"),
+        ({"schedule": "papre"}, "schedule='papre', expected 'paper', None, a Schedule or a function"),
+    ],
+)
+def test_a_bad_constructor_argument_is_refused_by_name(arguments, message):
+    with pytest.raises(InputError, match=message):
+        BatchRenorm2d(**{"num_features": 3, **arguments})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_bad_input_is_refused_with_its_shape(training):
+    layer = BatchRenorm2d(3).train(training)
+    with pytest.raises(ValueError, match=r"BatchRenorm2d: expected 4D input \(got 3D input of shape \(2, 3, 4\)\)"):
+        layer(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"x has shape \(2, 5, 4, 4\), expected 3 channels .* num_features=3"):
+        layer(torch.zeros(2, 5, 4, 4))
+    with pytest.raises(ValueError, match=r"x has dtype torch.int64, expected a floating-point type"):
+        layer(torch.zeros(2, 3, 4, 4, dtype=torch.int64))
+
+
+def test_one_value_per_channel_is_torchs_error_and_changes_nothing():
+    layer = BatchRenorm1d(4)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training, got input size"):
+        layer(torch.ones(1, 4))
+    assert layer.num_batches_tracked.item() == 0
+    assert torch.equal(layer.running_mean, torch.zeros(4))
+    assert layer.eval()(torch.ones(1, 4)).shape == (1, 4)
+
+
+def test_a_copy_and_a_pickle_go_on_like_the_original():
+    layer = shaken(BatchRenorm2d(3, schedule=None))
+    layer(batch(4, dtype=torch.float32))
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    twins = [copy.deepcopy(layer), torch.load(buffer, weights_only=False)]
+    x = batch(4, seed=5, dtype=torch.float32)
+    want = layer(x)
+    for twin in twins:
+        assert torch.equal(twin(x), want)
+        assert torch.equal(twin.running_var, layer.running_var)
