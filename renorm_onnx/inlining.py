@@ -1,0 +1,337 @@
+"""Replace calls of model-local functions by the functions' nodes, in time linear in what comes out.
+
+``onnx_ir.passes.common.InlinePass`` does the same job, but searches names by counting upwards (8,000 calls of one
+function take minutes), refuses a function written for another opset even where every operator means the same in
+both, leaves the opset import of the inlined domain behind (tinygrad then rejects the file), and expands a hostile
+model without limit.
+"""
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+import onnx
+import onnx_ir as ir
+
+from renorm_onnx.errors import InputError
+
+Predicate = Callable[[ir.Function], bool]
+
+#: A model may not grow beyond this many nodes by inlining: functions that call each other twice grow as 2^depth.
+MAX_NODES = 200_000
+
+_log = logging.getLogger(__name__)
+
+
+def inline(model: ir.Model, *, domain: str | Predicate | None = None) -> int:
+    """Inline function calls, in place; the names of the calls' outputs stay, and so do other functions.
+
+    Calls are found everywhere: in the graph, in subgraphs, and in the bodies of functions that stay. The inlined
+    functions are removed, with the opset imports of their domains where nothing else needs them. New values are
+    named ``{call}/{name in the body}``, unique in the whole model.
+
+    Args:
+        model: Changed in place; unchanged if this raises.
+        domain: Which functions: those of this domain, those a predicate accepts, or all (None).
+
+    Returns:
+        The number of calls replaced, counting calls inside functions once.
+
+    Raises:
+        InputError: Functions call each other in a circle; the result would exceed `MAX_NODES` nodes; a body's
+            operators mean something else at the model's opset; a call has more inputs or outputs than its function.
+    """
+    chosen = {i: f for i, f in model.functions.items() if _matches(f, domain)}
+    if not chosen:
+        return 0
+    order = _callees_first(model.functions)
+    _check_size(model, chosen, order)
+    _check_calls(model, chosen, order)
+    names = Names(names_in(model))
+    count = sum(_replace_calls(model.functions[i], chosen, names) for i in order)
+    count += _replace_calls(model.graph, chosen, names)
+    for identifier in chosen:
+        del model.functions[identifier]
+    _remove_unused_imports(model, {i[0] for i in chosen})
+    _log.debug("inlined %d calls of %d functions", count, len(chosen))
+    return count
+
+
+class Names:
+    """Hands out names that nothing in the model bears."""
+
+    def __init__(self, taken: set[str]) -> None:
+        self._taken = taken
+        self._next: Counter[str] = Counter()
+
+    def unique(self, name: str) -> str:
+        """Return `name`, or `name` with the next free number."""
+        candidate = name
+        while candidate in self._taken:
+            self._next[name] += 1
+            candidate = f"{name}_{self._next[name]}"
+        self._taken.add(candidate)
+        return candidate
+
+
+def _replace_calls(
+    scope: ir.Graph | ir.Function, functions: Mapping[ir.OperatorIdentifier, ir.Function], names: Names
+) -> int:
+    """Replace every call in `scope` and its subgraphs, in place; return how many there were."""
+    finished: dict[ir.Graph, list[ir.Node]] = {}
+    moved: dict[ir.Value, ir.Value] = {}
+    for call in [n for n in scope.all_nodes() if n.op_identifier() in functions]:
+        function = functions[call.op_identifier()]
+        for domain, version in function.opset_imports.items():
+            scope.opset_imports.setdefault(domain, version)
+        graph = call.graph
+        assert isinstance(graph, ir.Graph)
+        graph.insert_before(call, _instantiate(call, function, names, moved))
+        finished.setdefault(graph, []).append(call)
+    # Once per graph: replacing one output at a time is quadratic in a model with many outputs.
+    for graph in _graphs_of(scope):
+        for index, value in enumerate(graph.outputs):
+            if value in moved:
+                graph.outputs[index] = moved[value]
+    for graph, calls in finished.items():
+        graph.remove(calls, safe=True)
+    return sum(map(len, finished.values()))
+
+
+def _instantiate(call: ir.Node, function: ir.Function, names: Names, moved: dict[ir.Value, ir.Value]) -> list[ir.Node]:
+    """Return the nodes that replace `call`, its outputs' users connected to them; note the outputs in `moved`."""
+    copy = _Copy(call, function, names)
+    nodes = [copy.node(n) for n in function]
+    produced = {output for node in nodes for output in node.outputs}
+    for formal, old in zip(function.outputs, call.outputs, strict=False):
+        new = copy.values[formal]
+        if new not in produced:
+            # An input handed through, or a second name for one result: only a node can carry the call's name.
+            nodes.append(ir.node("Identity", [new], name=names.unique(f"{copy.prefix}/Identity")))
+            new = nodes[-1].outputs[0]
+        assert new is not None
+        produced.discard(new)
+        moved[old] = new
+        _take_over(old, new, names)
+    return nodes
+
+
+class _Copy:
+    """The body of one function with the inputs and attributes of one call put in."""
+
+    def __init__(self, call: ir.Node, function: ir.Function, names: Names) -> None:
+        self.prefix = call.name or function.name
+        self.values: dict[ir.Value, ir.Value | None] = dict.fromkeys(function.inputs)
+        self.values.update(zip(function.inputs, call.inputs, strict=False))
+        self._attributes = {**function.attributes, **call.attributes}
+        self._metadata = call.metadata_props
+        self._names = names
+
+    def node(self, node: ir.Node) -> ir.Node:
+        """Copy one node; its outputs get names of their own."""
+        attributes = [self._attribute(a) for a in node.attributes.values()]
+        new = ir.Node(
+            node.domain,
+            node.op_type,
+            [self.values.get(v, v) if v is not None else None for v in node.inputs],
+            [a for a in attributes if a is not None],
+            overload=node.overload,
+            num_outputs=len(node.outputs),
+            name=self._names.unique(f"{self.prefix}/{node.name or node.op_type}"),
+            doc_string=node.doc_string,
+            metadata_props={**self._metadata, **node.metadata_props},
+        )
+        for old, output in zip(node.outputs, new.outputs, strict=True):
+            self.values[old] = output
+            output.name = self._names.unique(f"{self.prefix}/{old.name}") if old.name else ""
+            output.type, output.shape = old.type, old.shape
+        return new
+
+    def _attribute(self, attribute: ir.Attr) -> ir.Attr | None:
+        """Copy one attribute: a reference becomes what the call gave, or the default, or nothing."""
+        if attribute.is_ref():
+            given = self._attributes.get(attribute.ref_attr_name or "")
+            if given is None:
+                return None
+            if given.is_ref():  # the call itself stands in a function that stays
+                return ir.RefAttr(attribute.name, given.ref_attr_name or "", given.type)
+            return None if given.value is None else ir.Attr(attribute.name, given.type, given.value)
+        if attribute.type == ir.AttributeType.GRAPH:
+            return ir.Attr(attribute.name, attribute.type, self._graph(attribute.as_graph()))
+        if attribute.type == ir.AttributeType.GRAPHS:
+            return ir.Attr(attribute.name, attribute.type, [self._graph(g) for g in attribute.as_graphs()])
+        return attribute
+
+    def _graph(self, graph: ir.Graph) -> ir.Graph:
+        own = {**dict.fromkeys(graph.inputs), **dict.fromkeys(graph.initializers.values())}
+        copies = {
+            v: ir.Value(
+                name=self._names.unique(f"{self.prefix}/{v.name}"),
+                type=v.type,
+                shape=v.shape,
+                const_value=v.const_value,
+            )
+            for v in own
+        }
+        self.values.update(copies)
+        nodes = [self.node(n) for n in graph]
+        outputs = [self.values.get(v, v) for v in graph.outputs]
+        return ir.Graph(
+            [copies[v] for v in graph.inputs],
+            [v for v in outputs if v is not None],
+            nodes=nodes,
+            initializers=[copies[v] for v in graph.initializers.values()],
+            doc_string=graph.doc_string,
+            name=graph.name,
+        )
+
+
+def _take_over(old: ir.Value, new: ir.Value, names: Names) -> None:
+    """Give `new` the name, type, shape and users of `old`; users that are graph outputs are left to the caller."""
+    name, old.name = old.name, None
+    new.name = name or new.name or names.unique("unused")
+    new.type, new.shape = old.type or new.type, old.shape or new.shape
+    new.metadata_props.update(old.metadata_props)
+    for user, index in tuple(old.uses()):
+        user.replace_input_with(index, new)
+
+
+def _graphs_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Graph]:
+    yield scope.graph if isinstance(scope, ir.Function) else scope
+    for node in scope.all_nodes():
+        yield from _subgraphs(node)
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
+
+
+def _matches(function: ir.Function, domain: str | Predicate | None) -> bool:
+    if domain is None:
+        return True
+    if isinstance(domain, str):
+        return function.domain == domain
+    return domain(function)
+
+
+def _callees_first(functions: Mapping[ir.OperatorIdentifier, ir.Function]) -> list[ir.OperatorIdentifier]:
+    """Return the functions so that each stands after all it calls (depth first, without recursion)."""
+    order: dict[ir.OperatorIdentifier, None] = {}
+    open_: dict[ir.OperatorIdentifier, Iterator[ir.OperatorIdentifier]] = {}
+    for root in functions:
+        stack = [] if root in order else [root]
+        while stack:
+            top = stack[-1]
+            if top not in open_:
+                called = {n.op_identifier() for n in functions[top].all_nodes()}
+                open_[top] = iter(sorted(i for i in called if i in functions))
+            below = next((i for i in open_[top] if i not in order), None)
+            if below is None:
+                order[top] = None
+                del open_[stack.pop()]
+            elif below in open_:
+                circle = " -> ".join(f"{i[0]}::{i[1]}" for i in (*stack[stack.index(below) :], below))
+                raise InputError(f"inline: functions call each other in a circle: {circle}")
+            else:
+                stack.append(below)
+    return list(order)
+
+
+def _check_size(
+    model: ir.Model, chosen: Mapping[ir.OperatorIdentifier, ir.Function], order: list[ir.OperatorIdentifier]
+) -> None:
+    """Refuse a model that would outgrow `MAX_NODES`, before anything is copied."""
+    size: dict[ir.OperatorIdentifier, int] = {}
+
+    def grown(scope: ir.Graph | ir.Function) -> int:
+        return sum(size[i] if (i := n.op_identifier()) in chosen else 1 for n in scope.all_nodes())
+
+    for identifier in order:
+        size[identifier] = grown(model.functions[identifier])
+    total = grown(model.graph)
+    largest = max([total, *size.values()])
+    if largest > MAX_NODES:
+        raise InputError(f"inline: the model would grow to {largest} nodes; the limit is {MAX_NODES}")
+
+
+def _check_calls(
+    model: ir.Model, chosen: Mapping[ir.OperatorIdentifier, ir.Function], order: list[ir.OperatorIdentifier]
+) -> None:
+    """Refuse calls that cannot be replaced: wrong arity, a graph as attribute, another meaning at this opset."""
+    #: All operators of each function and of what it calls, with the opset they were written for.
+    written: dict[ir.OperatorIdentifier, dict[tuple[str, str], int]] = {}
+    for identifier in (*order, None):
+        scope = model.graph if identifier is None else model.functions[identifier]
+        imports, mine = scope.opset_imports, dict[tuple[str, str], int]()
+        for node in scope.all_nodes():
+            called = node.op_identifier()
+            if called not in chosen:
+                mine[node.domain, node.op_type] = imports.get(node.domain, 0)
+                continue
+            who = f"inline: call {node.name!r} of {node.domain}::{node.op_type}"
+            _check_arguments(node, chosen[called], who)
+            for (domain, op_type), version in written[called].items():
+                theirs = imports.get(domain, version)
+                if not _same_meaning(domain, op_type, version, theirs):
+                    raise InputError(
+                        f"{who} is written for opset {version} of domain {domain!r}, its surroundings for {theirs}, "
+                        f"and {op_type} differs between them; convert the model to opset {version} first"
+                    )
+                mine[domain, op_type] = theirs
+        if identifier is not None:
+            written[identifier] = mine
+
+
+def _check_arguments(call: ir.Node, function: ir.Function, who: str) -> None:
+    for what, given, formal in (("inputs", call.inputs, function.inputs), ("outputs", call.outputs, function.outputs)):
+        if len(given) > len(formal):
+            raise InputError(f"{who} has {len(given)} {what}; the function has {len(formal)}")
+    given_inputs = dict(zip(function.inputs, call.inputs, strict=False))
+    for value in function.outputs:
+        if value in function.inputs and given_inputs.get(value) is None:
+            raise InputError(f"{who} leaves out input {value.name!r}, which the function returns")
+    for attribute in call.attributes.values():
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            raise InputError(f"{who} passes a graph as attribute {attribute.name!r}; this is not supported")
+
+
+@functools.cache
+def _same_meaning(domain: str, op_type: str, version: int, other: int) -> bool:
+    """Whether one operator is the same at two opsets of its domain."""
+    if version == other:
+        return True
+    try:
+        since = {onnx.defs.get_schema(op_type, v, domain).since_version for v in (version, other)}
+    except onnx.defs.SchemaError:
+        return False
+    return len(since) == 1
+
+
+def scopes_of(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    """Return the main graph and the functions: everything that has nodes and opset imports of its own."""
+    return [model.graph, *model.functions.values()]
+
+
+def names_in(model: ir.Model) -> set[str]:
+    """Return every name of a value or node in the graph, its subgraphs and the functions."""
+    names: set[str] = set()
+    for scope in scopes_of(model):
+        for graph in _graphs_of(scope):
+            names.update(v.name for v in graph.inputs if v.name)
+            names.update(graph.initializers)
+        for node in scope.all_nodes():
+            names.update((node.name or "", *(v.name or "" for v in node.outputs)))
+    return names
+
+
+def _remove_unused_imports(model: ir.Model, domains: set[str]) -> None:
+    """Remove the imports of `domains` from every scope that no longer uses them, in place."""
+    for scope in scopes_of(model):
+        used = {n.domain for n in scope.all_nodes()}
+        for domain in domains - used - {""}:
+            scope.opset_imports.pop(domain, None)

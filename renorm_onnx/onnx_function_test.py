@@ -1,0 +1,224 @@
+"""The functions compute Algorithm 1, and their calls keep what belongs to each layer."""
+
+import numpy as np
+import onnx
+import onnx.compose
+import onnx_ir as ir
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.onnx_function import (
+    DEFAULTS,
+    DOMAIN,
+    INFERENCE,
+    MODULE_KEY,
+    TRAINING_NAMES,
+    attach,
+    calls_in,
+    inference_function,
+    inline,
+    is_inference,
+    is_training,
+    module_of,
+    training_function,
+    unshare,
+)
+
+SHAPES = {2: (6, 3), 3: (4, 3, 5), 4: (2, 3, 4, 5), 5: (2, 3, 2, 3, 2)}
+ATTRIBUTES = {**DEFAULTS, "epsilon": 0.02, "momentum": 0.1, "r_max": 1.5, "d_max": 0.25}
+
+
+def layer_model(op_type: str, rank: int, opset: int, *, dtype: type = np.float32, **attributes: object) -> ir.Model:
+    """One call with every tensor an input."""
+    rng = np.random.default_rng(rank)
+    shape = SHAPES[rank]
+    kind = ir.DataType.from_numpy(np.dtype(dtype))
+    inputs = [ir.val(n, kind, shape if n == "x" else [3]) for n in ("x", "weight", "bias", "mean", "var")]
+    outputs = 1 if op_type == INFERENCE else 3
+    call = ir.node(op_type, inputs, domain=DOMAIN, num_outputs=outputs, attributes={**ATTRIBUTES, **attributes})
+    for value, name in zip(call.outputs, ("y", "mean_new", "var_new"), strict=False):
+        value.name, value.type, value.shape = name, ir.TensorType(kind), ir.Shape(shape if name == "y" else [3])
+    graph = ir.Graph(inputs, call.outputs, nodes=[call], opset_imports={"": opset}, name="layer")
+    model = ir.Model(graph, ir_version=8)
+    assert attach(model) == 1
+    model.meta["feeds"] = {
+        "x": rng.normal([[2.0], [-1.0], [0.5]], [[3.0], [0.3], [1.0]], (*shape[:1], 3, int(np.prod(shape[2:]))))
+        .reshape(shape)
+        .astype(dtype),
+        "weight": rng.normal(1.5, 0.5, 3).astype(dtype),
+        "bias": rng.normal(-0.5, 0.5, 3).astype(dtype),
+        "mean": rng.normal(0.5, 1.0, 3).astype(dtype),
+        "var": rng.uniform(0.2, 2.0, 3).astype(dtype),
+    }
+    return model
+
+
+def run(model: ir.Model) -> list[np.ndarray]:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return ReferenceEvaluator(proto).run(None, model.meta["feeds"])
+
+
+def algorithm_1(feeds: dict[str, np.ndarray], stat: str) -> list[np.ndarray]:
+    """One step in float64, written from the paper."""
+    x, weight, bias, mean, var = (feeds[k].astype(np.float64) for k in ("x", "weight", "bias", "mean", "var"))
+    eps, momentum, r_max, d_max = (ATTRIBUTES[k] for k in ("epsilon", "momentum", "r_max", "d_max"))
+    rows = np.moveaxis(x, 1, 0).reshape(3, -1)
+    batch_mean, batch_var = rows.mean(1), rows.var(1)
+    sigma_b, sigma = np.sqrt(batch_var + eps), np.sqrt(var + eps)
+    r = np.clip(sigma_b / sigma, 1 / r_max, r_max)
+    d = np.clip((batch_mean - mean) / sigma, -d_max, d_max)
+
+    def column(v: np.ndarray) -> np.ndarray:
+        return v.reshape(1, 3, *[1] * (x.ndim - 2))
+
+    y = ((x - column(batch_mean)) / column(sigma_b) * column(r) + column(d)) * column(weight) + column(bias)
+    count = rows.shape[1]
+    new_var = {
+        "sigma": (sigma + momentum * (sigma_b - sigma)) ** 2 - eps,
+        "var": var + momentum * (batch_var - var),
+        "var_unbiased": var + momentum * (batch_var * count / (count - 1) - var),
+    }[stat]
+    return [y, mean + momentum * (batch_mean - mean), new_var]
+
+
+@pytest.mark.parametrize("rank", SHAPES)
+@pytest.mark.parametrize("opset", [15, 20, 26])
+def test_inference_is_the_affine_map_of_the_running_statistics(rank: int, opset: int) -> None:
+    model = layer_model(INFERENCE, rank, opset)
+    feeds = {k: v.astype(np.float64) for k, v in model.meta["feeds"].items()}
+
+    def column(name: str) -> np.ndarray:
+        return feeds[name].reshape(1, 3, *[1] * (rank - 2))
+
+    want = (feeds["x"] - column("mean")) / np.sqrt(column("var") + 0.02) * column("weight") + column("bias")
+    np.testing.assert_allclose(run(model)[0], want, rtol=1e-5, atol=1e-5)
+    assert np.abs(want - (feeds["x"] - column("mean"))).max() > 0.1
+
+
+@pytest.mark.parametrize("stat", TRAINING_NAMES)
+@pytest.mark.parametrize("rank", SHAPES)
+@pytest.mark.parametrize("opset", [18, 23])
+def test_training_is_one_step_of_algorithm_1(stat: str, rank: int, opset: int) -> None:
+    model = layer_model(TRAINING_NAMES[stat], rank, opset, stat=stat)
+    want = algorithm_1(model.meta["feeds"], stat)
+    for got, expected in zip(run(model), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    others = [algorithm_1(model.meta["feeds"], s)[2] for s in TRAINING_NAMES if s != stat]
+    assert all(np.abs(o - want[2]).max() > 1e-4 for o in others)  # the kinds differ, so a mix-up fails
+
+
+def test_training_with_float16_inputs_computes_in_the_type_of_the_statistics() -> None:
+    model = layer_model(TRAINING_NAMES["sigma"], 4, 20)
+    feeds = model.meta["feeds"]
+    feeds["x"] = (feeds["x"] + 300).astype(np.float16)  # squares of 300 overflow float16
+    model.graph.inputs[0].dtype = model.graph.outputs[0].dtype = ir.DataType.FLOAT16
+    y, mean, var = run(model)
+    want = algorithm_1(feeds, "sigma")
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, want[0], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(mean, want[1], rtol=1e-5)
+    np.testing.assert_allclose(var, want[2], rtol=1e-4)
+
+
+def test_inlining_leaves_one_ordinary_node_and_no_trace_of_the_domain() -> None:
+    model = layer_model(INFERENCE, 4, 20)
+    want = run(model)
+    assert inline(model, domain=DOMAIN) == 1
+    assert [n.op_type for n in model.graph] == ["BatchNormalization"]
+    assert model.graph.node(0).attributes["epsilon"].as_float() == pytest.approx(0.02)
+    proto = ir.to_proto(model)
+    assert DOMAIN.encode() not in proto.SerializeToString()
+    np.testing.assert_array_equal(run(model)[0], want[0])
+
+
+def test_a_prefix_put_before_the_name_does_not_hide_a_norm() -> None:
+    proto = onnx.compose.add_prefix(ir.to_proto(layer_model(INFERENCE, 4, 20)), "a_")
+    model = ir.from_proto(proto)
+    assert [f.name for f in model.functions.values()] == ["a_" + INFERENCE]
+    assert [is_inference(f) for f in model.functions.values()] == [True]
+    assert len(list(calls_in(model))) == 1
+
+
+def test_only_a_norm_is_taken_for_one() -> None:
+    assert not is_inference(training_function(20))
+    assert is_training(training_function(20, stat="var"))
+    other = inference_function(20)
+    other[0].attributes["training_mode"] = ir.AttrInt64("training_mode", 1)
+    assert not is_inference(other)
+    assert not is_training(inference_function(20))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: inference_function(8), "opset 8 given"),
+        (lambda: training_function(17), "needs opset 18 or newer"),
+        (lambda: training_function(20, stat="mad"), r"stat='mad' given; expected one of \('sigma', 'var'"),
+    ],
+)
+def test_impossible_functions_are_refused(make: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def merged_model() -> ir.Model:
+    """Two layers and a convolution as torch's exporter leaves them: equal tensors are one initializer."""
+    ones, zeros = ir.tensor(np.ones(3, np.float32)), ir.tensor(np.zeros(3, np.float32))
+    weight = ir.Value(name="a.weight", const_value=ones, type=ir.TensorType(ones.dtype), shape=ir.Shape([3]))
+    bias = ir.Value(name="a.bias", const_value=zeros, type=ir.TensorType(zeros.dtype), shape=ir.Shape([3]))
+    x = ir.val("x", ir.DataType.FLOAT, ["n", 3, "h", "w"])
+    kernel_data = ir.tensor(np.full((3, 3, 1, 1), 0.5, np.float32))
+    kernel = ir.Value(
+        name="conv.weight",
+        const_value=kernel_data,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([3, 3, 1, 1]),
+    )
+    conv = ir.node("Conv", [x, kernel, bias], name="conv")
+    nodes, value = [conv], conv.outputs[0]
+    for module in ("a", "b", "a"):
+        call = ir.node(
+            INFERENCE, [value, weight, bias, bias, weight], domain=DOMAIN, attributes=DEFAULTS, name=f"n{len(nodes)}"
+        )
+        call.metadata_props[MODULE_KEY] = module
+        nodes.append(call)
+        value = call.outputs[0]
+    for i, node in enumerate(nodes):
+        node.outputs[0].name = f"v{i}"
+        node.outputs[0].type, node.outputs[0].shape = x.type, x.shape
+    graph = ir.Graph(
+        [x], [value], nodes=nodes, initializers=[weight, bias, kernel], opset_imports={"": 20}, name="merged"
+    )
+    model = ir.Model(graph, ir_version=10)
+    model.meta["feeds"] = {"x": np.random.default_rng(0).normal(1, 2, (2, 3, 4, 4)).astype(np.float32)}
+    attach(model)
+    return model
+
+
+def test_merged_parameters_become_each_layers_own_again() -> None:
+    model = merged_model()
+    want = run(merged_model())
+    assert unshare(model) == 8  # two modules of four; the third call is a module used twice
+    for call, module in zip(calls_in(model), "aba", strict=True):
+        assert [v.name for v in call.inputs[1:]] == [
+            f"{module}.{p}" for p in ("weight", "bias", "running_mean", "running_var")
+        ]
+        assert module_of(call) == module
+    conv_bias = model.graph.node(0).inputs[2]
+    assert conv_bias.name == "a.bias_shared"  # no longer the layer's: feeding a.bias must not change the convolution
+    assert len(model.graph.initializers) == 10
+    model.graph.initializers["b.running_mean"].const_value = ir.tensor(np.full(3, 0.25, np.float32))
+    changed = run(model)
+    assert np.abs(changed[0] - want[0]).max() > 0.1
+    model.graph.initializers["b.running_mean"].const_value = ir.tensor(np.zeros(3, np.float32))
+    np.testing.assert_array_equal(run(model)[0], want[0])
+
+
+def test_unsharing_twice_changes_nothing_more() -> None:
+    model = merged_model()
+    unshare(model)
+    names = sorted(model.graph.initializers)
+    unshare(model)
+    assert sorted(model.graph.initializers) == names
