@@ -179,5 +179,5 @@ def test_a_gpu_on_which_nothing_runs_is_not_chosen(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.nn.functional, "conv2d", fail)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     assert choose_device("auto") == (CPU, "CPU")
-    with pytest.raises(MachineError, match="does not run on it: CUDA error: no kernel image is available .* device$"):
+    with pytest.raises(MachineError, match=r"does not run on it: CUDA error: no kernel image is available .* device$"):
         choose_device("cuda")
