@@ -1,0 +1,94 @@
+"""Which function calls must be opened before norms can be folded.
+
+A function is inlined, at each call, if its body holds a normalization, or if it stands next to a norm and holds an
+operator that could absorb one. Every other function stays a function.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.inlining import inline
+
+_log = logging.getLogger(__name__)
+
+_NORMS = {"BatchNormalization"}
+_LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+_ARITHMETIC = {
+    *("Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal", "Pow", "Constant", "Identity", "Reshape", "Squeeze"),
+    *("Unsqueeze", "Flatten", "Expand", "Shape", "Gather", "Concat", "Slice", "Cast", "CastLike", "ConstantOfShape"),
+    *("Range", "Size", "Equal", "Where"),
+}
+
+
+def open_calls(model: ir.Model) -> int:
+    """Inline, in place, the calls that hide a norm or an operator beside one.
+
+    Returns:
+        How many calls were replaced.
+    """
+    count = sum(_inline_each(model, [i for i in model.functions if _holds(model, i, _is_norm)]))
+    while model.functions:
+        beside = {i for i in _beside_norms(model) if _holds(model, i, _is_linear)}
+        opened = sum(_inline_each(model, sorted(beside)))
+        if not opened:
+            break
+        count += opened
+    return count
+
+
+def _inline_each(model: ir.Model, identifiers: list[ir.OperatorIdentifier]) -> Iterator[int]:
+    """One function at a time, so that one that cannot be inlined does not keep the others."""
+    for identifier in identifiers:
+        function = model.functions.get(identifier)
+        if function is None:
+            continue
+        try:
+            yield inline(model, domain=lambda f, wanted=function: f is wanted)  # type: ignore[misc]
+        except InputError as error:
+            _log.info("function %s::%s stays a function: %s", *identifier[:2], error)
+
+
+def _is_norm(body: list[ir.Node]) -> bool:
+    operators = {n.op_type for n in body if n.domain in ("", "ai.onnx")}
+    if operators & _NORMS:
+        return True
+    arithmetic = all(n.domain in ("", "ai.onnx") and n.op_type in _ARITHMETIC for n in body)
+    return arithmetic and bool(operators & {"Sub", "Add"}) and bool(operators & {"Mul", "Div"})
+
+
+def _is_linear(body: list[ir.Node]) -> bool:
+    return any(n.op_type in _LINEAR | _NORMS and n.domain in ("", "ai.onnx") for n in body)
+
+
+def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: object) -> bool:
+    """Whether `test` holds for the function's body or that of a function it calls."""
+    assert callable(test)
+    seen: set[ir.OperatorIdentifier] = set()
+    stack = [identifier]
+    while stack:
+        current = stack.pop()
+        function = model.functions.get(current)
+        if function is None or current in seen:
+            continue
+        seen.add(current)
+        body = list(function.all_nodes())
+        if test(body):
+            return True
+        stack.extend(n.op_identifier() for n in body)
+    return False
+
+
+def _beside_norms(model: ir.Model) -> Iterator[ir.OperatorIdentifier]:
+    """The functions whose calls compute a norm's input or read its output."""
+    for node in model.graph.all_nodes():
+        if node.op_identifier() not in model.functions:
+            continue
+        producers = [v.producer() for v in node.inputs if v is not None]
+        readers = [use.node for v in node.outputs for use in v.uses()]
+        if any(n is not None and n.op_type in _NORMS | {"Add", "Sub", "Mul", "Div"} for n in [*producers, *readers]):
+            yield node.op_identifier()

@@ -1,0 +1,164 @@
+"""What an operator may answer when an affine map arrives, and what it may ask before it answers.
+
+An operator that *absorbs* a map returns a `Step` with edits and nothing onward. One that lets it *pass* returns the
+maps that go on. One that can do neither returns a `Refusal`. Both directions have the same form:
+
+* backward: the operator is asked to deliver ``M(output)`` instead of ``output``; onward maps are demands on its inputs;
+* forward: the operator is given ``x`` where ``M(x)`` stood; onward maps say what its outputs now lack.
+
+A demand on a constant operand is met by the planner, which maps the constant; so an operator need not tell stored
+weights from computed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.facts import Dims, Fact, Facts
+from renorm_onnx.fusion.parameters import Parameter
+from renorm_onnx.fusion.report import Reason, Refusal
+
+
+@dataclass(frozen=True, eq=False)
+class SetInput:
+    """Give `node` the constant `parameter` as input `index`; inputs in between that were absent stay absent."""
+
+    node: ir.Node
+    index: int
+    parameter: Parameter
+
+
+@dataclass(frozen=True, eq=False)
+class SetAttribute:
+    """Set an attribute of `node`."""
+
+    node: ir.Node
+    attribute: ir.Attr
+
+
+@dataclass(frozen=True, eq=False)
+class AddAfter:
+    """Add the constant `parameter` to the only output of `node`."""
+
+    node: ir.Node
+    parameter: Parameter
+
+
+Edit = SetInput | SetAttribute | AddAfter
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One operator's answer: what changes in it, and the maps that go on.
+
+    Args:
+        edits: Applied only if the whole plan succeeds.
+        onward: Backward: input index -> map demanded of that input. Forward: output index -> map it now lacks.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    onward: Mapping[int, AffineMap] = field(default_factory=dict)
+
+
+class Desk:
+    """What carriers may read: facts about values, and constant operands with the folds already planned for them."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.pending: dict[tuple[ir.Node, int], Parameter] = {}
+
+    @property
+    def opset(self) -> int:
+        """The version of the default operator set that the model imports."""
+        return self.facts.opset
+
+    def fact(self, value: ir.Value | None) -> Fact:
+        """What is proven about `value`."""
+        return self.facts[value]
+
+    def dims(self, value: ir.Value | None) -> Dims | None:
+        """The dimensions of `value`, or None where not even the rank is proven."""
+        return self.facts[value].dims
+
+    def inputs(self, node: ir.Node) -> list[Fact]:
+        """The facts about all inputs of `node`."""
+        return [self.facts[i] for i in node.inputs]
+
+    def parameter(self, node: ir.Node, index: int) -> Parameter | None:
+        """The constant float operand at `index`, as it will be; None where absent or not constant."""
+        if (node, index) in self.pending:
+            return self.pending[node, index]
+        if index >= len(node.inputs) or node.inputs[index] is None:
+            return None
+        return Parameter.of(self.facts[node.inputs[index]])
+
+    def has_input(self, node: ir.Node, index: int) -> bool:
+        """Whether the optional operand at `index` is given, or will be; an empty name is none."""
+        return (node, index) in self.pending or (index < len(node.inputs) and node.inputs[index] is not None)
+
+    def is_overridable(self, node: ir.Node, index: int) -> bool:
+        """Whether the operand is an initializer that the caller of the model may replace."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        return value is not None and self.facts.is_overridable(value)
+
+
+def label(node: ir.Node) -> str:
+    """What a person calls a node: its operator and its name, or that of its output."""
+    name = node.name or (node.outputs[0].name if node.outputs else "")
+    return f"{node.op_type} {name!r}"
+
+
+class Carrier:
+    """What one operator family does with a map; the base refuses everything.
+
+    Subclasses live in `fusion/carriers/`, one file for each family, whose docstring states Before, After, Formula and
+    Refuses when. They never change a graph.
+    """
+
+    operators: tuple[str, ...] = ()
+
+    def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Answer a demand.
+
+        Args:
+            node: The operator; only read.
+            maps: Output index -> the map that its consumers demand; an output without an entry must not change.
+            desk: What may be asked.
+
+        Returns:
+            The step, or why there is none.
+        """
+        return no_rule(node)
+
+    def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Answer an arrival.
+
+        Args:
+            node: The operator; only read.
+            maps: Input index -> the map that its value lacks from now on; an input without an entry is unchanged.
+            desk: What may be asked.
+
+        Returns:
+            The step, or why there is none.
+        """
+        return no_rule(node)
+
+
+def no_rule(node: ir.Node) -> Refusal:
+    """The refusal of an operator that neither absorbs nor passes an affine map."""
+    domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
+    return Refusal(
+        Reason.OPERATOR,
+        node.name or node.outputs[0].name or "",
+        f"{domain}{label(node)} neither absorbs nor passes a scale and shift",
+        structural=True,
+    )
+
+
+def refuse(reason: Reason, node: ir.Node, why: str, *, structural: bool = False) -> Refusal:
+    """A refusal by `node`; `why` completes the sentence that its label begins."""
+    return Refusal(reason, node.name or node.outputs[0].name or "", f"{label(node)} {why}", structural)

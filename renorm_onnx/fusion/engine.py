@@ -1,0 +1,270 @@
+"""Fold every normalization that can be folded exactly, and say why the rest stays.
+
+The engine finds norms, plans each (`plan`), applies the plans that succeed, and repeats until nothing changes. Operands
+are changed in float64 beside the graph (`parameters`) and written into it once, at the end. **A name means the same
+value in the model before and after**: what now equals a norm's output takes that output's name; a value or weight that
+changed gets a new name, unique in the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from typing import overload
+
+import onnx
+import onnx_ir as ir
+
+from renorm_onnx import model_file
+from renorm_onnx.errors import InputError
+from renorm_onnx.fusion.calls import open_calls
+from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput
+from renorm_onnx.fusion.carriers import load_carriers
+from renorm_onnx.fusion.fact_dims import RULES
+from renorm_onnx.fusion.facts import Facts
+from renorm_onnx.fusion.plan import Limits, Plan, Planner
+from renorm_onnx.fusion.report import FusionReport, NormReport
+from renorm_onnx.fusion.sources import Norm, describe, find_norms
+from renorm_onnx.inlining import Names, names_in
+
+logger = logging.getLogger(__name__)
+
+# Largest kappa of a forward fold by the arithmetic that will run the model: measured error is kappa * unit roundoff.
+TARGETS = {"fp32": Limits(4.0), "tf32": Limits(1.0), "fp16": Limits(1.0, 65504.0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseOptions:
+    """What `fuse` may do.
+
+    Args:
+        target: Arithmetic that will run the model, "fp32", "tf32" or "fp16": sets the numerical guards.
+        allow_cancellation: Fold forward whatever precision that costs.
+        merge_branches: Make one operator of parallel linear branches over the same input.
+        assume_constant_initializers: Fold initializers that a caller may override.
+    """
+
+    target: str = "fp32"
+    allow_cancellation: bool = False
+    merge_branches: bool = True
+    assume_constant_initializers: bool = False
+
+    def limits(self) -> Limits:
+        """The numerical guards for these options.
+
+        Raises:
+            InputError: `target` is not one of the known kinds of arithmetic.
+        """
+        if self.target not in TARGETS:
+            raise InputError(f"fuse: target {self.target!r} is unknown, expected one of {', '.join(TARGETS)}")
+        chosen = TARGETS[self.target]
+        return Limits(float("inf"), chosen.max_weight) if self.allow_cancellation else chosen
+
+
+@overload
+def fuse(model: ir.Model, options: FuseOptions | None = None) -> tuple[ir.Model, FusionReport]: ...
+@overload
+def fuse(
+    model: str | PathLike[str] | onnx.ModelProto, options: FuseOptions | None = None
+) -> tuple[onnx.ModelProto, FusionReport]: ...
+def fuse(
+    model: str | PathLike[str] | onnx.ModelProto | ir.Model, options: FuseOptions | None = None
+) -> tuple[onnx.ModelProto | ir.Model, FusionReport]:
+    """Fold the normalizations of a model into its linear operators.
+
+    Args:
+        model: A path, a `ModelProto` or an `onnx_ir.Model`; never changed.
+        options: What may be done; None for the defaults.
+
+    Returns:
+        A new model (an `onnx_ir.Model` for one, a `ModelProto` otherwise) with the same inputs and outputs, and the
+        report of what was folded and why the rest stays.
+
+    Raises:
+        ModelFileError: The model cannot be read, or breaks a rule of ONNX.
+        InputError: An option is unknown.
+    """
+    copy = model_file.load(model)
+    report = fuse_in_place(copy, options)
+    return (copy if isinstance(model, ir.Model) else model_file.to_proto(copy)), report
+
+
+def fuse_in_place(model: ir.Model, options: FuseOptions | None = None) -> FusionReport:
+    """Fold the normalizations of `model` in place.
+
+    Args:
+        model: A model that `model_file.load` returned.
+        options: What may be done; None for the defaults.
+
+    Returns:
+        The report. Where its `changed` is false, no norm was folded, though function calls may have been inlined.
+
+    Raises:
+        InputError: An option is unknown.
+    """
+    return _Engine(model, options or FuseOptions()).run()
+
+
+class _Engine:
+    def __init__(self, model: ir.Model, options: FuseOptions) -> None:
+        self._model = model
+        self._limits = options.limits()
+        facts = Facts(model, RULES, assume_constant_initializers=options.assume_constant_initializers)
+        self._desk = Desk(facts)
+        self._report = FusionReport(operators_before=_count_operators(model))
+        self._entries: dict[str, NormReport] = {}
+
+    def run(self) -> FusionReport:
+        open_calls(self._model)
+        self._names = Names(names_in(self._model))
+        for graph in graphs_of(self._model):
+            self._fold(graph)
+        self._write_parameters()
+        self._report.entries = list(self._entries.values())
+        self._report.operators_after = _count_operators(self._model)
+        logger.info("%s", self._report)
+        return self._report
+
+    def _fold(self, graph: ir.Graph) -> None:
+        """Plan and apply until a whole round changes nothing; rounds alternate in direction."""
+        forwards = True
+        while True:
+            nodes = list(graph)
+            norms = list(find_norms(nodes, self._desk))
+            planner = Planner({n: float(i) for i, n in enumerate(nodes)}, self._desk, load_carriers(), self._limits)
+            changed = False
+            for norm in norms if forwards else reversed(norms):
+                changed |= self._try(norm, planner)
+            if not changed:
+                return
+            self._desk.facts.forget()
+            forwards = not forwards
+
+    def _try(self, norm: Norm, planner: Planner) -> bool:
+        if any(n.graph is None for n in norm.nodes):
+            return False
+        entry = self._entries.setdefault(norm.name, NormReport(norm.name, norm.kind, norm.form, tuple(describe(norm))))
+        plan = planner.plan(norm)
+        if not isinstance(plan, Plan):
+            entry.refusals = plan
+            return False
+        self._apply(plan)
+        entry.outcome, entry.way, entry.into, entry.refusals = "folded", plan.way, tuple(plan.into), ()
+        logger.debug("%s: %s", norm.name, entry.detail)
+        return True
+
+    def _apply(self, plan: Plan) -> None:
+        renamed = {v: v for v in plan.changed}
+        source = plan.norm.input
+        for edit in plan.edits:
+            if isinstance(edit, SetInput):
+                self._desk.pending[edit.node, edit.index] = edit.parameter
+            elif isinstance(edit, SetAttribute):
+                edit.node.attributes.add(edit.attribute)
+            else:
+                added = self._add_after(edit)
+                if edit.node.outputs[0] is source:
+                    source = added
+        for value in renamed:
+            value.name = self._fresh(value.name or "value")
+        self._remove(plan.norm, source, backward=plan.way == "backward")
+
+    def _add_after(self, edit: AddAfter) -> ir.Value:
+        """Insert ``Add(output, constant)`` behind a node and let it take over the node's readers and name."""
+        value = edit.node.outputs[0]
+        graph = edit.node.graph
+        assert isinstance(graph, ir.Graph)
+        total = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        value.replace_all_uses_with(total, replace_graph_outputs=True)
+        value.name = self._fresh(value.name or "value")
+        node = ir.Node("", "Add", [value, None], outputs=[total], name=self._fresh(f"{edit.node.name}_bias"))
+        graph.insert_after(edit.node, node)
+        self._desk.pending[node, 1] = edit.parameter
+        return total
+
+    def _remove(self, norm: Norm, source: ir.Value, *, backward: bool) -> None:
+        """Take the norm's nodes out; `source` stands where its output stood."""
+        output = norm.output
+        name = output.name
+        graph = norm.nodes[0].graph
+        assert isinstance(graph, ir.Graph)
+        output.replace_all_uses_with(source, replace_graph_outputs=True)
+        for node in norm.nodes:
+            for index in range(len(node.inputs)):
+                self._desk.pending.pop((node, index), None)
+        operands = [v for n in norm.nodes for v in n.inputs if v is not None and v is not norm.input]
+        graph.remove(norm.nodes, safe=True)
+        self._release(operands)
+        if backward:
+            source.name, source.type, source.shape = name, output.type or source.type, output.shape or source.shape
+
+    def _release(self, operands: Iterable[ir.Value]) -> None:
+        """Remove constants that nobody reads any more, and the operators that only computed them."""
+        stack = list(operands)
+        while stack:
+            value = stack.pop()
+            if value.uses() or value.is_graph_output():
+                continue
+            node = value.producer()
+            if node is not None:
+                if node.graph is not None and not any(o.uses() or o.is_graph_output() for o in node.outputs):
+                    stack.extend(v for v in node.inputs if v is not None)
+                    node.graph.remove(node, safe=True)
+            elif value.is_initializer() and isinstance(value.graph, ir.Graph) and not self._is_interface(value):
+                _drop_initializer(value)
+
+    def _fresh(self, hint: str) -> str:
+        """A name that nothing in the model bears, recognizable as what `hint` became."""
+        return self._names.unique(hint.partition("__fused")[0] + "__fused")
+
+    def _is_interface(self, value: ir.Value) -> bool:
+        return value.is_graph_input() and self._model.ir_version >= 4
+
+    def _write_parameters(self) -> None:
+        """Give every changed operand its new constant, each number rounded once."""
+        orphans: list[ir.Value] = []
+        for (node, index), parameter in self._desk.pending.items():
+            graph = node.graph
+            if not isinstance(graph, ir.Graph):
+                continue
+            old = node.inputs[index] if index < len(node.inputs) else None
+            hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
+            value = ir.Value(
+                name=self._fresh(hint), type=ir.TensorType(parameter.dtype), shape=ir.Shape(parameter.shape)
+            )
+            value.const_value = parameter.tensor(value.name or "")
+            graph.register_initializer(value)
+            if self._model.ir_version < 4:
+                graph.inputs.append(value)
+            if index >= len(node.inputs):
+                node.resize_inputs(index + 1)
+            node.replace_input_with(index, value)
+            orphans.extend([] if old is None else [old])
+        self._desk.pending.clear()
+        self._release(orphans)
+
+
+def graphs_of(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph and the body of every If, Loop and Scan in it, outer before inner."""
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def _drop_initializer(value: ir.Value) -> None:
+    graph = value.graph
+    assert isinstance(graph, ir.Graph)
+    if value.is_graph_input():
+        graph.inputs.remove(value)
+    if value.name in graph.initializers:
+        del graph.initializers[value.name or ""]
+
+
+def _count_operators(model: ir.Model) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for graph in graphs_of(model):
+        for node in graph:
+            counts[node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"] += 1
+    return counts

@@ -1,0 +1,223 @@
+"""The dimensions that layers hand on: convolutions, pools, products, reductions, resampling.
+
+Spatial sizes are worked out where they are fixed; everything else becomes a new `Dimension`. Source: the ONNX operator
+specification, "output shape" of each operator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
+from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast
+from renorm_onnx.fusion.facts import UNKNOWN, Dimension, Dims, Fact, Rule
+
+Facts = Sequence[Fact]
+
+
+def same_pads(size: int, kernel: int, stride: int) -> int:
+    """The total padding of auto_pad SAME_*: what makes the output ceil(size / stride) long."""
+    return max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+
+
+def _window(node: ir.Node, sizes: Dims, kernel: Sequence[int]) -> list[int | Dimension]:
+    """Output sizes of a sliding window, one for each spatial size."""
+    n = len(kernel)
+    strides = attribute(node, "strides") or [1] * n
+    dilations = attribute(node, "dilations") or [1] * n
+    pads = attribute(node, "pads") or [0] * (2 * n)
+    auto = attribute(node, "auto_pad", "NOTSET")
+    result: list[int | Dimension] = []
+    for i, size in enumerate(sizes):
+        if not isinstance(size, int):
+            result.append(Dimension())
+            continue
+        reach = (kernel[i] - 1) * dilations[i] + 1
+        if auto in ("SAME_UPPER", "SAME_LOWER"):
+            result.append(math.ceil(size / strides[i]))
+            continue
+        free = size - reach + (0 if auto == "VALID" else pads[i] + pads[n + i])
+        if attribute(node, "ceil_mode", 0):
+            result.append(Dimension())
+        else:
+            result.append(free // strides[i] + 1)
+    return result
+
+
+def _conv(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    weight, dims = inputs[1].dims, inputs[0].dims
+    if weight is None or len(weight) < 3:
+        return [UNKNOWN]
+    batch, sizes = (dims[0], dims[2:]) if dims is not None and len(dims) == len(weight) else (Dimension(), None)
+    kernel = weight[2:]
+    if sizes is None or not all(isinstance(k, int) for k in kernel):
+        return [Fact((batch, weight[0], *(Dimension() for _ in kernel)), dtype=inputs[0].dtype)]
+    return [Fact((batch, weight[0], *_window(node, sizes, kernel)), dtype=inputs[0].dtype)]  # type: ignore[arg-type]
+
+
+def _conv_transpose(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    weight, dims = inputs[1].dims, inputs[0].dims
+    if weight is None or len(weight) < 3:
+        return [UNKNOWN]
+    group, per_group = int(attribute(node, "group", 1)), weight[1]
+    channels = per_group * group if isinstance(per_group, int) else Dimension()
+    batch = dims[0] if dims else Dimension()
+    return [Fact((batch, channels, *(Dimension() for _ in weight[2:])), dtype=inputs[0].dtype)]
+
+
+def _pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims, kernel = inputs[0].dims, attribute(node, "kernel_shape")
+    if dims is None or kernel is None or len(dims) != len(kernel) + 2:
+        return [Fact(None if kernel is None else tuple(Dimension() for _ in range(len(kernel) + 2)))]
+    return [Fact((*dims[:2], *_window(node, dims[2:], kernel)), dtype=inputs[0].dtype)]
+
+
+def _global_pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims = inputs[0].dims
+    return [UNKNOWN if dims is None else Fact((*dims[:2], *(1 for _ in dims[2:])), dtype=inputs[0].dtype)]
+
+
+def _gemm(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    a, b = inputs[0].dims, inputs[1].dims
+    rows = a[1 if attribute(node, "transA", 0) else 0] if a is not None and len(a) == 2 else Dimension()
+    columns = b[0 if attribute(node, "transB", 0) else 1] if b is not None and len(b) == 2 else Dimension()
+    return [Fact((rows, columns), dtype=inputs[0].dtype)]
+
+
+def _matmul(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    a, b = inputs[0].dims, inputs[1].dims
+    if a is None or b is None or not a or not b:
+        return [Fact(dtype=inputs[0].dtype)]
+    batch = broadcast([a[:-2], b[:-2]]) or ()
+    tail = (() if len(a) == 1 else (a[-2],)) + (() if len(b) == 1 else (b[-1],))
+    return [Fact(batch + tail, dtype=inputs[0].dtype)]
+
+
+def _reduce(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims, axes = inputs[0].dims, axes_of(node, inputs)
+    if dims is None or (axes is None and (len(node.inputs) > 1 and node.inputs[1] is not None)):
+        return [Fact(dtype=inputs[0].dtype)]
+    if axes is None and attribute(node, "noop_with_empty_axes", 0):
+        return [Fact(dims, dtype=inputs[0].dtype)]
+    gone = set(range(len(dims))) if not axes else {a % len(dims) for a in axes}
+    kept = attribute(node, "keepdims", 1)
+    result = [1 if i in gone else d for i, d in enumerate(dims) if kept or i not in gone]
+    return [Fact(tuple(result), dtype=inputs[0].dtype)]
+
+
+def _pad(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims = inputs[0].dims
+    if dims is None:
+        return [Fact(dtype=inputs[0].dtype)]
+    pads = attribute(node, "pads") if opset < 11 else inputs[1].integers()
+    axes = inputs[3].integers() if len(inputs) > 3 and node.inputs[3] is not None else list(range(len(dims)))
+    result: list[int | Dimension] = [Dimension() for _ in dims]
+    if pads is not None and axes is not None:
+        widths = [p for p in pads if isinstance(p, int)]
+        places = [a % len(dims) for a in axes if isinstance(a, int)]
+        if len(widths) != 2 * len(axes) or len(places) != len(axes):
+            return [Fact(tuple(result), dtype=inputs[0].dtype)]
+        result = list(dims)
+        for i, axis in enumerate(places):
+            more = widths[i] + widths[len(axes) + i]
+            size = dims[axis]
+            result[axis] = size if more == 0 else size + more if isinstance(size, int) else Dimension()
+    return [Fact(tuple(result), dtype=inputs[0].dtype)]
+
+
+def _split(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims = inputs[0].dims
+    if dims is None:
+        return []
+    axis = int(attribute(node, "axis", 0)) % len(dims)
+    sizes = split_sizes(node, inputs, opset)
+    pieces = sizes if sizes is not None else [Dimension()] * len(node.outputs)
+    return [Fact((*dims[:axis], p, *dims[axis + 1 :]), dtype=inputs[0].dtype) for p in pieces]
+
+
+def split_sizes(node: ir.Node, inputs: Facts, opset: int) -> list[int] | None:
+    """The lengths of Split's pieces, where proven; equal parts, the last one smaller, when none are given."""
+    given = attribute(node, "split") if opset < 13 else None
+    if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
+        found = inputs[1].integers()
+        if found is None or not all(isinstance(f, int) for f in found):
+            return None
+        given = found
+    if given is not None:
+        return [int(g) for g in given]
+    dims = inputs[0].dims
+    size = None if dims is None else dims[int(attribute(node, "axis", 0)) % len(dims)]
+    if not isinstance(size, int):
+        return None
+    count = len(node.outputs)
+    part = math.ceil(size / count)
+    return [part] * (count - 1) + [size - part * (count - 1)]
+
+
+def _resample(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims = inputs[0].dims
+    if dims is None:
+        return [UNKNOWN]
+    kept = unscaled_axes(node, inputs, len(dims))
+    return [Fact(tuple(d if i in kept else Dimension() for i, d in enumerate(dims)), dtype=inputs[0].dtype)]
+
+
+def unscaled_axes(node: ir.Node, inputs: Facts, rank: int) -> set[int]:
+    """The axes along which Upsample or Resize is proven to leave the size as it is."""
+    axes = [int(a) % rank for a in attribute(node, "axes") or range(rank)]
+    kept = set(range(rank)) - set(axes)
+    scales = attribute(node, "scales")
+    if scales is None:
+        position = 1 if node.op_type == "Upsample" or len(inputs) == 2 else 2
+        found = inputs[position].elements() if position < len(inputs) else None
+        scales = None if found is None or found.dtype == object or found.size != len(axes) else found.tolist()
+    if scales is not None:
+        kept |= {a for a, s in zip(axes, scales, strict=False) if s == 1}
+    sizes = inputs[3].integers() if len(inputs) > 3 else None
+    dims = inputs[0].dims
+    if sizes is not None and dims is not None and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch":
+        kept |= {a for a, s in zip(axes, sizes, strict=False) if s == dims[a]}
+    return kept
+
+
+def _depth_to_space(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims, block = inputs[0].dims, attribute(node, "blocksize", 1)
+    if dims is None or len(dims) != 4:
+        return [UNKNOWN]
+    n, c, h, w = dims
+    if node.op_type == "DepthToSpace":
+        channels = c // block**2 if isinstance(c, int) else Dimension()
+        sizes = [s * block if isinstance(s, int) else Dimension() for s in (h, w)]
+    else:
+        channels = c * block**2 if isinstance(c, int) else Dimension()
+        sizes = [s // block if isinstance(s, int) else Dimension() for s in (h, w)]
+    return [Fact((n, channels, *sizes), dtype=inputs[0].dtype)]
+
+
+def _same_dims(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    return [Fact(inputs[0].dims, dtype=inputs[0].dtype)]
+
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(SAME_DIMS, _same_dims),
+    **CONTENT_RULES,
+    **LAYOUT_RULES,
+    "AveragePool": _pool,
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "DepthToSpace": _depth_to_space,
+    "Gemm": _gemm,
+    "LpPool": _pool,
+    "MatMul": _matmul,
+    "MaxPool": _pool,
+    "Pad": _pad,
+    "Resize": _resample,
+    "SpaceToDepth": _depth_to_space,
+    "Split": _split,
+    "Upsample": _resample,
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), _global_pool),
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2"), _reduce),
+}

@@ -1,0 +1,208 @@
+"""Which dimensions and contents elementwise operators and constants hand on: rules that `facts` derives with.
+
+A rule gets the node, the facts about its inputs and the opset, and returns facts about its outputs; returning fewer, or
+`UNKNOWN`, is always sound. Source of every formula: the ONNX operator specification.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from renorm_onnx.fusion.facts import (
+    MAX_COMPUTED_ELEMENTS,
+    UNKNOWN,
+    Content,
+    Dimension,
+    Dims,
+    Fact,
+    Rule,
+    computed,
+    stored,
+    to_float64,
+)
+
+Facts = Sequence[Fact]
+
+
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """The value of an attribute, or `default` where it is absent or refers to a function's parameter."""
+    found = node.attributes.get(name)
+    return default if found is None or found.ref_attr_name is not None else found.value
+
+
+def broadcast(shapes: Sequence[Dims | None]) -> Dims | None:
+    """The right-aligned broadcast of some dimensions; a size that may turn out otherwise is a new one."""
+    if any(s is None for s in shapes):
+        return None
+    rank = max((len(s) for s in shapes if s is not None), default=0)
+    padded = [(1,) * (rank - len(s)) + s for s in shapes if s is not None]
+    result: list[int | Dimension] = []
+    for sizes in zip(*padded, strict=True):
+        real = [d for d in dict.fromkeys(sizes) if d != 1]
+        fixed = [d for d in real if isinstance(d, int)]
+        result.append(1 if not real else real[0] if len(real) == 1 else fixed[0] if fixed else Dimension())
+    return tuple(result)
+
+
+def _small(*contents: Content | None) -> bool:
+    return all(c is not None and c.size <= MAX_COMPUTED_ELEMENTS for c in contents)
+
+
+def _same_dims(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    return [Fact(inputs[0].dims, dtype=inputs[0].dtype)]
+
+
+def _unary(function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Rule:
+    def rule(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        content = inputs[0].elements()
+        if content is None or content.dtype == object:
+            return _same_dims(node, inputs, opset)
+        with np.errstate(all="ignore"):
+            return [computed(np.asarray(function(content)), inputs[0].dtype)]
+
+    return rule
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> Rule:
+    def rule(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        dims = broadcast([i.dims for i in inputs])
+        contents = [i.elements() for i in inputs]
+        sized = dims is not None and all(isinstance(d, int) for d in dims)
+        if not sized or math.prod(dims or ()) > MAX_COMPUTED_ELEMENTS or not _small(*contents):  # type: ignore[arg-type]
+            return [Fact(dims, dtype=inputs[0].dtype)]
+        if any(c.dtype == object for c in contents if c is not None):
+            return [Fact(dims, dtype=inputs[0].dtype)]
+        with np.errstate(all="ignore"):
+            content = function(*contents)
+        return [
+            Fact(dims, dtype=inputs[0].dtype) if content is None else computed(np.asarray(content), inputs[0].dtype)
+        ]
+
+    return rule
+
+
+def _divide(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    """Division; of integers, towards zero as in C (ONNX Div-14), and unknown where the divisor is zero."""
+    if a.dtype.kind == "f":
+        return np.asarray(a / b)
+    return None if (b == 0).any() else np.asarray(np.trunc(a / b)).astype(a.dtype)
+
+
+def _variadic(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    return [Fact(broadcast([i.dims for i in inputs]), dtype=inputs[0].dtype)]
+
+
+def _identity(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    return [inputs[0]]
+
+
+def _dropout(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    training = len(inputs) > 2 and node.inputs[2] is not None
+    return [Fact(inputs[0].dims, dtype=inputs[0].dtype)] if training else [inputs[0]]
+
+
+def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    to = ir.DataType(attribute(node, "to", 0)) if node.op_type == "Cast" else inputs[1].dtype
+    content = inputs[0].elements()
+    if content is None or (to is None and content.dtype.kind == "f"):
+        return [Fact(inputs[0].dims, dtype=to)]
+    if to is None or to.is_floating_point():
+        if content.dtype == object:
+            return [Fact(inputs[0].dims, dtype=to)]
+        return [computed(to_float64(content), to)]
+    if content.dtype == object:
+        return [computed(content, to)]
+    with np.errstate(invalid="ignore"):
+        return [computed(content.astype(to.numpy()), to)]
+
+
+def _constant(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    if (tensor := attribute(node, "value")) is not None:
+        return [stored(tensor)]
+    for name, dtype in (("value_float", np.float64), ("value_floats", np.float64)):
+        if (given := attribute(node, name)) is not None:
+            return [computed(np.asarray(given, dtype), ir.DataType.FLOAT)]
+    for name in ("value_int", "value_ints"):
+        if (given := attribute(node, name)) is not None:
+            return [computed(np.asarray(given, np.int64), ir.DataType.INT64)]
+    return [UNKNOWN]
+
+
+def _constant_of_shape(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    sizes = inputs[0].integers()
+    if sizes is None:
+        return [UNKNOWN]
+    tensor = attribute(node, "value")
+    dtype = ir.DataType.FLOAT if tensor is None else tensor.dtype
+    fixed = [s for s in sizes if isinstance(s, int)]
+    if len(fixed) < len(sizes) or any(s < 0 for s in fixed) or math.prod(fixed) > MAX_COMPUTED_ELEMENTS:
+        return [Fact(tuple(sizes), dtype=dtype)]
+    fill = np.zeros(1) if tensor is None else np.asarray(tensor.numpy())
+    return [computed(np.full(fixed, to_float64(fill)[0] if dtype.is_floating_point() else fill.reshape(-1)[0]), dtype)]
+
+
+def _shape(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims = inputs[0].dims
+    if dims is None:
+        return [Fact(dtype=ir.DataType.INT64)]
+    part = dims[slice(attribute(node, "start", 0), attribute(node, "end", None))]
+    kind = np.int64 if all(isinstance(d, int) for d in part) else object
+    return [computed(np.array(part, dtype=kind), ir.DataType.INT64)]
+
+
+def _size(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims = inputs[0].dims
+    if dims is None or not all(isinstance(d, int) for d in dims):
+        return [Fact((), dtype=ir.DataType.INT64)]
+    return [computed(np.asarray(math.prod(d for d in dims if isinstance(d, int))), ir.DataType.INT64)]
+
+
+def _where(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    condition, yes, no = (i.elements() for i in inputs)
+    dtype = inputs[1].dtype
+    if condition is not None and yes is not None and no is not None and condition.dtype != object:
+        return [computed(np.where(condition, yes, no), dtype)]
+    return [Fact(broadcast([i.dims for i in inputs]), dtype=dtype)]
+
+
+def _power(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.asarray(np.power(np.asarray(a, np.float64), b)).astype(np.asarray(a).dtype)
+
+
+CONTENT_RULES: Mapping[str, Rule] = {
+    "Add": _binary(np.add),
+    "Sub": _binary(np.subtract),
+    "Mul": _binary(np.multiply),
+    "Div": _binary(_divide),
+    "Pow": _binary(_power),
+    "Equal": _binary(np.equal),
+    "Neg": _unary(np.negative),
+    "Sqrt": _unary(np.sqrt),
+    "Reciprocal": _unary(np.reciprocal),
+    "Abs": _unary(np.abs),
+    "Exp": _unary(np.exp),
+    "Cast": _cast,
+    "CastLike": _cast,
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "Dropout": _dropout,
+    "Identity": _identity,
+    "Shape": _shape,
+    "Size": _size,
+    "Where": _where,
+    **dict.fromkeys(("Max", "Min", "Sum", "Mean"), _variadic),
+}
+
+SAME_DIMS = (
+    *("Relu", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "Clip", "Elu", "Selu", "Celu", "Gelu", "Mish", "HardSigmoid"),
+    *("HardSwish", "Softplus", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Log", "Floor", "Ceil", "Round", "Sign"),
+    *("Not", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "LRN", "CumSum", "InstanceNormalization"),
+    *("LayerNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization"),
+    *("QuantizeLinear", "DequantizeLinear", "Trilu"),
+)

@@ -1,0 +1,178 @@
+"""What is proven about each value: its dimensions, and its content where that does not depend on the inputs.
+
+`value_info` and equal names of symbolic dimensions prove nothing: onnxruntime runs such models with other sizes. So
+every fact is derived here from graph inputs (whose declared rank and fixed sizes onnxruntime enforces), from constants
+and from the operators between (`fact_rules`). A size that is not fixed is a `Dimension`, equal only to itself.
+
+Contents are evaluated in float64 whatever the element type, since a fold is to be equal in real arithmetic. Contents
+of integer values may hold dimensions: ``Reshape(x, Concat(Shape(x)[0], 128))`` is understood.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+# Computed constants, not stored ones, stop here: a model of a few bytes can ask for 2**40 elements.
+MAX_COMPUTED_ELEMENTS = 1 << 25
+
+
+class Dimension:
+    """A size that is known only at run time; equal to itself and to nothing else."""
+
+    __slots__ = ()
+
+
+Dims = tuple["int | Dimension", ...]
+Content = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """What is proven about one value.
+
+    Args:
+        dims: Its dimensions, or None where even the rank is unknown.
+        content: Its elements where they are constant and computed, float64 for any float type; else None.
+        tensor: The stored tensor where the value is one; its elements are read only on demand.
+        dtype: Its element type where known.
+    """
+
+    dims: Dims | None = None
+    content: Content | None = None
+    tensor: ir.TensorProtocol | None = None
+    dtype: ir.DataType | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """Number of dimensions, or None."""
+        return None if self.dims is None else len(self.dims)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the elements are known."""
+        return self.tensor is not None or self.content is not None
+
+    def elements(self) -> Content | None:
+        """The elements, floats as float64; None where they are not constant or too many to compute with."""
+        if self.content is not None:
+            return self.content
+        if self.tensor is None or math.prod(self.tensor.shape.numpy()) > MAX_COMPUTED_ELEMENTS:
+            return None
+        return to_float64(self.tensor.numpy()) if self.tensor.dtype.is_floating_point() else self.tensor.numpy()
+
+    def integers(self) -> list[int | Dimension] | None:
+        """The elements of a small integer vector or scalar; entries may be dimensions."""
+        found = self.elements()
+        if found is None or found.dtype.kind == "f" or found.ndim > 1:
+            return None
+        return [e if isinstance(e, Dimension) else int(e) for e in np.atleast_1d(found).tolist()]
+
+
+UNKNOWN = Fact()
+Rule = Callable[[ir.Node, Sequence[Fact], int], "Sequence[Fact]"]
+
+
+def to_float64(array: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Any float array, bfloat16 included, as float64."""
+    return np.asarray(array).astype(np.float64)
+
+
+class Facts:
+    """Derives facts on demand and remembers them until `forget`.
+
+    Args:
+        model: Only read. Before IR version 4, an initializer that is also a graph input is a constant; from 4 on a
+            caller may override it.
+        rules: Operator name -> rule (domain "" and "ai.onnx").
+        assume_constant_initializers: Treat overridable initializers as constants.
+    """
+
+    def __init__(
+        self, model: ir.Model, rules: Mapping[str, Rule], *, assume_constant_initializers: bool = False
+    ) -> None:
+        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+        self._main = model.graph
+        self._rules = rules
+        self._all_constant = assume_constant_initializers or model.ir_version < 4
+        self._known: dict[ir.Value, Fact] = {}
+
+    def forget(self) -> None:
+        """Drop what was derived, after the graph changed."""
+        self._known.clear()
+
+    def is_overridable(self, value: ir.Value) -> bool:
+        """Whether `value` is an initializer that the caller of the model may replace."""
+        return value.is_initializer() and value.is_graph_input() and not self._all_constant
+
+    def __getitem__(self, value: ir.Value | None) -> Fact:
+        """The fact about `value`; derived without recursion, since graphs may be 10,000 operators deep."""
+        if value is None:
+            return UNKNOWN
+        if value in self._known:
+            return self._known[value]
+        stack = [value]
+        while stack:
+            current = stack[-1]
+            node = current.producer()
+            if current in self._known:
+                stack.pop()
+            elif node is None:
+                self._known[stack.pop()] = self._leaf(current)
+            else:
+                missing = [i for i in node.inputs if i is not None and i not in self._known]
+                if missing and node.op_type in self._rules:
+                    for i in missing:
+                        self._known.setdefault(i, UNKNOWN) if i in node.outputs else stack.append(i)
+                    continue
+                self._derive(node)
+                stack.pop()
+        return self._known[value]
+
+    def _leaf(self, value: ir.Value) -> Fact:
+        if value.is_initializer() and value.const_value is not None and not self.is_overridable(value):
+            return stored(value.const_value)
+        declared = value.shape if value.is_graph_input() and value.graph is self._main else None
+        if declared is None:
+            return Fact(dtype=value.dtype)
+        return Fact(tuple(d if isinstance(d, int) else Dimension() for d in declared), dtype=value.dtype)
+
+    def _derive(self, node: ir.Node) -> None:
+        rule = self._rules.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        found: Sequence[Fact] = ()
+        if rule is not None:
+            found = rule(
+                node, [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs], self.opset
+            )
+        for index, output in enumerate(node.outputs):
+            fact = found[index] if index < len(found) else UNKNOWN
+            if fact.dtype is None and output.dtype is not None:
+                fact = Fact(fact.dims, fact.content, fact.tensor, output.dtype)
+            self._known[output] = fact
+
+
+def stored(tensor: ir.TensorProtocol) -> Fact:
+    """The fact about a value that is stored in the file."""
+    return Fact(tuple(int(d) for d in tensor.shape.numpy()), None, tensor, tensor.dtype)
+
+
+def computed(content: Content, dtype: ir.DataType | None) -> Fact:
+    """The fact about a value whose elements were worked out."""
+    return Fact(tuple(content.shape), content, None, dtype)
+
+
+def product(dims: Sequence[int | Dimension]) -> tuple[int, frozenset[tuple[Dimension, int]]]:
+    """A product of dimensions in a form that is equal only when the products are proven equal.
+
+    Returns:
+        The product of the fixed sizes, and for each run-time size how often it occurs.
+    """
+    fixed = math.prod(d for d in dims if isinstance(d, int))
+    open_sizes = [d for d in dims if isinstance(d, Dimension)]
+    return fixed, frozenset((d, open_sizes.count(d)) for d in open_sizes)

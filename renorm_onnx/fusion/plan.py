@@ -1,0 +1,297 @@
+"""For each norm: the whole path to operators that absorb it, or the reason there is none.
+
+A plan is a walk over values. Backward, the norm's input is asked to become ``M(input)`` and the demand moves towards
+the inputs of the graph; forward, the norm's output is replaced by its input and every reader is told what it now lacks.
+
+What makes the walk sound, and linear in the nodes it visits:
+
+* one map for each value, not for each path: two demands on one value must be equal;
+* a value may change only if every one of its readers takes part: another reader, a subgraph or a graph output refuses;
+* nodes are visited once, in topological order (backward in reverse), when all their maps have arrived;
+* all or nothing: edits are collected and applied only if every path ends in an absorber.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, label, no_rule, refuse
+from renorm_onnx.fusion.parameters import Array, Parameter, largest, smallest_normal
+from renorm_onnx.fusion.report import Reason, Refusal
+from renorm_onnx.fusion.sources import Norm
+
+
+@dataclass(eq=False)
+class Plan:
+    """What must be done for one norm to disappear.
+
+    Args:
+        norm: The norm.
+        way: "backward" or "forward".
+        edits: Changes of operands and attributes.
+        changed: Values that will hold something else than before and so need another name.
+        into: The operators that absorb.
+    """
+
+    norm: Norm
+    way: str
+    edits: list[Edit] = field(default_factory=list)
+    changed: list[ir.Value] = field(default_factory=list)
+    into: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a fold may go numerically.
+
+    Args:
+        max_kappa: Largest kappa of a norm that is moved past its own input (forward), whose error grows with it.
+        max_weight: Largest absolute value that a folded parameter may have, besides the limit of its type.
+    """
+
+    max_kappa: float = 4.0
+    max_weight: float = float("inf")
+
+
+class Planner:
+    """Makes plans on one graph as it stands now.
+
+    Args:
+        order: Position of each node in its graph; readers come after what they read.
+        desk: Facts and pending operands.
+        carriers: Operator -> who answers for it.
+        limits: Numerical guards.
+    """
+
+    def __init__(
+        self, order: Mapping[ir.Node, float], desk: Desk, carriers: Mapping[str, Carrier], limits: Limits
+    ) -> None:
+        self._order = order
+        self._desk = desk
+        self._carriers = carriers
+        self._limits = limits
+        self._dead: dict[ir.Node, Refusal] = {}
+        self._magnitudes: dict[tuple[int, tuple[int, ...]], tuple[object, Array]] = {}
+
+    def plan(self, norm: Norm) -> Plan | tuple[Refusal, ...]:
+        """The plan for `norm`, backward before forward since only that way never costs accuracy; or both reasons."""
+        if isinstance(norm.map, Refusal):
+            return (norm.map,)
+        backward = self._backward(norm, norm.map)
+        if isinstance(backward, Plan):
+            return backward
+        forward = self._forward(norm, norm.map)
+        return forward if isinstance(forward, Plan) else (backward, forward)
+
+    def _carrier(self, node: ir.Node) -> Carrier | None:
+        return self._carriers.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+
+    def _backward(self, norm: Norm, demand: AffineMap) -> Plan | Refusal:
+        plan = Plan(norm, "backward")
+        demands: dict[ir.Value, AffineMap] = {norm.input: demand}
+        settled = {(norm.nodes[0], _index_of(norm.nodes[0], norm.input))}
+        heap: list[tuple[float, int, ir.Node]] = []
+        trail: list[tuple[ir.Node, Step]] = []
+        producer = norm.input.producer()
+        if producer is None:
+            return _no_producer(norm.input)
+        _push(heap, -self._order.get(producer, 0.0), producer)
+        seen = {producer}
+        while heap:
+            node = heapq.heappop(heap)[2]
+            if node in self._dead:
+                return self._mark(trail, self._dead[node])
+            step = self._answer_backward(node, norm, demands, settled)
+            if isinstance(step, Refusal):
+                if step.structural:
+                    self._dead[node] = step
+                    self._mark(trail, step)
+                return step
+            trail.append((node, step))
+            refusal = self._take(plan, node, step)
+            if refusal is not None:
+                return refusal
+            for index, onward in step.onward.items():
+                refusal = self._demand(plan, node, index, onward, demands, settled)
+                if refusal is not None:
+                    return self._mark(trail, refusal) if refusal.structural else refusal
+                value = node.inputs[index]
+                maker = None if value is None else value.producer()
+                if value in demands and maker is not None and maker not in seen:
+                    seen.add(maker)
+                    _push(heap, -self._order.get(maker, 0.0), maker)
+        plan.changed = [v for v in demands if v is not norm.input]
+        return plan
+
+    def _answer_backward(
+        self,
+        node: ir.Node,
+        norm: Norm,
+        demands: Mapping[ir.Value, AffineMap],
+        settled: set[tuple[ir.Node, int]],
+    ) -> Step | Refusal:
+        if node.graph is not norm.nodes[0].graph:
+            return _crosses(node)
+        maps = {i: demands[o] for i, o in enumerate(node.outputs) if o in demands}
+        for index in maps:
+            value = node.outputs[index]
+            if value.is_graph_output():
+                return Refusal(Reason.GRAPH_OUTPUT, value.name or "", f"{value.name!r} is an output of the graph too")
+            for user, position in value.uses():
+                if (user, position) in settled:
+                    continue
+                if user.graph is not node.graph:
+                    return Refusal(
+                        Reason.SUBGRAPH, value.name or "", f"{value.name!r} is read inside a subgraph by {label(user)}"
+                    )
+                return Refusal(Reason.CONSUMER, value.name or "", f"{label(node)} is read by {label(user)} too")
+        carrier = self._carrier(node)
+        return no_rule(node) if carrier is None else carrier.backward(node, maps, self._desk)
+
+    def _demand(
+        self,
+        plan: Plan,
+        node: ir.Node,
+        index: int,
+        onward: AffineMap,
+        demands: dict[ir.Value, AffineMap],
+        settled: set[tuple[ir.Node, int]],
+    ) -> Refusal | None:
+        """Ask the operand `index` of `node` to become ``onward(operand)``: a constant at once, a value later."""
+        value = node.inputs[index] if index < len(node.inputs) else None
+        parameter = self._desk.parameter(node, index)
+        if parameter is not None:
+            edit = SetInput(node, index, parameter.mapped(*onward.along(len(parameter.shape))))
+            if edit.parameter.shape != parameter.shape:
+                return refuse(Reason.SHAPE, node, f"has operand {index} of shape {parameter.shape}, which broadcasts")
+            return self._take(plan, node, Step((edit,)))
+        if value is None:
+            return refuse(Reason.WEIGHT, node, f"has no operand {index}")
+        if value in demands and not demands[value].equals(onward):
+            return Refusal(Reason.CONFLICT, value.name or "", f"{value.name!r} would have to become two things at once")
+        if value.producer() is None:
+            return (
+                refuse(Reason.OVERRIDABLE, node, f"reads {value.name!r}, an input of the model with a default")
+                if (self._desk.facts.is_overridable(value))
+                else _no_producer(value)
+            )
+        demands[value] = onward
+        settled.add((node, index))
+        return None
+
+    def _mark(self, trail: Iterable[tuple[ir.Node, Step]], refusal: Refusal) -> Refusal:
+        """Remember that the nodes that could only pass everything on to a dead end are dead ends too."""
+        for node, step in reversed(list(trail)):
+            if step.edits or len(step.onward) != 1 or len([i for i in node.inputs if i is not None]) != 1:
+                break
+            self._dead[node] = refusal
+        return refusal
+
+    def _forward(self, norm: Norm, given: AffineMap) -> Plan | Refusal:
+        if norm.kappa > self._limits.max_kappa and given.has_shift:
+            return refuse(
+                Reason.CANCELLATION,
+                norm.nodes[0],
+                f"has an input {norm.kappa:.3g} standard deviations from zero, more than {self._limits.max_kappa:g}: "
+                "folded into what follows, that part of the precision would be lost",
+            )
+        plan = Plan(norm, "forward")
+        arrivals: dict[ir.Value, AffineMap] = {norm.output: given}
+        heap: list[tuple[float, int, ir.Node]] = []
+        seen: set[ir.Node] = set()
+        refusal = self._spread(norm.output, norm, heap, seen)
+        while heap and refusal is None:
+            node = heapq.heappop(heap)[2]
+            carrier = self._carrier(node)
+            maps = {i: arrivals[v] for i, v in enumerate(node.inputs) if v is not None and v in arrivals}
+            step = no_rule(node) if carrier is None else carrier.forward(node, maps, self._desk)
+            if isinstance(step, Refusal):
+                return step
+            refusal = self._take(plan, node, step)
+            for index, onward in step.onward.items():
+                if refusal is not None or onward.is_identity:
+                    continue
+                arrivals[node.outputs[index]] = onward
+                refusal = self._spread(node.outputs[index], norm, heap, seen)
+        if refusal is not None:
+            return refusal
+        plan.changed = [v for v in arrivals if v is not norm.output]
+        return plan
+
+    def _spread(
+        self, value: ir.Value, norm: Norm, heap: list[tuple[float, int, ir.Node]], seen: set[ir.Node]
+    ) -> Refusal | None:
+        """Line up every reader of a value that changed."""
+        if value.is_graph_output():
+            return Refusal(Reason.GRAPH_OUTPUT, value.name or "", f"{value.name!r} is an output of the graph")
+        for user, _ in value.uses():
+            if user.graph is not norm.nodes[0].graph:
+                return _crosses(user)
+            if user not in seen:
+                seen.add(user)
+                _push(heap, self._order.get(user, 0.0), user)
+        return None
+
+    def _take(self, plan: Plan, node: ir.Node, step: Step) -> Refusal | None:
+        """Add a step's edits to the plan, unless a number would leave its type."""
+        for edit in step.edits:
+            if isinstance(edit, SetInput) and (why := self._out_of_range(edit.parameter)):
+                return refuse(why[0], node, why[1])
+        if step.edits:
+            plan.edits.extend(step.edits)
+            if (name := label(node)) not in plan.into:
+                plan.into.append(name)
+        return None
+
+    def _out_of_range(self, parameter: Parameter) -> tuple[Reason, str] | None:
+        """Whether rounding to the type would overflow, or leave a whole row without its digits."""
+        keep = tuple(i for i in range(len(parameter.shape)) if any(f.shape[i] > 1 for f in parameter.factors))
+        keep = keep if 0 in keep or not parameter.shape else (0, *keep)
+        before = self._magnitudes_of(parameter, keep)
+        factor = np.ones([1] * len(parameter.shape))
+        for f in parameter.factors:
+            factor = factor * np.abs(f)
+        drop = tuple(i for i in range(len(parameter.shape)) if i not in keep)
+        after = before * factor.squeeze(axis=drop) if drop else before * factor
+        finite = np.isfinite(before)
+        limit = min(largest(parameter.dtype), self._limits.max_weight)
+        if bool((after[finite] > limit).any()) or bool(np.isnan(after[finite]).any()):
+            return Reason.OVERFLOW, f"would get a parameter of {np.nanmax(after[finite]):.3g}, more than {limit:.3g}"
+        tiny = smallest_normal(parameter.dtype)
+        rows = tuple(range(1, after.ndim))
+        lost = (after.max(axis=rows, initial=0.0) < tiny) & (before.max(axis=rows, initial=0.0) >= tiny)
+        alive = np.broadcast_to(factor.squeeze(axis=drop) if drop else factor, after.shape).max(axis=rows, initial=0.0)
+        if bool((lost & (alive > 0)).any()):
+            return Reason.UNDERFLOW, f"would get a row of parameters below {tiny:.3g}"
+        return None
+
+    def _magnitudes_of(self, parameter: Parameter, keep: tuple[int, ...]) -> Array:
+        base = Parameter(parameter.base, parameter.dtype, parameter.shape)
+        if isinstance(parameter.base, np.ndarray):
+            return base.magnitudes(keep)
+        key = (id(parameter.base), keep)
+        if key not in self._magnitudes:
+            self._magnitudes[key] = (parameter.base, base.magnitudes(keep))
+        return self._magnitudes[key][1]
+
+
+def _push(heap: list[tuple[float, int, ir.Node]], priority: float, node: ir.Node) -> None:
+    heapq.heappush(heap, (priority, id(node), node))
+
+
+def _index_of(node: ir.Node, value: ir.Value) -> int:
+    return next(i for i, v in enumerate(node.inputs) if v is value)
+
+
+def _no_producer(value: ir.Value) -> Refusal:
+    return Refusal(Reason.GRAPH_INPUT, value.name or "", f"{value.name!r} is an input of the graph", structural=True)
+
+
+def _crosses(node: ir.Node) -> Refusal:
+    return Refusal(Reason.SUBGRAPH, node.name or "", f"{label(node)} lies in another graph or subgraph")

@@ -1,0 +1,200 @@
+"""What was folded into what; what was kept, and why.
+
+A refusal is a value with a stable code, the name of the obstacle and a sentence. `FusionReport` keeps one entry for
+each normalization of the input model, in graph order.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Reason(enum.StrEnum):
+    """Why a norm stays. The values are stable: scripts may test for them."""
+
+    TRAINING = "training-mode"
+    OUTPUTS = "extra-outputs-used"
+    OPSET = "opset-too-old"
+    NOT_CONSTANT = "parameters-not-constant"
+    OVERRIDABLE = "parameters-overridable"
+    NEGATIVE_VARIANCE = "negative-variance"
+    NON_FINITE = "non-finite-parameters"
+    OVERFLOW = "overflow"
+    UNDERFLOW = "underflow"
+    CANCELLATION = "cancellation"
+    OPERATOR = "no-rule-for-operator"
+    WEIGHT = "weight-not-constant"
+    CONSUMER = "other-consumer"
+    GRAPH_INPUT = "graph-input"
+    GRAPH_OUTPUT = "graph-output"
+    SUBGRAPH = "crosses-subgraph"
+    CONFLICT = "conflicting-demands"
+    SIGN = "negative-scale"
+    SHIFT = "shift-cannot-pass"
+    PADDING = "padding-sees-shift"
+    SCALE = "scale-cannot-pass"
+    SHAPE = "shape-not-proven"
+    AXIS = "not-a-channel-axis"
+    DTYPE = "element-type"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a map cannot take a step.
+
+    Args:
+        reason: The stable code.
+        obstacle: Name of the node or value in the way.
+        detail: One sentence for a person.
+        structural: Whether any other map would be refused at that node as well.
+    """
+
+    reason: Reason
+    obstacle: str
+    detail: str
+    structural: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.detail}"
+
+
+@dataclass
+class NormReport:
+    """What became of one normalization.
+
+    Args:
+        name: Name of its output value in the input model (a value name is unique, a node name need not be).
+        kind: "norm", or "affine" for a constant Mul, Add, Sub, Div or Neg that is no normalization by itself.
+        form: How the model spells it: "BatchNormalization", "chain", or a function's "domain::name".
+        nodes: Names of its nodes, or of their outputs where they have none.
+        outcome: "folded" or "kept".
+        into: Names of the operators that took it up.
+        way: "backward" (into what computes its input), "forward" (into what reads its output), "merged", "branches".
+        refusals: For a kept norm: what stood in the way backward, then forward.
+        notes: Warnings that did not prevent the fold.
+    """
+
+    name: str
+    kind: str
+    form: str
+    nodes: tuple[str, ...] = ()
+    outcome: str = "kept"
+    into: tuple[str, ...] = ()
+    way: str = ""
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> Reason | None:
+        """The code of the first refusal of a kept norm; None for a folded one."""
+        return self.refusals[0].reason if self.refusals else None
+
+    @property
+    def obstacle(self) -> str:
+        """The node or value that stood in the way, or an empty string."""
+        return self.refusals[0].obstacle if self.refusals else ""
+
+    @property
+    def detail(self) -> str:
+        """Why a norm was kept, or where a folded one went, as one sentence."""
+        if self.outcome == "kept":
+            return "; ".join(dict.fromkeys(r.detail for r in self.refusals))
+        return f"{self.way} into {', '.join(self.into)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry as plain data for JSON."""
+        entry: dict[str, Any] = {
+            "name": self.name,
+            "kind": self.kind,
+            "form": self.form,
+            "nodes": list(self.nodes),
+            "outcome": self.outcome,
+        }
+        if self.outcome == "folded":
+            entry |= {"into": list(self.into), "way": self.way}
+        else:
+            entry |= {
+                "reason": self.reason.value if self.reason else "",
+                "refusals": [
+                    {"reason": r.reason.value, "obstacle": r.obstacle, "detail": r.detail} for r in self.refusals
+                ],
+            }
+        return entry | ({"notes": list(self.notes)} if self.notes else {})
+
+
+@dataclass
+class FusionReport:
+    """One entry for each normalization and each constant affine operator of the input model.
+
+    Args:
+        entries: In graph order.
+        branches_merged: Parallel linear branches that became one operator.
+        operators_before, operators_after: How many nodes of each operator the model has.
+    """
+
+    entries: list[NormReport] = field(default_factory=list)
+    branches_merged: int = 0
+    operators_before: Counter[str] = field(default_factory=Counter)
+    operators_after: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def norms(self) -> tuple[NormReport, ...]:
+        """The entries that are normalizations."""
+        return tuple(e for e in self.entries if e.kind == "norm")
+
+    @property
+    def folded(self) -> tuple[NormReport, ...]:
+        """The normalizations that are gone."""
+        return tuple(e for e in self.norms if e.outcome == "folded")
+
+    @property
+    def kept(self) -> tuple[NormReport, ...]:
+        """The normalizations that stay, each with its reason."""
+        return tuple(e for e in self.norms if e.outcome == "kept")
+
+    @property
+    def affines_folded(self) -> int:
+        """How many constant affine operators that are no norm were folded too."""
+        return sum(e.kind == "affine" and e.outcome == "folded" for e in self.entries)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model differs from its input."""
+        return bool(self.branches_merged) or any(e.outcome == "folded" for e in self.entries)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain data for JSON."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "norms_before": len(self.norms),
+            "norms_after": len(self.kept),
+            "affines_folded": self.affines_folded,
+            "branches_merged": self.branches_merged,
+            "norms": [e.to_dict() for e in self.norms],
+            "affines": [e.to_dict() for e in self.entries if e.kind == "affine"],
+            "operators_before": dict(self.operators_before),
+            "operators_after": dict(self.operators_after),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The report for a person: a summary line, then the kept norms grouped by reason."""
+        norms, folded = self.norms, self.folded
+        if not norms:
+            yield "no normalization found"
+        else:
+            yield f"{len(folded)} of {len(norms)} norms folded, {len(norms) - len(folded)} kept"
+        if self.affines_folded:
+            yield f"{self.affines_folded} constant Mul/Add/Sub/Div/Neg folded"
+        if self.branches_merged:
+            yield f"{self.branches_merged} parallel branches merged"
+        for norm in self.kept:
+            yield f"  kept {norm.name!r} ({norm.form}): {norm.reason.value if norm.reason else ''}: {norm.detail}"
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())

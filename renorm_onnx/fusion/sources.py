@@ -1,0 +1,238 @@
+"""Which nodes *are* an affine map: BatchNormalization, and chains of Mul, Add, Sub, Div and Neg with constants.
+
+Formulas::
+
+    BatchNormalization    y = scale * (x - mean) / sqrt(var + epsilon) + B          ONNX BatchNormalization-6 .. 15
+    chain                 the composition of x * c, x + c, x - c, c - x, x / c, -x
+
+Every batch-renorm layer of today is exported as such a chain. A constant belongs to a chain only if it varies along one
+axis of x at most, and x is proven to have that many elements there: a constant that broadcasts x, or raises its rank,
+is no map of channels. kappa = max |mean| / sigma measures how much of the input cancels in ``x - mean``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from renorm_onnx.fusion.affine import IDENTITY, AffineMap
+from renorm_onnx.fusion.carrier import Desk, label, refuse
+from renorm_onnx.fusion.fact_rules import attribute
+from renorm_onnx.fusion.parameters import FLOATS
+from renorm_onnx.fusion.report import Reason, Refusal
+
+CONSTANT_OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg")
+OLDEST_OPSET = 6  # BatchNormalization-1 to -5 have consumed_inputs and other defaults.
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A run of nodes that computes one affine map.
+
+    Args:
+        nodes: In graph order; each reads the one before and nobody else does.
+        input: The value it maps.
+        map: What it computes, or why that is not known.
+        kappa: How many times larger than its spread the input may be: error of a fold that moves x before the mean.
+        kind: "norm", or "affine" for a constant operator that normalizes nothing by itself.
+        form: "BatchNormalization" or "chain".
+    """
+
+    nodes: tuple[ir.Node, ...]
+    input: ir.Value
+    map: AffineMap | Refusal
+    kappa: float
+    kind: str
+    form: str
+
+    @property
+    def output(self) -> ir.Value:
+        """The value it computes."""
+        return self.nodes[-1].outputs[0]
+
+    @property
+    def name(self) -> str:
+        """How reports call it: the name of its output."""
+        return self.output.name or ""
+
+
+def find_norms(nodes: Sequence[ir.Node], desk: Desk) -> Iterator[Norm]:
+    """All norms among `nodes`, which are in graph order, each node in one norm at most."""
+    taken: set[ir.Node] = set()
+    for node in nodes:
+        if node in taken or node.domain not in ("", "ai.onnx"):
+            continue
+        if node.op_type == "BatchNormalization":
+            yield batch_normalization(node, desk)
+        elif node.op_type in CONSTANT_OPERATORS and (found := _chain(node, desk)) is not None:
+            taken.update(found.nodes)
+            yield found
+
+
+def batch_normalization(node: ir.Node, desk: Desk) -> Norm:
+    """The map of one BatchNormalization, with the refusals that hold whatever stands around it."""
+    data = node.inputs[0]
+    assert data is not None
+    found = _batch_normalization_map(node, desk)
+    values, kappa = found if isinstance(found, tuple) else (found, 0.0)
+    return Norm((node,), data, values, kappa, "norm", "BatchNormalization")
+
+
+def _batch_normalization_map(node: ir.Node, desk: Desk) -> tuple[AffineMap, float] | Refusal:
+    if desk.opset < OLDEST_OPSET:
+        return refuse(Reason.OPSET, node, f"is of opset {desk.opset}; folding starts at opset {OLDEST_OPSET}")
+    if why := _training(node, desk.opset):
+        return refuse(Reason.TRAINING, node, why)
+    if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+        return refuse(Reason.OUTPUTS, node, "has further outputs that are used")
+    parameters = [desk.parameter(node, i) for i in range(1, 5)]
+    for index, parameter in enumerate(parameters, 1):
+        if parameter is not None:
+            continue
+        name = ("scale", "B", "mean", "var")[index - 1]
+        if desk.is_overridable(node, index):
+            return refuse(Reason.OVERRIDABLE, node, f"has a {name} that is an input of the model with a default")
+        return refuse(Reason.NOT_CONSTANT, node, f"has a {name} that is not constant")
+    scale, bias, mean, var = (p.float64() for p in parameters if p is not None)
+    if not attribute(node, "spatial", 1) and scale.ndim > 1:
+        return refuse(Reason.AXIS, node, "normalizes every position by itself (spatial=0)")
+    epsilon = float(attribute(node, "epsilon", np.float32(1e-5)))
+    if (var < 0).any():
+        return refuse(Reason.NEGATIVE_VARIANCE, node, f"has a negative variance in channel {int(np.argmin(var))}")
+    with np.errstate(all="ignore"):
+        gain = scale / np.sqrt(var + epsilon)
+        result = AffineMap.of(gain, bias - mean * gain, 1)
+        kappa = float(np.max(np.abs(mean) / np.sqrt(var + epsilon), initial=0.0))
+    if not result.is_finite:
+        channel = int(np.argmin(np.isfinite(result.scale) & np.isfinite(result.shift)))
+        return refuse(Reason.NON_FINITE, node, f"has parameters that are not finite in channel {channel}")
+    return result, kappa
+
+
+def _training(node: ir.Node, opset: int) -> str:
+    """Why the node normalizes by batch statistics, as the end of a sentence; empty if it does not."""
+    if opset >= 14:
+        return "has training_mode=1" if attribute(node, "training_mode", 0) else ""
+    if opset < 7:
+        return "" if attribute(node, "is_test", 0) else "is in training mode (is_test=0)"
+    # Opsets 7 to 13: one output means inference, five mean training.
+    return "is in training mode (it has the outputs of training)" if any(o.name for o in node.outputs[1:]) else ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    node: ir.Node
+    data: ir.Value
+    map: AffineMap
+
+
+def _chain(first: ir.Node, desk: Desk) -> Norm | None:
+    """The longest run of constant operators that starts at `first`."""
+    link = constant_operator(first, desk)
+    if link is None or _is_bias_of_matmul(link, desk):
+        return None
+    links = [link]
+    total = link.map
+    while (following := _only_reader(links[-1].node.outputs[0])) is not None:
+        link = constant_operator(following, desk)
+        if link is None or link.data is not links[-1].node.outputs[0]:
+            break
+        if None not in (total.axis, link.map.axis) and total.axis != link.map.axis:
+            break
+        links.append(link)
+        total = total.then(link.map)
+    return _as_norm(links, total)
+
+
+def _as_norm(links: Sequence[_Link], total: AffineMap) -> Norm:
+    operators = {link.node.op_type for link in links}
+    per_channel = any(not link.map.is_uniform and link.map.channels > 1 for link in links)
+    both = bool(operators & {"Mul", "Div"}) and bool(operators & {"Add", "Sub"})
+    kind = "norm" if per_channel and both else "affine"
+    values: AffineMap | Refusal = total
+    if not total.is_finite:
+        values = refuse(Reason.NON_FINITE, links[-1].node, "computes with constants that are not finite")
+    return Norm(tuple(link.node for link in links), links[0].data, values, _kappa(links), kind, "chain")
+
+
+def _kappa(links: Sequence[_Link]) -> float:
+    """``max |mean| / sigma`` of a chain that subtracts before it divides; zero where the input is scaled first."""
+    shift = IDENTITY
+    for link in links:
+        if link.map.has_scale and not (link.map.scale == -1).all():
+            return float(np.max(np.abs(shift.shift * link.map.scale), initial=0.0)) if shift.has_shift else 0.0
+        shift = shift.then(link.map)
+    return 0.0
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    reader = next(iter(uses)).node
+    producer = value.producer()
+    same_graph = producer is not None and reader.graph is producer.graph
+    return reader if same_graph and reader.domain in ("", "ai.onnx") else None
+
+
+def _is_bias_of_matmul(link: _Link, desk: Desk) -> bool:
+    """Whether this is the Add that completes a MatMul by a constant to a linear layer: nothing to fold."""
+    producer = link.data.producer()
+    if producer is None or producer.op_type != "MatMul" or link.map.has_scale or len(link.data.uses()) != 1:
+        return False
+    return any(desk.fact(i).is_constant for i in producer.inputs)
+
+
+def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
+    """The map of one Mul, Add, Sub, Div or Neg, if exactly one operand is constant and runs along one axis."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in CONSTANT_OPERATORS or None in node.inputs:
+        return None
+    if node.op_type == "Neg":
+        data = node.inputs[0]
+        is_float = data is not None and desk.fact(data).dtype in FLOATS and not desk.fact(data).is_constant
+        return _Link(node, data, AffineMap.of(-1.0, 0.0, None)) if is_float and data is not None else None
+    constant = [desk.fact(i).is_constant for i in node.inputs]
+    if sum(constant) != 1 or attribute(node, "axis") is not None:
+        return None  # Before opset 7 an axis attribute aligned the second operand.
+    position = constant.index(True)
+    data, parameter = node.inputs[1 - position], desk.parameter(node, position)
+    if parameter is None or data is None or (node.op_type == "Div" and position == 0):
+        return None
+    where = channel_axis(parameter.shape, desk.dims(data))
+    if where is None:
+        return None
+    with np.errstate(all="ignore"):
+        values = _operator_map(node.op_type, position, parameter.float64().reshape(-1))
+    return _Link(node, data, AffineMap.of(*values, where if where >= 0 else None))
+
+
+def channel_axis(shape: Sequence[int], dims: Sequence[object] | None) -> int | None:
+    """The axis of x that a constant of this shape runs along, -1 for a single number, None where it is no map."""
+    wide = [i for i, n in enumerate(shape) if n != 1]
+    if not shape:
+        return -1
+    if dims is None or len(shape) > len(dims) or len(wide) > 1:
+        return None
+    if not wide:
+        return -1
+    axis = len(dims) - len(shape) + wide[0]
+    return axis if dims[axis] == shape[wide[0]] else None
+
+
+def _operator_map(operator: str, position: int, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    one, zero = np.ones_like(c), np.zeros_like(c)
+    if operator == "Mul":
+        return c, zero
+    if operator == "Div":
+        return 1.0 / c, zero
+    if operator == "Add":
+        return one, c
+    return (-one, c) if position == 0 else (one, -c)
+
+
+def describe(norm: Norm) -> tuple[str, ...]:
+    """The nodes of a norm as a person calls them."""
+    return tuple(label(n) for n in norm.nodes)
