@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
@@ -364,7 +365,7 @@ def _source_of(model: Any) -> bytes | str:
     """Return the bytes of a model, or its path where it is too large for one protobuf."""
     if isinstance(model, bytes):
         return model
-    loaded = model_file.load(model)
+    loaded = model if isinstance(model, ir.Model) else model_file.load(model)
     try:
         return model_file.model_bytes(loaded)
     except ModelFileError:

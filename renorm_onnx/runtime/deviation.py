@@ -1,0 +1,152 @@
+"""How far two runs of a model are from a third, element by element and as a whole."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+# Share of elements of integer, boolean and string outputs that may differ from both R and U: ties broken otherwise.
+_FLIPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far U and F are from R on one output of one set of inputs.
+
+    Attributes:
+        elements: How many were compared: those finite in R, U and F.
+        size_rms: RMS(R); this and the next five are over those elements, zero elsewhere.
+        size_max: max|R|.
+        unfused_rms: RMS(U - R).
+        unfused_max: max|U - R|.
+        fused_rms: RMS(F - R).
+        fused_max: max|F - R|.
+        index: Index of the element where F is furthest from R.
+        values: R, U and F there.
+        problem: What rules F out whatever its values: shape, type, finiteness, flipped integers; empty if nothing.
+        discrete: The output is integer, boolean or text: the errors are shares of differing elements.
+    """
+
+    elements: int
+    size_rms: float
+    size_max: float
+    unfused_rms: float
+    unfused_max: float
+    fused_rms: float
+    fused_max: float
+    index: tuple[int, ...]
+    values: tuple[Any, Any, Any]
+    problem: str = ""
+    discrete: bool = False
+
+
+def errors_of(want: Array, unfused: Array, fused: Array) -> Errors:
+    """Measure U and F against R.
+
+    Args:
+        want: R, float64 (or integer, boolean, text).
+        unfused: U.
+        fused: F.
+    """
+    if fused.shape != unfused.shape or want.shape != unfused.shape:
+        return _ruled_out(f"shape {fused.shape}, the unfused model gives {unfused.shape}, the reference {want.shape}")
+    if fused.dtype != unfused.dtype:
+        return _ruled_out(f"type {fused.dtype}, the unfused model gives {unfused.dtype}")
+    if unfused.dtype.kind in "biuSUO":
+        return _discrete_errors(want, unfused, fused)
+    r, u, f = (np.asarray(array, np.float64) for array in (want, unfused, fused))
+    problem = _finiteness(r, u, f)
+    both = np.isfinite(r) & np.isfinite(u) & np.isfinite(f)
+    r0, du, df = (np.where(both, values, 0.0) for values in _differences(r, u, f))
+    flat = int(np.argmax(np.abs(df))) if df.size else 0
+    if problem and df.size:
+        flat = int(np.argmin(_class_ok(r, u, f)))
+    index = tuple(int(i) for i in np.unravel_index(flat, r.shape)) if df.size else ()
+    values = (r[index].item(), u[index].item(), f[index].item()) if df.size else (None, None, None)
+    sizes = rms(r0), _peak(r0), rms(du), _peak(du), rms(df), _peak(df)
+    return Errors(int(both.sum()), *sizes, index, values, problem)
+
+
+def _differences(r: Array, u: Array, f: Array) -> tuple[Array, Array, Array]:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return r, u - r, f - r
+
+
+def _class_ok(r: Array, u: Array, f: Array) -> Array:
+    def alike(a: Array, b: Array) -> Array:
+        same = (np.isnan(a) & np.isnan(b)) | (np.isinf(a) & (a == b)) | (np.isfinite(a) & np.isfinite(b))
+        return np.asarray(same)
+
+    # Where U leaves the range of its type and R does not, F may do either.
+    return np.asarray(alike(r, f) | alike(u, f))
+
+
+def _finiteness(r: Array, u: Array, f: Array) -> str:
+    wrong = ~_class_ok(r, u, f)
+    if not wrong.any():
+        return ""
+    return f"{int(wrong.sum())} elements are not finite where they should be, or the reverse"
+
+
+def _discrete_errors(r: Array, u: Array, f: Array) -> Errors:
+    unfused, both = np.asarray(r != u), np.asarray((f != r) & (f != u))
+    fused = np.asarray(f != r)
+    flat = int(np.argmax(both if both.any() else fused)) if f.size else 0
+    index = tuple(int(i) for i in np.unravel_index(flat, f.shape)) if f.size else ()
+    values = (r[index].item(), u[index].item(), f[index].item()) if f.size else (None, None, None)
+    share = float(both.mean()) if f.size else 0.0
+    problem = f"{share:.2%} of the elements equal neither the reference nor the unfused model" if share > _FLIPS else ""
+    us, fs = (float(wrong.mean()) if f.size else 0.0 for wrong in (unfused, fused))
+    return Errors(f.size, 1.0, 1.0, us, us, fs, fs, index, values, problem, discrete=True)
+
+
+def _ruled_out(problem: str) -> Errors:
+    return Errors(0, 0.0, 0.0, 0.0, 0.0, math.inf, math.inf, (), (None, None, None), problem)
+
+
+def rms(values: Array) -> float:
+    """Return the root mean square, also of values whose squares leave the range of float64."""
+    largest = _peak(values)
+    if largest == 0.0:
+        return 0.0
+    scaled = values / largest
+    return largest * math.sqrt(float(np.vdot(scaled, scaled)) / values.size)
+
+
+def _peak(values: Array) -> float:
+    return float(np.abs(values).max()) if values.size else 0.0
+
+
+def together(members: list[Errors]) -> Errors:
+    """Return the errors of several sets of inputs as if they had been one.
+
+    Args:
+        members: At least one, none of them with a problem.
+    """
+    elements = sum(e.elements for e in members)
+    furthest = max(members, key=lambda e: e.fused_max)
+
+    def mean(values: list[float]) -> float:
+        squares = sum(e.elements * value**2 for e, value in zip(members, values, strict=True))
+        return math.sqrt(squares / elements) if elements else 0.0
+
+    return Errors(
+        elements,
+        mean([e.size_rms for e in members]),
+        max(e.size_max for e in members),
+        mean([e.unfused_rms for e in members]),
+        max(e.unfused_max for e in members),
+        mean([e.fused_rms for e in members]),
+        furthest.fused_max,
+        furthest.index,
+        furthest.values,
+    )
+
+
+def ratio(error: float, size: float) -> float:
+    """Return error / size, where no error is 0 whatever the size."""
+    return 0.0 if error == 0 else error / size if size > 0 else math.inf

@@ -1,0 +1,180 @@
+"""What `verify` answers, for people and for machines."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from renorm_onnx.runtime.estimate import Cost
+from renorm_onnx.runtime.verdict import POOLED, Row, plain
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Whether the candidate gives the same twice, in two fresh sessions.
+
+    Attributes:
+        provider: Execution provider.
+        largest: Largest difference between the two runs.
+        inputs: On which inputs.
+    """
+
+    provider: str
+    largest: float
+    inputs: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {"provider": self.provider, "largest_difference": plain(self.largest), "inputs": self.inputs}
+
+    def __str__(self) -> str:
+        same = "bit for bit" if self.largest == 0 else f"to {self.largest:.1e}"
+        return f"repeatable on {self.provider}: two fresh sessions agree {same} ({self.inputs})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of `verify`.
+
+    Attributes:
+        outcome: "yes"; "no"; "unusable": there is nothing right to compare with; "skipped": the models were too large
+            to run and only what is listed was checked.
+        reason: One sentence.
+        rows: The comparison, one row per provider, output and set of inputs; see `verdict`.
+        problems: What differs before any value is looked at.
+        skipped: What was not checked, and why.
+        repeats: Repeatability, per provider.
+        sites: The check of each rewritten place by itself (`sites.SiteReport`), if made.
+        layers: The comparison layer by layer (`layerwise.LayerReport`), if asked for.
+        cost: Estimate of one run of the reference.
+        precision: The coarsest type in the reference, which sets the limits.
+        seed: Of the generated inputs.
+        environment: Versions, and the options of the sessions.
+        seconds: Wall time spent.
+        fusion: What was folded, if `verify` fused the candidate itself.
+    """
+
+    outcome: str
+    reason: str
+    rows: tuple[Row, ...] = ()
+    problems: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
+    sites: Any = None
+    layers: Any = None
+    cost: Cost | None = None
+    precision: str = ""
+    seed: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    fusion: Any = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the answer is yes."""
+        return self.outcome == "yes"
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ok": self.ok,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "problems": list(self.problems),
+            "rows": [row.to_dict() for row in self.rows],
+            "repeatability": [repeat.to_dict() for repeat in self.repeats],
+            "sites": self.sites.to_dict() if self.sites is not None else None,
+            "layers": self.layers.to_dict() if self.layers is not None else None,
+            "skipped": list(self.skipped),
+            "cost": {"flops": self.cost.flops, "bytes": self.cost.bytes, "complete": self.cost.complete}
+            if self.cost is not None
+            else None,
+            "precision": self.precision,
+            "seed": self.seed,
+            "environment": self.environment,
+            "seconds": round(self.seconds, 3),
+            "fusion": self.fusion.to_dict() if self.fusion is not None else None,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"verdict: {self.outcome}. {self.reason}"]
+        lines += [f"  {problem}" for problem in self.problems]
+        if self.rows:
+            lines += ["", *_table(_shown(self.rows)), ""]
+            lines += [f"worst element on {row.provider}: {_worst(row)}" for row in _furthest(self.rows)]
+        lines += [str(repeat) for repeat in self.repeats]
+        lines += [str(part) for part in (self.sites, self.layers) if part is not None]
+        lines += [f"not checked: {text}" for text in self.skipped]
+        if self.rows:
+            lines.append(
+                f"seed {self.seed}, {self.precision}, {self.environment.get('onnxruntime', '')}, {self.seconds:.2f} s"
+            )
+        return "\n".join(lines)
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> list[str]:
+    """Return the lines of a plain table.
+
+    Args:
+        header: Titles of the columns.
+        rows: Cells, as many per row as titles.
+        numbers: Positions of columns aligned to the right.
+    """
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """Leave out ordinary sets of inputs that hold: their pooled row says it."""
+    return [row for row in rows if row.note or not row.ordinary or row.inputs == POOLED or row.optimize != "off"]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    header = ("", "provider", "opt", "output", "inputs", "elements", "unfused", "fused", "rms", "worst", "note")
+    cells = [
+        (
+            "ok" if row.ok and row.decides and not row.note else "FAIL" if not row.ok else "--",
+            row.provider,
+            row.optimize,
+            row.output,
+            row.inputs,
+            str(row.elements),
+            f"{row.unfused:.1e}",
+            f"{row.fused:.1e}",
+            f"{row.typical:.2f}x",
+            f"{row.worst:.2f}x",
+            row.note,
+        )
+        for row in rows
+    ]
+    explanation = "relative RMS error against float64; rms and worst: in units of the unfused model's own error"
+    return [explanation, *text_table(header, cells, numbers=(5, 6, 7, 8, 9))]
+
+
+def _furthest(rows: Sequence[Row]) -> list[Row]:
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row.decides and row.elements and (row.provider not in best or _rank(row) > _rank(best[row.provider])):
+            best[row.provider] = row
+    return list(best.values())
+
+
+def _rank(row: Row) -> tuple[bool, float]:
+    return (not row.ok, row.worst)
+
+
+def _worst(row: Row) -> str:
+    want, unfused, fused = row.values
+    return f"{row.output!r}{list(row.index)} ({row.inputs}): reference {want!r}, unfused {unfused!r}, fused {fused!r}"

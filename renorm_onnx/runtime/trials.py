@@ -1,0 +1,115 @@
+"""The sets of inputs that one verdict uses, each with the float64 outputs that belong to it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.runtime.estimate import Cost
+from renorm_onnx.runtime.inputs import InputSpec, Trial, given_trials, make_trial, size_plans
+from renorm_onnx.runtime.verdict import ENOUGH
+
+Array = npt.NDArray[Any]
+Evaluate = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+# The telling ones first, since large models are given only the first few.
+_SUITE = (
+    *("normal", "image", "large", "zeros", "small", "mixed", "constant", "denormal"),
+    *("uniform", "normal", "normal", "image"),
+)
+_FEWEST = 3
+
+# Kinds of which a model with few output elements gets more sets.
+_REPEATED = ("normal", "large", "mixed")
+_SUITE_FLOPS = 6e9  # what the reference evaluates in a few seconds
+
+# Size of a varying batch -> up to how many operations per sample.
+_BATCHES = ((32, 1e6), (8, 2e7), (4, 2e8), (2, 2e9))
+
+
+class ReferenceUnusableError(InputError):
+    """The float64 reference cannot evaluate the model, so nothing can be judged."""
+
+
+def trials(
+    evaluate: Evaluate, specs: Sequence[InputSpec], inputs: Any, cost: Cost, seed: int, sizes: Mapping[str, int]
+) -> Iterator[tuple[Trial, dict[str, Array]]]:
+    """Yield sets of inputs, each with its float64 outputs.
+
+    Args:
+        evaluate: The float64 reference.
+        specs: What has to be fed.
+        inputs: None: as many generated sets as the cost allows; a number of them; or data (`given_trials`).
+        cost: Of one run with a batch of one.
+        seed: Of the generated inputs.
+        sizes: Values for sizes that vary.
+
+    Raises:
+        InputError: `inputs` do not fit, or no generated size does.
+        ReferenceUnusableError: The reference does not cover an operator of the model.
+    """
+    run = _Reference(evaluate)
+    if inputs is not None and not isinstance(inputs, int):
+        yield from ((trial, run(trial)) for trial in given_trials(specs, inputs))
+        return
+    if inputs is not None and inputs < 1:
+        raise InputError(f"verify: inputs={inputs!r}, expected at least 1, or there is nothing to compare")
+    batch = next((size for size, flops in _BATCHES if cost.flops < flops), 1)
+    count = inputs or int(np.clip(_SUITE_FLOPS / max(cost.flops * batch, 1.0), _FEWEST, len(_SUITE)))
+    plans = _accepted(run, specs, size_plans(specs, batch, sizes), seed)
+    first, trial, want = next(plans)
+    yield trial, want
+    for number in range(1, count):
+        kind = _SUITE[number % len(_SUITE)]
+        if kind == "normal" and (other := next(plans, None)):
+            yield other[1:]
+        else:
+            trial = make_trial(specs, kind, first, seed + number)
+            yield trial, run(trial)
+    if inputs is None and specs:
+        affordable = int(_SUITE_FLOPS / max(cost.flops * batch, 1.0)) // len(_REPEATED)
+        repeats = min(-(-ENOUGH // max(1, _smallest(want))) - 1, affordable)
+        for number, kind in product(range(repeats), _REPEATED):
+            trial = make_trial(specs, kind, first, seed + count + number)
+            yield trial, run(trial)
+
+
+def _smallest(outputs: Mapping[str, Array]) -> int:
+    """Return the number of elements of the smallest output."""
+    return min((np.size(array) for array in outputs.values()), default=ENOUGH)
+
+
+class _Reference:
+    def __init__(self, evaluate: Evaluate) -> None:
+        self._evaluate = evaluate
+
+    def __call__(self, trial: Trial) -> dict[str, Array]:
+        try:
+            return self._evaluate(trial.feeds)
+        except InputError as error:
+            if "reference unusable" in str(error):
+                raise ReferenceUnusableError(str(error)) from error
+            raise
+
+
+def _accepted(
+    run: _Reference, specs: Sequence[InputSpec], plans: Iterator[dict[str, int]], seed: int
+) -> Iterator[tuple[dict[str, int], Trial, dict[str, Array]]]:
+    """Yield the sizes that the reference accepts, with normal inputs of that size; at least one or an error."""
+    accepted, last = 0, ""
+    for sizes in plans:
+        trial = make_trial(specs, "normal", sizes, seed)
+        try:
+            want = run(trial)
+        except ReferenceUnusableError:
+            raise
+        except InputError as error:
+            last = str(error)
+            continue
+        accepted += 1
+        yield sizes, trial, want
+    if not accepted:
+        raise InputError(f"verify: the reference accepts no generated inputs ({last}); pass sizes= or inputs=")
