@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import overload
@@ -20,10 +20,11 @@ import onnx_ir as ir
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
+from renorm_onnx.fusion.branches import Merge, find_merges
 from renorm_onnx.fusion.calls import open_calls
-from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput
+from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, label
 from renorm_onnx.fusion.carriers import load_carriers
-from renorm_onnx.fusion.fact_dims import RULES
+from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport
@@ -111,17 +112,25 @@ def fuse_in_place(model: ir.Model, options: FuseOptions | None = None) -> Fusion
 class _Engine:
     def __init__(self, model: ir.Model, options: FuseOptions) -> None:
         self._model = model
+        self._options = options
         self._limits = options.limits()
-        facts = Facts(model, RULES, assume_constant_initializers=options.assume_constant_initializers)
+        assumed = options.assume_constant_initializers
+        facts = Facts(model, RULES, CONSTANT_OPERATORS, assume_constant_initializers=assumed)
         self._desk = Desk(facts)
         self._report = FusionReport(operators_before=_count_operators(model))
         self._entries: dict[str, NormReport] = {}
 
     def run(self) -> FusionReport:
+        with model_file.collection_paused():
+            return self._run()
+
+    def _run(self) -> FusionReport:
         open_calls(self._model)
         self._names = Names(names_in(self._model))
         for graph in graphs_of(self._model):
             self._fold(graph)
+            while self._options.merge_branches and self._merge_branches(graph):
+                self._fold(graph)
         self._write_parameters()
         self._report.entries = list(self._entries.values())
         self._report.operators_after = _count_operators(self._model)
@@ -135,10 +144,8 @@ class _Engine:
             nodes = list(graph)
             norms = list(find_norms(nodes, self._desk))
             planner = Planner({n: float(i) for i, n in enumerate(nodes)}, self._desk, load_carriers(), self._limits)
-            changed = False
-            for norm in norms if forwards else reversed(norms):
-                changed |= self._try(norm, planner)
-            if not changed:
+            folded = sum([self._try(norm, planner) for norm in (norms if forwards else reversed(norms))])
+            if folded in (0, len(norms)):
                 return
             self._desk.facts.forget()
             forwards = not forwards
@@ -156,6 +163,33 @@ class _Engine:
         logger.debug("%s: %s", norm.name, entry.detail)
         return True
 
+    def _merge_branches(self, graph: ir.Graph) -> int:
+        """Make one convolution of parallel ones wherever that is possible now; return how often it was."""
+        norms = {norm.output: norm for norm in find_norms(list(graph), self._desk)}
+        count = 0
+        for merge in find_merges(graph, self._desk, norms):
+            self._apply_merge(merge)
+            count += 1
+        self._report.branches_merged += count
+        self._desk.facts.forget()
+        return count
+
+    def _apply_merge(self, merge: Merge) -> None:
+        keep, geometry, graph = merge.keep, merge.geometry, merge.add.graph
+        assert isinstance(graph, ir.Graph)
+        self._desk.pending[keep, 1] = merge.weight
+        if merge.bias is not None:
+            self._desk.pending[keep, 2] = merge.bias
+        keep.attributes.add(ir.AttrInt64s("pads", [*geometry.begin, *geometry.end]))
+        keep.attributes.add(ir.AttrInt64s("dilations", geometry.dilations))
+        keep.attributes.add(ir.AttrInt64s("kernel_shape", geometry.kernel))
+        keep.attributes.pop("auto_pad", None)
+        self._replace(merge.add.outputs[0], keep.outputs[0])
+        self._delete([merge.add])
+        if merge.norm is not None:
+            entry = self._entries[merge.norm.name]
+            entry.outcome, entry.way, entry.into, entry.refusals = "folded", "branches", (label(keep),), ()
+
     def _apply(self, plan: Plan) -> None:
         renamed = {v: v for v in plan.changed}
         source = plan.norm.input
@@ -170,7 +204,11 @@ class _Engine:
                     source = added
         for value in renamed:
             value.name = self._fresh(value.name or "value")
-        self._remove(plan.norm, source, backward=plan.way == "backward")
+        if plan.way == "backward":
+            self._replace(plan.norm.output, source)
+        else:
+            plan.norm.output.replace_all_uses_with(source)
+        self._delete(plan.norm.nodes)
 
     def _add_after(self, edit: AddAfter) -> ir.Value:
         """Insert ``Add(output, constant)`` behind a node and let it take over the node's readers and name."""
@@ -185,24 +223,22 @@ class _Engine:
         self._desk.pending[node, 1] = edit.parameter
         return total
 
-    def _remove(self, norm: Norm, source: ir.Value, *, backward: bool) -> None:
-        """Take the norm's nodes out; `source` stands where its output stood."""
-        output = norm.output
-        name = output.name
-        graph = norm.nodes[0].graph
+    def _replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let `new` stand where `old` stood and bear its name, since it holds the same."""
+        name = old.name
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
+
+    def _delete(self, nodes: Sequence[ir.Node]) -> None:
+        """Take nodes out of their graph, and whatever only they read."""
+        operands = [v for n in nodes for v in n.inputs if v is not None]
+        graph = nodes[0].graph
         assert isinstance(graph, ir.Graph)
-        output.replace_all_uses_with(source, replace_graph_outputs=True)
-        for node in norm.nodes:
-            for index in range(len(node.inputs)):
-                self._desk.pending.pop((node, index), None)
-        operands = [v for n in norm.nodes for v in n.inputs if v is not None and v is not norm.input]
-        graph.remove(norm.nodes, safe=True)
+        graph.remove(nodes, safe=True)
         self._release(operands)
-        if backward:
-            source.name, source.type, source.shape = name, output.type or source.type, output.shape or source.shape
 
     def _release(self, operands: Iterable[ir.Value]) -> None:
-        """Remove constants that nobody reads any more, and the operators that only computed them."""
+        """Remove constants that nobody reads any more, and operators that computed nothing else."""
         stack = list(operands)
         while stack:
             value = stack.pop()

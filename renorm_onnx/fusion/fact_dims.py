@@ -201,6 +201,8 @@ def _same_dims(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact(inputs[0].dims, dtype=inputs[0].dtype)]
 
 
+CONSTANT_OPERATORS = frozenset({*CONTENT_RULES, *LAYOUT_RULES})
+
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(SAME_DIMS, _same_dims),
     **CONTENT_RULES,

@@ -11,7 +11,7 @@ of integer values may hold dimensions: ``Reshape(x, Concat(Shape(x)[0], 128))`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class Fact:
         """The elements, floats as float64; None where they are not constant or too many to compute with."""
         if self.content is not None:
             return self.content
-        if self.tensor is None or math.prod(self.tensor.shape.numpy()) > MAX_COMPUTED_ELEMENTS:
+        if self.tensor is None or self.tensor.size > MAX_COMPUTED_ELEMENTS:
             return None
         return to_float64(self.tensor.numpy()) if self.tensor.dtype.is_floating_point() else self.tensor.numpy()
 
@@ -91,15 +91,22 @@ class Facts:
         model: Only read. Before IR version 4, an initializer that is also a graph input is a constant; from 4 on a
             caller may override it.
         rules: Operator name -> rule (domain "" and "ai.onnx").
+        constant_operators: Those whose rule may give contents.
         assume_constant_initializers: Treat overridable initializers as constants.
     """
 
     def __init__(
-        self, model: ir.Model, rules: Mapping[str, Rule], *, assume_constant_initializers: bool = False
+        self,
+        model: ir.Model,
+        rules: Mapping[str, Rule],
+        constant_operators: Collection[str],
+        *,
+        assume_constant_initializers: bool = False,
     ) -> None:
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
         self._main = model.graph
         self._rules = rules
+        self._constant_operators = constant_operators
         self._all_constant = assume_constant_initializers or model.ir_version < 4
         self._known: dict[ir.Value, Fact] = {}
 
@@ -110,6 +117,15 @@ class Facts:
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether `value` is an initializer that the caller of the model may replace."""
         return value.is_initializer() and value.is_graph_input() and not self._all_constant
+
+    def is_constant(self, value: ir.Value | None) -> bool:
+        """Whether the elements of `value` are known; does not derive facts where the answer is plainly no."""
+        if value is None:
+            return False
+        node = value.producer()
+        if node is None:
+            return value.is_initializer() and not self.is_overridable(value)
+        return node.op_type in self._constant_operators and self[value].is_constant
 
     def __getitem__(self, value: ir.Value | None) -> Fact:
         """The fact about `value`; derived without recursion, since graphs may be 10,000 operators deep."""
@@ -159,7 +175,7 @@ class Facts:
 
 def stored(tensor: ir.TensorProtocol) -> Fact:
     """The fact about a value that is stored in the file."""
-    return Fact(tuple(int(d) for d in tensor.shape.numpy()), None, tensor, tensor.dtype)
+    return Fact(tuple(tensor.shape.numpy()), None, tensor, tensor.dtype)
 
 
 def computed(content: Content, dtype: ir.DataType | None) -> Fact:

@@ -51,7 +51,8 @@ class Parameter:
         if not fact.is_constant or dtype not in FLOATS:
             return None
         if fact.tensor is not None:
-            return cls(fact.tensor, dtype, tuple(int(d) for d in fact.tensor.shape.numpy()))
+            assert fact.dims is not None
+            return cls(fact.tensor, dtype, tuple(d for d in fact.dims if isinstance(d, int)))
         assert fact.content is not None
         return None if fact.content.dtype.kind != "f" else cls(to_float64(fact.content), dtype, fact.content.shape)
 
@@ -117,17 +118,17 @@ class Parameter:
         return result
 
     def magnitudes(self, keep: tuple[int, ...]) -> Array:
-        """Largest absolute value over all axes but `keep`; NaN counts as infinite. Shape: the kept axes."""
+        """Largest absolute value over all axes but `keep`, NaN where one is. Shape: the kept axes."""
         axes = tuple(i for i in range(len(self.shape)) if i not in keep)
         tops = []
         for _, block in self.blocks():
             # Two reductions need no array of absolute values; both propagate NaN.
-            high = np.maximum(block.max(axis=axes, initial=0.0), -block.min(axis=axes, initial=0.0))
-            tops.append(np.where(np.isnan(high), np.inf, high))
+            tops.append(np.maximum(block.max(axis=axes, initial=0.0), -block.min(axis=axes, initial=0.0)))
+        if len(tops) == 1:
+            return to_float64(tops[0])
         if not tops:
             return np.zeros([self.shape[i] for i in keep])
-        result: Array = np.concatenate(tops) if 0 in keep else np.max(tops, axis=0)
-        return result
+        return to_float64(np.concatenate(tops) if 0 in keep else np.max(tops, axis=0))
 
     def rounded(self) -> npt.NDArray[Any]:
         """The elements in their type, each rounded once. Shape `shape`."""

@@ -250,25 +250,29 @@ class Planner:
         return None
 
     def _out_of_range(self, parameter: Parameter) -> tuple[Reason, str] | None:
-        """Whether rounding to the type would overflow, or leave a whole row without its digits."""
-        keep = tuple(i for i in range(len(parameter.shape)) if any(f.shape[i] > 1 for f in parameter.factors))
-        keep = keep if 0 in keep or not parameter.shape else (0, *keep)
-        before = self._magnitudes_of(parameter, keep)
-        factor = np.ones([1] * len(parameter.shape))
-        for f in parameter.factors:
-            factor = factor * np.abs(f)
-        drop = tuple(i for i in range(len(parameter.shape)) if i not in keep)
-        after = before * factor.squeeze(axis=drop) if drop else before * factor
-        finite = np.isfinite(before)
+        """Whether rounding to the type would overflow, or leave a whole row of a weight without its digits."""
         limit = min(largest(parameter.dtype), self._limits.max_weight)
-        if bool((after[finite] > limit).any()) or bool(np.isnan(after[finite]).any()):
-            return Reason.OVERFLOW, f"would get a parameter of {np.nanmax(after[finite]):.3g}, more than {limit:.3g}"
+        if not parameter.factors:
+            if not isinstance(parameter.base, np.ndarray) or not parameter.base.size:
+                return None
+            top = float(np.abs(parameter.base).max())
+            return None if top <= limit else (Reason.OVERFLOW, _too_large(top, limit))
+        rank = len(parameter.shape)
+        keep = tuple(i for i in range(rank) if i == 0 or any(f.shape[i] > 1 for f in parameter.factors))
+        factor = np.abs(parameter.factors[0])
+        for f in parameter.factors[1:]:
+            factor = factor * np.abs(f)
+        factor = factor.squeeze(axis=tuple(i for i in range(rank) if i not in keep))
+        before = self._magnitudes_of(parameter, keep)
+        after = before * factor
+        if not (after <= limit).all() and (after[np.isfinite(before)] > limit).any():
+            return Reason.OVERFLOW, _too_large(float(after[np.isfinite(before)].max()), limit)
         tiny = smallest_normal(parameter.dtype)
-        rows = tuple(range(1, after.ndim))
-        lost = (after.max(axis=rows, initial=0.0) < tiny) & (before.max(axis=rows, initial=0.0) >= tiny)
-        alive = np.broadcast_to(factor.squeeze(axis=drop) if drop else factor, after.shape).max(axis=rows, initial=0.0)
-        if bool((lost & (alive > 0)).any()):
-            return Reason.UNDERFLOW, f"would get a row of parameters below {tiny:.3g}"
+        if (after < tiny).any():
+            rows = tuple(range(1, after.ndim))
+            lost = (after.max(axis=rows) < tiny) & (before.max(axis=rows) >= tiny) & (after.max(axis=rows) > 0)
+            if lost.any():
+                return Reason.UNDERFLOW, f"would get a row of parameters below {tiny:.3g}"
         return None
 
     def _magnitudes_of(self, parameter: Parameter, keep: tuple[int, ...]) -> Array:
@@ -279,6 +283,10 @@ class Planner:
         if key not in self._magnitudes:
             self._magnitudes[key] = (parameter.base, base.magnitudes(keep))
         return self._magnitudes[key][1]
+
+
+def _too_large(top: float, limit: float) -> str:
+    return f"would get a parameter of {top:.3g}, more than {limit:.3g}"
 
 
 def _push(heap: list[tuple[float, int, ir.Node]], priority: float, node: ir.Node) -> None:

@@ -183,7 +183,7 @@ def _is_bias_of_matmul(link: _Link, desk: Desk) -> bool:
     producer = link.data.producer()
     if producer is None or producer.op_type != "MatMul" or link.map.has_scale or len(link.data.uses()) != 1:
         return False
-    return any(desk.fact(i).is_constant for i in producer.inputs)
+    return any(desk.facts.is_constant(i) for i in producer.inputs)
 
 
 def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
@@ -192,9 +192,9 @@ def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
         return None
     if node.op_type == "Neg":
         data = node.inputs[0]
-        is_float = data is not None and desk.fact(data).dtype in FLOATS and not desk.fact(data).is_constant
+        is_float = data is not None and not desk.facts.is_constant(data) and desk.fact(data).dtype in FLOATS
         return _Link(node, data, AffineMap.of(-1.0, 0.0, None)) if is_float and data is not None else None
-    constant = [desk.fact(i).is_constant for i in node.inputs]
+    constant = [desk.facts.is_constant(i) for i in node.inputs]
     if sum(constant) != 1 or attribute(node, "axis") is not None:
         return None  # Before opset 7 an axis attribute aligned the second operand.
     position = constant.index(True)
