@@ -11,7 +11,11 @@ import onnx_ir as ir
 
 from renorm_onnx.runtime.operators.call import Call, Kernel
 
-_NAMES = ("Det",)
+_NAMES = (
+    "AffineGrid", "Attention", "BlackmanWindow", "Col2Im", "DFT", "DeformConv", "Det", "HammingWindow", "HannWindow",
+    "MelWeightMatrix", "NegativeLogLikelihoodLoss", "RotaryEmbedding", "STFT",
+    "SoftmaxCrossEntropyLoss", "TensorScatter", "Unique",
+)  # fmt: skip
 
 
 def _borrow(call: Call) -> Any:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from renorm_onnx.runtime.operators.call import (
@@ -61,8 +62,8 @@ def _modulo(call: Call) -> Result:
     left, right = call.inputs[0], call.inputs[1]
     if call.integer("fmod", 0):
         return np.fmod(left, right)
-    if is_floating(left):
-        raise UnusableError("floating operands need fmod=1")
+    if is_floating(left) and call.opset < 28:
+        raise UnusableError("floating operands need fmod=1 below opset 28")
     return np.mod(left, right)
 
 
@@ -177,38 +178,28 @@ def _is_infinite(call: Call) -> Result:
     return np.isinf(x) & (((x > 0) & bool(positive)) | ((x < 0) & bool(negative)))
 
 
-def cast(array: Array, dtype: np.dtype[Any]) -> Array:
-    """`array` in another promoted type; floats are truncated towards zero for an integer type.
+def cast(array: Array, dtype: np.dtype[Any], *, saturate: bool = True) -> Array:
+    """`array` in another promoted type.
+
+    Floats are truncated towards zero for an integer type and rounded for a type of 8 bits or fewer, beyond whose
+    largest value they become that value, or with `saturate` off infinite or not a number (ONNX Cast-19).
 
     Raises:
-        UnusableError: To or from strings.
+        UnusableError: To or from strings, or to float8_e8m0fnu, which has rounding rules of its own.
     """
-    if "O" in (array.dtype.kind, dtype.kind):
-        raise UnusableError("casts of strings are not covered")
+    if "O" in (array.dtype.kind, dtype.kind) or (dtype.name == "float8_e8m0fnu" and array.dtype != dtype):
+        raise UnusableError(f"a cast from {array.dtype} to {dtype} is not covered")
     if dtype.kind == "b":
         return np.asarray(array != 0)
+    if saturate and dtype.name.startswith("float8") and array.dtype != dtype:
+        limit = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+        array = np.clip(array.astype(np.float64), -limit, limit)
     return array.astype(dtype, copy=False)
 
 
 def _cast(call: Call) -> Result:
-    target = promoted_onnx_type(call.integer("to", 0))
-    if target.itemsize == 1 and target.kind not in "iub" and not call.integer("saturate", 1):
-        raise UnusableError("a Cast to an 8-bit float with saturate=0 is not covered")
-    return _saturated(call.inputs[0], target)
-
-
-def _cast_like(call: Call) -> Result:
-    return _saturated(call.inputs[0], call.inputs[1].dtype)
-
-
-def _saturated(array: Array, target: np.dtype[Any]) -> Array:
-    """A cast that clips to the range of an 8-bit (or narrower) float, as saturate=1 says."""
-    if target.name.startswith("float8_e") and target.name != "float8_e8m0fnu":
-        import ml_dtypes
-
-        limit = float(ml_dtypes.finfo(target).max)  # type: ignore[no-untyped-call]
-        array = np.clip(array.astype(np.float64), -limit, limit)
-    return cast(array, target)
+    to = promoted_onnx_type(call.integer("to", 0)) if call.op_type == "Cast" else call.inputs[1].dtype
+    return cast(call.inputs[0], to, saturate=bool(call.integer("saturate", 1)))
 
 
 def _dropout(call: Call) -> Result:
@@ -266,7 +257,7 @@ OPERATORS: Mapping[str, Kernel] = {
     "IsInf": _is_infinite,
     "Where": lambda call: np.where(call.inputs[0], call.inputs[1], call.inputs[2]),
     "Cast": _cast,
-    "CastLike": _cast_like,
+    "CastLike": _cast,
     "Dropout": _dropout,
 }
 """Elementwise operators by name."""

@@ -4,29 +4,44 @@ from collections.abc import Mapping
 
 from renorm_onnx.runtime.operators import (
     borrowed,
+    control,
     convolution,
+    detection,
     elementwise,
     linear,
     normalization,
     pooling,
+    quantized,
+    recurrent,
     reduction,
+    resize,
+    sampling,
     shaping,
 )
 from renorm_onnx.runtime.operators.call import Kernel
 
-NEWEST_OPSET = 26
+NEWEST_OPSET = 28
 """The last opset of the ONNX domain whose operators the tables follow."""
 
-OPERATORS: Mapping[str, Kernel] = {
-    **elementwise.OPERATORS,
-    **linear.OPERATORS,
-    **convolution.OPERATORS,
-    **pooling.OPERATORS,
-    **normalization.OPERATORS,
-    **shaping.OPERATORS,
-    **reduction.OPERATORS,
-    **borrowed.OPERATORS,
-}
+FAMILIES: tuple[Mapping[str, Kernel], ...] = (
+    elementwise.OPERATORS,
+    linear.OPERATORS,
+    convolution.OPERATORS,
+    pooling.OPERATORS,
+    normalization.OPERATORS,
+    shaping.OPERATORS,
+    reduction.OPERATORS,
+    resize.OPERATORS,
+    sampling.OPERATORS,
+    quantized.OPERATORS,
+    recurrent.OPERATORS,
+    control.OPERATORS,
+    detection.OPERATORS,
+    borrowed.OPERATORS,
+)
+"""One table per family; no operator is in two."""
+
+OPERATORS: Mapping[str, Kernel] = {name: kernel for family in FAMILIES for name, kernel in family.items()}
 """Operators of the ONNX domain by name."""
 
 

@@ -179,7 +179,8 @@ def _depth_to_space(call: Call) -> Result:
 def _space_to_depth(call: Call) -> Result:
     x, block = call.inputs[0], call.integer("blocksize", 1)
     n, c, h, w = x.shape
-    split = x.reshape(n, c, h // block, block, w // block, block).transpose(0, 3, 5, 1, 2, 4)
+    order = (0, 1, 3, 5, 2, 4) if call.text("mode", "DCR") == "CRD" else (0, 3, 5, 1, 2, 4)
+    split = x.reshape(n, c, h // block, block, w // block, block).transpose(order)
     return split.reshape(n, c * block**2, h // block, w // block)
 
 
