@@ -36,8 +36,8 @@ class Recipe:
 
     steps: int
     batch_size: int
-    learning_rate: float = 0.05
-    weight_decay: float = 5e-4
+    learning_rate: float = 0.02
+    weight_decay: float = 1e-3
     seed: int = 0
     evaluations: int = 25
     curve_images: int = 2000
@@ -206,7 +206,7 @@ def train(network: nn.Module, data: ImageSet, recipe: Recipe, device: torch.devi
     images = torch.from_numpy(data.train_images).to(device)
     labels = torch.from_numpy(data.train_labels).to(device)
     optimizer = torch.optim.SGD(
-        network.parameters(), recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+        network.parameters(), recipe.learning_rate, 0.9, weight_decay=recipe.weight_decay, nesterov=True, fused=True
     )
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps)
     generator = torch.Generator().manual_seed(recipe.seed)
