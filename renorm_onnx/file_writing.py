@@ -14,11 +14,13 @@ import secrets
 import stat
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from renorm_onnx.errors import ModelFileError
 
-_ADVICE = {
+# Small writes are collected up to this many bytes.
+_BUFFERED: Final = 1 << 20
+_ADVICE: Final = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
     errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
     errno.EFBIG: "the file would pass the size limit of this process (ulimit -f) or of the file system",
@@ -75,12 +77,14 @@ class NewFile:
 
     Args:
         path: The target, used for the folder, the temporary name and messages. `publish` may choose another name.
+        hashed: Keep a hash of the content.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, hashed: bool = False) -> None:
         self.path = os.fspath(path)
         self.size = 0
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if hashed else None
+        self._buffer = bytearray()
         self._temporary = ""
         self._descriptor = -1
 
@@ -97,26 +101,45 @@ class NewFile:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append `data` and return its length in bytes; raises ModelFileError when the disk refuses."""
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
+        size = memoryview(data).nbytes
+        if size < _BUFFERED:
+            self._buffer += memoryview(data).tobytes()
+            if len(self._buffer) >= _BUFFERED:
+                self._flush()
+        elif size:
+            self._flush()
+            self._append(memoryview(data).cast("B"))
+        self.size += size
+        return size
+
+    def _flush(self) -> None:
+        if self._buffer:
+            self._append(memoryview(bytes(self._buffer)))
+            self._buffer.clear()
+
+    def _append(self, view: memoryview) -> None:
+        if self._digest is not None:
+            self._digest.update(view)
         written = 0
         try:
             while written < len(view):
-                written += os.write(self._descriptor, view[written : written + (64 << 20)])
+                # Linux writes at most 2 GB at once.
+                written += os.write(self._descriptor, view[written : written + (1 << 30)])
         except OSError as error:
             raise self._failure(error) from error
-        self.size += written
-        return written
 
     @property
     def content_hash(self) -> str:
-        """The first 16 hexadecimal digits of the SHA-256 of everything written so far."""
+        """The first 16 hexadecimal digits of the SHA-256 of everything written so far; needs ``hashed=True``."""
+        assert self._digest is not None
+        self._flush()
         return self._digest.hexdigest()[:16]
 
     def sync(self) -> None:
         """Force the content to the disk; raises ModelFileError when that fails (a full disk may show only now)."""
         if self._descriptor < 0:
             return
+        self._flush()
         try:
             os.fsync(self._descriptor)
             os.close(self._descriptor)

@@ -1,7 +1,7 @@
-"""Models in and out: the only place where a path becomes a model and a model becomes a file.
+"""Models in and out: where a path becomes a model, and a model a file.
 
 Reading takes a path, an `onnx.ModelProto` or an `onnx_ir.Model` and always gives a fresh model that nobody else holds.
-The protobuf is judged before onnx-ir sees it, since onnx-ir lets the last of two equal names win, drops sparse
+The message is judged before onnx-ir sees it, since onnx-ir lets the last of two equal names win, drops sparse
 initializers, and follows ``../`` out of the folder. External tensors stay on the disk until somebody reads them.
 
 Writing is all or nothing: the `.onnx` is replaced last, and its data file, if it has one, is named after its content,
@@ -10,7 +10,10 @@ so the pair that a reader finds on the disk always belongs together. No existing
 
 import contextlib
 import copy
+import filecmp
 import gc
+import io
+import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -21,19 +24,31 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from renorm_onnx.errors import ModelFileError
+from renorm_onnx.external_data import BLOCK_BYTES, check_external, set_folder
 from renorm_onnx.file_writing import NewFile, check_output, explain
+from renorm_onnx.model_checks import check_model
+from renorm_onnx.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
+from renorm_onnx.tensor_checks import quoted
 
 __all__ = ["check_output", "collection_paused", "copy_file", "load", "model_bytes", "save", "to_proto"]
 
-# What protobuf can hold in one message, less room for everything that is not a tensor.
-PROTOBUF_LIMIT: Final = 2**31 - 1
-# Above this, weights go to a data file: protobuf needs the message twice in memory to write it.
+logger = logging.getLogger(__name__)
+
+# Above this, weights go to a data file: readers of protobuf need the message twice in memory.
 EXTERNAL_ABOVE: Final = 1_500_000_000
 # Smaller tensors stay in the .onnx, where shape inference can see them (the threshold of onnx and onnxruntime).
 EXTERNAL_TENSOR_ABOVE: Final = 1024
 # A data file's tensors start at page borders, so that runtimes can map them.
 _ALIGNMENT: Final = 4096
 _KEEP_EXTERNAL: Final = "renorm_onnx.external_data"
+# What people pass instead of a model, by the file's first bytes.
+_SIGNATURES: Final = (
+    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes; export the model to ONNX first"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes; convert the model to ONNX first"),
+    (b"<", "a web page or XML; download the file itself"),
+    (b"{", "JSON; expected the binary ONNX format"),
+)
 
 
 @contextlib.contextmanager
@@ -56,11 +71,11 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, *, allow_s
         allow_symlinks: Follow links from the model's folder to data files elsewhere, as caches built of links need it.
 
     Returns:
-        A model of its own. External tensors are not read yet.
+        A model of its own, its nodes in topological order. External tensors are not read yet.
 
     Raises:
-        ModelFileError: The file is absent, not a file, not ONNX, damaged, too large, or asks for what no model needs:
-            a name defined twice, a value never defined, a cycle, a tensor that does not fit its bytes, data elsewhere.
+        ModelFileError: The file is absent, not a file, not ONNX, damaged or too large, or the model breaks a rule of
+            ONNX: a name defined twice or never, a cycle, a tensor that does not fit its bytes, data outside its folder.
     """
     with collection_paused():
         if isinstance(source, ir.Model):
@@ -68,21 +83,10 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, *, allow_s
         if isinstance(source, onnx.ModelProto):
             proto = onnx.ModelProto()
             proto.CopyFrom(source)
-            return ir.serde.deserialize_model(proto)
-        return _load_path(os.fspath(source))
-
-
-def _load_path(path: str) -> ir.Model:
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(_read(path))
-    except DecodeError as error:
-        raise ModelFileError(
-            f"{path!r} is not an ONNX model, or a damaged one: protobuf cannot read it; export or download it again"
-        ) from error
-    model = ir.serde.deserialize_model(proto)
-    ir.external_data.set_base_dir(model.graph, os.path.dirname(os.path.abspath(path)))
-    return model
+            return _judged(proto, "the model", folder=None, allow_symlinks=allow_symlinks)
+        path = os.fspath(source)
+        folder = os.path.dirname(os.path.abspath(path))
+        return _judged(_parsed(_read(path), path), repr(path), folder=folder, allow_symlinks=allow_symlinks)
 
 
 def _read(path: str) -> bytes:
@@ -95,7 +99,7 @@ def _read(path: str) -> bytes:
             raise ModelFileError(f"{path!r} is a pipe or a device; expected an ONNX model file; save it to one first")
         if status.st_size > PROTOBUF_LIMIT:
             raise ModelFileError(
-                f"{path!r} has {status.st_size:,} bytes; a protobuf file holds at most {PROTOBUF_LIMIT:,}; "
+                f"{path!r} has {status.st_size:,} bytes; an .onnx file holds at most {PROTOBUF_LIMIT:,}; "
                 "save the model with its weights as external data"
             )
         with open(path, "rb") as file:
@@ -104,30 +108,85 @@ def _read(path: str) -> bytes:
         raise ModelFileError(f"{path!r} does not exist; expected an ONNX model file") from error
     except OSError as error:
         raise ModelFileError(f"cannot read {path!r}: {explain(error)}") from error
+    except ValueError as error:
+        raise ModelFileError(f"{path!r} is not a path: {error}") from error
     if not data:
         raise ModelFileError(f"{path!r} is empty; expected an ONNX model file; export or download it again")
     return data
 
 
+def _parsed(data: bytes, path: str) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        kind = next((kind for signature, kind in _SIGNATURES if data.startswith(signature)), None)
+        if kind is None and "depth" in str(error).lower():
+            kind = "nested deeper than the 100 messages that protobuf reads"
+        kind = kind or "no ONNX model, or a damaged or truncated one; export or download it again"
+        raise ModelFileError(f"{path!r} cannot be read as protobuf: it is {kind}") from error
+    return proto
+
+
+def _judged(proto: onnx.ModelProto, who: str, *, folder: str | None, allow_symlinks: bool) -> ir.Model:
+    """Build a model from a message of our own, which becomes part of it."""
+    try:
+        findings = check_model(proto)
+        if findings.external and folder is None:
+            raise ModelFileError(
+                f"tensor {quoted(findings.external[0].name)} lies in a data file, and a model in memory has no folder "
+                "to find it in; pass the model's path instead"
+            )
+        check_external(findings.external, folder or "", follow_links=allow_symlinks)
+        model = ir.serde.deserialize_model(proto)
+        if findings.unsorted:
+            model.graph.sort()
+            for function in model.functions.values():
+                function.sort()
+    except ModelFileError as error:
+        raise ModelFileError(f"{who}: {error}") from None
+    except (ir.serde.SerdeError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"{who}: {_reason(error)}") from error
+    if findings.external:
+        model.meta[_KEEP_EXTERNAL] = True
+        for tensor in _tensors(model):
+            if isinstance(tensor, ir.ExternalTensor):
+                set_folder(tensor, folder or "")
+    return model
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was wrong at the root of a chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 def _copied(model: ir.Model) -> ir.Model:
-    """A copy of `model` whose tensors share only their data: renaming a value must not rename the original's tensor."""
-    fresh = _with_tensors(model, _renamable)
+    """A copy of `model` that shares only its tensors' data: to rename a value is to rename its tensor."""
+    try:
+        fresh = _with_tensors(model, _renamable)
+    except (RuntimeError, ValueError) as error:
+        raise ModelFileError(f"the model cannot be copied: {_reason(error)}") from error
     if model.meta.get(_KEEP_EXTERNAL):
         fresh.meta[_KEEP_EXTERNAL] = True
     return fresh
 
 
 def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    if isinstance(tensor, ir.serde.TensorProtoTensor):
-        return ir.LazyTensor(
-            lambda: tensor,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            name=tensor.name,
-            doc_string=tensor.doc_string,
-            metadata_props=dict(tensor.metadata_props),
-        )
-    return copy.copy(tensor)
+    return _lazy(tensor) if isinstance(tensor, ir.serde.TensorProtoTensor) else copy.copy(tensor)
+
+
+def _lazy(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: tensor,
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
 
 
 def _with_tensors(model: ir.Model, replace: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> ir.Model:
@@ -137,26 +196,27 @@ def _with_tensors(model: ir.Model, replace: Callable[[ir.TensorProtocol], ir.Ten
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = replace(value.const_value)
-        for node in graph:
-            for name, attribute in list(node.attributes.items()):
-                if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
-                    node.attributes[name] = ir.AttrTensor(
-                        name, replace(attribute.as_tensor()), doc_string=attribute.doc_string
-                    )
+    for node, attribute in _tensor_attributes(fresh):
+        replaced = replace(attribute.as_tensor())
+        node.attributes[attribute.name] = ir.AttrTensor(attribute.name, replaced, doc_string=attribute.doc_string)
     return fresh
 
 
 def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     for graph in model.graphs():
         yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
-        for node in graph:
-            for attribute in node.attributes.values():
-                if not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
-                    yield attribute.as_tensor()
+    yield from (attribute.as_tensor() for _, attribute in _tensor_attributes(model))
 
 
-def _has_external(model: ir.Model) -> bool:
-    return any(isinstance(tensor, ir.ExternalTensor) for tensor in _tensors(model))
+def _tensor_attributes(model: ir.Model) -> list[tuple[ir.Node, ir.Attr]]:
+    bodies = [model.graph, *(function.graph for function in model.functions.values())]
+    return [
+        (node, attribute)
+        for body in bodies
+        for node in body.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
+    ]
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -166,24 +226,11 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
         model: Left as it is.
 
     Raises:
-        ModelFileError: The tensors need more than the 2 GB that a protobuf can hold.
+        ModelFileError: The message would exceed 2 GB.
     """
-    size = sum(tensor.nbytes for tensor in _tensors(model) if tensor.dtype != ir.DataType.STRING)
-    if size > PROTOBUF_LIMIT:
-        raise ModelFileError(
-            f"the model's tensors need {size:,} bytes; one protobuf holds at most {PROTOBUF_LIMIT:,}; "
-            "write the model to a file and pass its path"
-        )
-    with collection_paused():
-        if _has_external(model):
-            model = _with_tensors(model, _in_memory)
-        return ir.serde.serialize_model(model)
-
-
-def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    if not isinstance(tensor, ir.ExternalTensor):
-        return tensor
-    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name or "")
+    proto = onnx.ModelProto()
+    proto.ParseFromString(model_bytes(model))
+    return proto
 
 
 def model_bytes(model: ir.Model) -> bytes:
@@ -192,85 +239,142 @@ def model_bytes(model: ir.Model) -> bytes:
     Raises:
         ModelFileError: As `to_proto`.
     """
-    content: bytes = to_proto(model).SerializeToString()
-    return content
+    buffer = io.BytesIO()
+    with collection_paused():
+        write_model(_with_inner_tensors(model, _in_memory), buffer)
+    return buffer.getvalue()
+
+
+def _with_inner_tensors(model: ir.Model, replace: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> ir.Model:
+    """The model, or a copy where external tensors in inner graphs and attributes are replaced: onnx-ir writes those."""
+    top = {id(value.const_value) for value in model.graph.initializers.values()}
+    if any(isinstance(tensor, ir.ExternalTensor) and id(tensor) not in top for tensor in _tensors(model)):
+        return _with_tensors(model, lambda tensor: tensor if id(tensor) in top else replace(tensor))
+    return model
+
+
+def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return _lazy(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) -> None:
     """Write the model to a file, whole or not at all.
 
     The weights go to a data file beside it when the model came with one, or when they exceed 1.5 GB. They are streamed:
-    each tensor's ``tofile(file)`` is given an object with a ``write`` method, and may call it once per block.
+    each tensor's ``tofile`` is given an object with a ``write`` method, and may call it once per block.
 
     Args:
         model: Left as it is.
-        path: The `.onnx` file.
-        force: Replace an existing file.
+        path: The `.onnx` file. Its data file is named after it and after its own content.
+        force: Replace an existing file. Data files that it used stay: another model may use them too.
 
     Raises:
         ModelFileError: As `check_output`, or the disk is full, or the weights exceed what the file can hold.
     """
     path = os.fspath(path)
-    check_output(path, force=force)
-    size = sum(tensor.nbytes for tensor in _tensors(model) if tensor.dtype != ir.DataType.STRING)
-    if size > EXTERNAL_ABOVE or model.meta.get(_KEEP_EXTERNAL) or _has_external(model):
-        _save_with_data(model, path, force=force)
-        return
-    content = model_bytes(model)
-    with NewFile(path) as file:
-        file.write(content)
+    tensors = [tensor for tensor in _tensors(model) if tensor.dtype != ir.DataType.STRING]
+    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    check_output(path, inputs={tensor.path for tensor in external}, force=force)
+    with collection_paused(), contextlib.ExitStack() as files:
+        place, data = None, None
+        if external or model.meta.get(_KEEP_EXTERNAL) or sum(tensor.nbytes for tensor in tensors) > EXTERNAL_ABOVE:
+            data = files.enter_context(NewFile(path, hashed=True))
+            place = _write_data(tensors, data, os.path.splitext(os.path.basename(path))[0])
+        file = files.enter_context(NewFile(path))
+        if place is None:
+            write_model(_with_inner_tensors(model, _in_memory), file)
+        else:
+            placed = place
+            inner = _with_inner_tensors(model, lambda tensor: placed.get(id(tensor)) or _in_memory(tensor))
+            write_model(inner, file, place=lambda tensor: placed.get(id(tensor)))
         file.sync()
-        check_output(path, force=force)
+        check_output(path, inputs={tensor.path for tensor in external}, force=force)
+        if data is not None and place:
+            data.publish(os.fspath(next(iter(place.values())).location))
         file.publish()
+    logger.info("wrote %s: %d tensors, %d of them in a data file", path, len(tensors), len(place or ()))
 
 
-def _save_with_data(model: ir.Model, path: str, *, force: bool) -> None:
-    folder, name = os.path.split(path)
-    with NewFile(path + ".data") as data:
-        offsets: dict[int, int] = {}
-        for tensor in _tensors(model):
-            if (
-                tensor.dtype != ir.DataType.STRING
-                and tensor.nbytes > EXTERNAL_TENSOR_ABOVE
-                and id(tensor) not in offsets
-            ):
-                data.write(bytes(-data.size % _ALIGNMENT))
-                offsets[id(tensor)] = data.size
-                tensor.tofile(data)  # type: ignore[attr-defined]
-        data.sync()
-        location = f"{os.path.splitext(name)[0]}.{data.content_hash}.data"
-
-        def stub(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-            if id(tensor) not in offsets:
-                return _in_memory(tensor)
-            return ir.ExternalTensor(
-                location,
-                offsets[id(tensor)],
-                tensor.nbytes,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=tensor.name or "",
-                base_dir=folder,
-            )
-
-        with collection_paused():
-            content = ir.serde.serialize_model(_with_tensors(model, stub)).SerializeToString()
-        with NewFile(path) as file:
-            file.write(content)
-            file.sync()
-            check_output(path, force=force)
-            data.publish(location)
-            file.publish()
+def _write_data(tensors: list[ir.TensorProtocol], data: NewFile, stem: str) -> dict[int, ir.ExternalTensor]:
+    """Write the large tensors to `data`, equal ranges of an input once; say by id where each lies."""
+    offsets: dict[int, int] = {}
+    written: dict[object, int] = {}
+    for tensor in tensors:
+        if tensor.nbytes <= EXTERNAL_TENSOR_ABOVE or id(tensor) in offsets:
+            continue
+        key: object = id(tensor)
+        if isinstance(tensor, ir.ExternalTensor):
+            key = tensor.path, tensor.offset or 0, tensor.nbytes
+        if key not in written:
+            data.write(bytes(-data.size % _ALIGNMENT))
+            written[key] = data.size
+            write_tensor(tensor, data)
+            if data.size - written[key] != tensor.nbytes:
+                raise ModelFileError(
+                    f"tensor {tensor.name!r} gave {data.size - written[key]:,} bytes; expected {tensor.nbytes:,}"
+                )
+        offsets[id(tensor)] = written[key]
+    data.sync()
+    location = f"{stem[:200]}.{data.content_hash}.data"
+    return {
+        id(tensor): ir.ExternalTensor(
+            location,
+            offsets[id(tensor)],
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name or "",
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+        )
+        for tensor in tensors
+        if id(tensor) in offsets
+    }
 
 
 def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Copy a model file byte for byte.
+    """Copy a model byte for byte, and its data files with it when the copy is in another folder.
+
+    Args:
+        source: The model's path.
+        target: The copy's path.
+        force: Replace an existing file. A data file that is in the way is never replaced.
 
     Raises:
-        ModelFileError: As `check_output`, or `source` cannot be read.
+        ModelFileError: As `load` and `check_output`, or a data file of that name and other content is in the way.
     """
+    source, target = os.fspath(source), os.fspath(target)
     check_output(target, inputs=[source], force=force)
-    content = _read(os.fspath(source))
-    with NewFile(target) as file:
+    content = _read(source)
+    folder, new_folder = os.path.dirname(os.path.abspath(source)), os.path.dirname(os.path.abspath(target))
+    try:
+        findings = check_model(_parsed(content, source))
+        locations = check_external(findings.external, folder, follow_links=True)
+    except ModelFileError as error:
+        raise ModelFileError(f"{source!r}: {error}") from None
+    with contextlib.ExitStack() as files:
+        copies = []
+        for location, path in locations.items() if not os.path.samefile(folder, new_folder) else ():
+            target_data = os.path.join(new_folder, location)
+            if not _is_copied(path, target_data):
+                copies.append(files.enter_context(NewFile(target_data)))
+                with open(path, "rb") as data:
+                    while block := data.read(BLOCK_BYTES):
+                        copies[-1].write(block)
+                copies[-1].sync()
+        file = files.enter_context(NewFile(target))
         file.write(content)
+        file.sync()
+        check_output(target, inputs=[source], force=force)
+        for copied in copies:
+            copied.publish()
         file.publish()
+
+
+def _is_copied(source: str, target: str) -> bool:
+    """Whether `target` is there already, with the content of `source`."""
+    if not os.path.lexists(target):
+        return False
+    if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
+        return True
+    raise ModelFileError(f"the data file {target!r} exists with other content; copy the model to another folder")

@@ -1,0 +1,174 @@
+"""Is a message the model it claims to be? Judges an `onnx.ModelProto` before anything is built from it.
+
+Every rule is one that onnxruntime or the ONNX specification has too; what they leave open is accepted. Nothing here
+recurses: a message may be built to be deeper than the stack. Time and memory are linear in the size of the message.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import onnx
+from google.protobuf import unknown_fields  # type: ignore[import-untyped]
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+
+from renorm_onnx.errors import ModelFileError
+from renorm_onnx.name_checks import MAX_NODES, Scope, check_calls, define, plain_domain, resolve, title
+from renorm_onnx.tensor_checks import check_tensor, densified, quoted
+
+MAX_ENTRIES: Final = 2_000_000
+# protobuf reads messages at most 100 deep, three per graph: no file can hold more than 31 graphs in one another.
+MAX_NESTING: Final = 32
+MAX_DENSIFIED_BYTES: Final = 2**28
+
+
+@dataclasses.dataclass(slots=True)
+class Findings:
+    """What whoever builds the model must know: tensors kept in data files, and whether nodes stand out of order."""
+
+    external: list[TensorProto] = dataclasses.field(default_factory=list)
+    unsorted: bool = False
+
+
+def check_model(model: onnx.ModelProto) -> Findings:
+    """Judge a model; make its sparse tensors dense in place.
+
+    Args:
+        model: Changed in one way only: sparse initializers become ordinary ones.
+
+    Raises:
+        ModelFileError: It is no model, or breaks a rule of ONNX, or exceeds a limit.
+    """
+    _check_header(model)
+    findings = Findings()
+    roots = [Scope(model.graph, f"graph {quoted(model.graph.name)}")]
+    roots += [Scope(f, f"function {quoted(f'{f.domain}::{f.name}')}") for f in model.functions]
+    scopes = _collect(roots, findings)
+    for scope in scopes:
+        define(scope)
+    for scope in reversed(scopes):
+        findings.unsorted |= resolve(scope)
+    check_calls(model, scopes)
+    return findings
+
+
+def _check_header(model: onnx.ModelProto) -> None:
+    if not model.HasField("graph"):
+        raise ModelFileError("it has no graph, so it is not an ONNX model")
+    if model.ir_version < 1:
+        raise ModelFileError(f"ir_version is {model.ir_version}; expected 1 or more; the file is damaged")
+    if model.training_info:
+        raise ModelFileError(
+            "it has training_info, which would be lost; remove it first (del model.training_info[:] in Python)"
+        )
+    _check_unknown(model, "the model")
+    _check_map(((plain_domain(opset.domain), opset.version) for opset in model.opset_import), "opset")
+    _check_map(((entry.key, entry.value) for entry in model.metadata_props), "metadata entry")
+
+
+def _check_map(entries: Iterable[tuple[str, object]], what: str) -> None:
+    seen: dict[str, object] = {}
+    for key, value in entries:
+        if seen.setdefault(key, value) != value:
+            raise ModelFileError(
+                f"{what} {quoted(key)} is given twice, as {quoted(seen[key])} and {quoted(value)}; expected one value"
+            )
+
+
+def _check_unknown(message: object, what: str) -> None:
+    unknown = unknown_fields.UnknownFieldSet(message)
+    if len(unknown):
+        raise ModelFileError(
+            f"{what} has a field (number {unknown[0].field_number}) that onnx {onnx.__version__} does not know and "
+            "would lose; the file is damaged or needs a newer onnx"
+        )
+
+
+def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
+    """Every graph and function body, outer ones first; their tensors and attributes are judged on the way."""
+    scopes = list(roots)
+    nodes = entries = 0
+    budget = MAX_DENSIFIED_BYTES
+    for scope in scopes:  # grows while it runs
+        proto = scope.proto
+        scope.nodes = list(proto.node)
+        nodes += len(scope.nodes)
+        entries += len(proto.input) + len(proto.output) + len(proto.value_info)
+        if isinstance(proto, GraphProto):
+            entries += len(proto.initializer)
+        if nodes > MAX_NODES or entries > MAX_ENTRIES:
+            raise ModelFileError(
+                f"it has more than {MAX_NODES:,} nodes or {MAX_ENTRIES:,} values; larger models are not supported"
+            )
+        if scope.depth > MAX_NESTING:
+            raise ModelFileError(f"{scope.label} lies {scope.depth} graphs deep; expected at most {MAX_NESTING}")
+        _check_unknown(proto, scope.label)
+        if isinstance(proto, GraphProto):
+            for sparse in proto.sparse_initializer:
+                dense = densified(sparse, budget=budget)
+                budget -= len(dense.raw_data)
+                proto.initializer.append(dense)
+            proto.ClearField("sparse_initializer")
+            for tensor in proto.initializer:
+                _note_tensor(tensor, findings)
+        for index, node in enumerate(scope.nodes):
+            _check_unknown(node, scope.label)
+            if not node.op_type:
+                raise ModelFileError(f"{title(node)} in {scope.label} has no operator type")
+            if node.attribute:
+                budget = _check_attributes(node, scope, findings, budget)
+                graphs = [
+                    Scope(graph, f"graph {quoted(graph.name)}", scope, scope.depth + 1) for graph in _graphs(node)
+                ]
+                if graphs:
+                    scope.inner[index] = graphs
+                    scopes += graphs
+    return scopes
+
+
+def _note_tensor(tensor: TensorProto, findings: Findings) -> None:
+    _check_unknown(tensor, "a tensor")
+    if tensor.data_location == TensorProto.EXTERNAL:
+        findings.external.append(tensor)
+    else:
+        check_tensor(tensor)
+
+
+def _graphs(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH and not attribute.ref_attr_name:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS and not attribute.ref_attr_name:
+            yield from attribute.graphs
+
+
+def _check_attributes(node: NodeProto, scope: Scope, findings: Findings, budget: int) -> int:
+    """Judge a node's attributes, make a Constant's sparse value dense in place, return what is left of `budget`."""
+    seen = set()
+    for attribute in node.attribute:
+        name, kind = attribute.name, attribute.type
+        _check_unknown(attribute, f"attribute {quoted(name)}")
+        if name in seen or not name or isinstance(name, bytes):
+            raise ModelFileError(
+                f"{title(node)} in {scope.label} has "
+                + (f"attribute {quoted(name)} twice" if name in seen else f"an attribute named {quoted(name)}")
+                + "; expected each by its own name"
+            )
+        seen.add(name)
+        if attribute.ref_attr_name:
+            continue
+        if kind == AttributeProto.SPARSE_TENSOR and node.op_type == "Constant" and name == "sparse_value":
+            dense = densified(attribute.sparse_tensor, budget=budget)
+            budget -= len(dense.raw_data)
+            attribute.CopyFrom(AttributeProto(name="value", type=AttributeProto.TENSOR, t=dense))
+        elif kind == AttributeProto.TENSOR:
+            _note_tensor(attribute.t, findings)
+        elif kind == AttributeProto.TENSORS:
+            for tensor in attribute.tensors:
+                _note_tensor(tensor, findings)
+        elif kind in (AttributeProto.UNDEFINED, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS):
+            raise ModelFileError(
+                f"{title(node)} in {scope.label}: attribute {quoted(name)} has type "
+                f"{AttributeProto.AttributeType.Name(kind)}, which is not supported here"
+            )
+    return budget
