@@ -24,10 +24,12 @@ from renorm_onnx.runtime.deviation import errors_of
 from renorm_onnx.runtime.estimate import LIMIT, Cost, estimate
 from renorm_onnx.runtime.inputs import Trial, input_specs
 from renorm_onnx.runtime.interface import interface_problems
+from renorm_onnx.runtime.layerwise import compare_layers
 from renorm_onnx.runtime.providers import onnxruntime
 from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.report import Repeat, Verdict
 from renorm_onnx.runtime.session import Session, open_session
+from renorm_onnx.runtime.sites import SiteReport, check_sites
 from renorm_onnx.runtime.torch_reference import TorchReference, is_torch_module
 from renorm_onnx.runtime.trials import ReferenceUnusableError, trials
 from renorm_onnx.runtime.verdict import POOLED, PRECISIONS, Judge, Precision, Row
@@ -59,6 +61,7 @@ def verify(
     layers: bool = False,
     sizes: Mapping[str, int] | None = None,
     limit: Cost | None = None,
+    sites: bool | None = None,
 ) -> Verdict:
     """Judge whether `candidate` computes what `reference` means, as exactly as `reference` does.
 
@@ -73,6 +76,8 @@ def verify(
         layers: Compare every value whose name is in both models, and name the first that diverges.
         sizes: Values for named sizes that vary, in generated inputs.
         limit: Skip running the models, and say so, if one run costs more.
+        sites: Check every rewritten place by itself too (`check_sites`), which also decides. It takes a candidate in
+            which a name means the same value as in the reference; None: if `verify` fused it itself.
 
     Returns:
         The verdict; `.ok` only if something was compared and all of it holds.
@@ -93,9 +98,22 @@ def verify(
 
         reference = model_file.load(reference)
         candidate, fusion = fuse(reference)
-    comparison = _Comparison(_Sides(reference, candidate), seed, dict(sizes or {}))
+    if is_torch_module(reference) and (sites or layers):
+        raise InputError("verify: sites= and layers= need a reference model, a torch module has no value names")
+    sides = _Sides(reference, candidate)
+    comparison = _Comparison(sides, seed, dict(sizes or {}))
     verdict = comparison.run(tuple(dict.fromkeys(providers)), inputs, limit, layers)
+    if sites or (sites is None and fusion is not None):
+        verdict = _with_sites(verdict, check_sites(sides.model, sides.candidate, seed=seed))
     return replace(verdict, fusion=fusion, seed=seed, seconds=time.perf_counter() - started)
+
+
+def _with_sites(verdict: Verdict, found: SiteReport) -> Verdict:
+    if found.ok:
+        return replace(verdict, sites=found)
+    wrong = found.wrong[0]
+    reason = f"{len(found.wrong)} rewritten place(s) compute something else, the first is {wrong}"
+    return replace(verdict, outcome="no", reason=reason, sites=found)
 
 
 class _Sides:
@@ -174,7 +192,12 @@ class _Comparison:
                     self._run_trial(one, trial, want)
         except ReferenceUnusableError as error:
             return replace(base, outcome="unusable", reason=str(error))
-        return self._conclude(base, runners)
+        verdict = self._conclude(base, runners)
+        if layers and self._first is not None:
+            first = self._first
+            compared = [compare_layers(sides.model, sides.candidate, one.provider, first, precision) for one in runners]
+            verdict = replace(verdict, layers=tuple(compared))
+        return verdict
 
     def _run_trial(self, one: _Runners, trial: Trial, want: Mapping[str, Array]) -> None:
         try:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from renorm_onnx.runtime.estimate import Cost
+from renorm_onnx.runtime.layerwise import LayerReport
+from renorm_onnx.runtime.sites import SiteReport
+from renorm_onnx.runtime.table import text_table
 from renorm_onnx.runtime.verdict import POOLED, Row, plain
 
 SCHEMA_VERSION = 1
@@ -46,7 +49,7 @@ class Verdict:
         skipped: What was not checked, and why.
         repeats: Repeatability, per provider.
         sites: The check of each rewritten place by itself (`sites.SiteReport`), if made.
-        layers: The comparison layer by layer (`layerwise.LayerReport`), if asked for.
+        layers: The comparisons layer by layer (`layerwise.LayerReport`), one per provider, if asked for.
         cost: Estimate of one run of the reference.
         precision: The coarsest type in the reference, which sets the limits.
         seed: Of the generated inputs.
@@ -61,8 +64,8 @@ class Verdict:
     problems: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     repeats: tuple[Repeat, ...] = ()
-    sites: Any = None
-    layers: Any = None
+    sites: SiteReport | None = None
+    layers: tuple[LayerReport, ...] = ()
     cost: Cost | None = None
     precision: str = ""
     seed: int = 0
@@ -89,7 +92,7 @@ class Verdict:
             "rows": [row.to_dict() for row in self.rows],
             "repeatability": [repeat.to_dict() for repeat in self.repeats],
             "sites": self.sites.to_dict() if self.sites is not None else None,
-            "layers": self.layers.to_dict() if self.layers is not None else None,
+            "layers": [layer.to_dict() for layer in self.layers],
             "skipped": list(self.skipped),
             "cost": {"flops": self.cost.flops, "bytes": self.cost.bytes, "complete": self.cost.complete}
             if self.cost is not None
@@ -108,32 +111,14 @@ class Verdict:
             lines += ["", *_table(_shown(self.rows)), ""]
             lines += [f"worst element on {row.provider}: {_worst(row)}" for row in _furthest(self.rows)]
         lines += [str(repeat) for repeat in self.repeats]
-        lines += [str(part) for part in (self.sites, self.layers) if part is not None]
+        lines += [str(self.sites)] if self.sites is not None else []
+        lines += [f"\n{layer}" for layer in self.layers]
         lines += [f"not checked: {text}" for text in self.skipped]
         if self.rows:
             lines.append(
                 f"seed {self.seed}, {self.precision}, {self.environment.get('onnxruntime', '')}, {self.seconds:.2f} s"
             )
         return "\n".join(lines)
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> list[str]:
-    """Return the lines of a plain table.
-
-    Args:
-        header: Titles of the columns.
-        rows: Cells, as many per row as titles.
-        numbers: Positions of columns aligned to the right.
-    """
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(padded).rstrip()
-
-    return [line(header), "  ".join("-" * width for width in widths), *map(line, rows)]
 
 
 def _shown(rows: Sequence[Row]) -> list[Row]:

@@ -1,0 +1,376 @@
+"""Each rewritten place by itself: what lies between two values that both models have must compute the same.
+
+A name means the same value in both files. So wherever a value y has the same name in both, the nodes between y and
+the nearest other common values are cut out of each model, fed the same numbers and evaluated in float64. In exact
+arithmetic a fold changes nothing but the rounding of the new weights, each rounded once, hence, element by element,
+
+    |y' - y| <= gamma_k * (|W'| * |x| + |b'|),     gamma_k = k u / (1 - k u),  k = 4
+
+with u the unit roundoff of the weights (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1);
+no bound on an accumulation enters, for float64 adds nothing. The right-hand side is the candidate's own cut evaluated
+on absolute values. If every place holds and every output is such a value, the models are equal: the check is
+complete without running either, and its cost is bounded, for places whose operators slide over space are fed crops.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.runtime.deviation import ratio
+from renorm_onnx.runtime.estimate import inferred_shapes
+from renorm_onnx.runtime.reference import evaluate
+
+Array = npt.NDArray[Any]
+
+_ROUNDINGS = 4
+_LARGEST_CUT = 400  # nodes
+_CROP = 20  # elements per spatial axis
+
+# Evaluated on absolute values, these bound what they compute on signed ones.
+_MONOTONE = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sum", "Mul", "Div", "Concat", "Identity", "Relu", "Pad"),
+        *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Expand", "Tile"),
+        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Dropout", "Constant", "DequantizeLinear"),
+        *("DepthToSpace", "SpaceToDepth", "Einsum", "ReduceSum", "ReduceMean", "Cast", "Shape"),
+    }
+)
+_UNIT = {"FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8, "FLOAT": 2.0**-24, "DOUBLE": 2.0**-53}
+_SMALLEST = {"FLOAT16": 2.0**-24, "BFLOAT16": 2.0**-133, "FLOAT": 2.0**-149, "DOUBLE": 0.0}
+_ROUNDED_ON_PURPOSE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
+
+
+@dataclass(frozen=True)
+class Site:
+    """One rewritten place.
+
+    Attributes:
+        name: The value that both models compute there.
+        before: Operators in the reference, in order.
+        after: Operators in the candidate.
+        elements: How many elements were compared.
+        used: Largest |y' - y| over its bound; above 1 it is wrong.
+        index: Where.
+        values: Reference and candidate there.
+        problem: What is wrong; empty if nothing.
+    """
+
+    name: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    elements: int
+    used: float
+    index: tuple[int, ...]
+    values: tuple[float, float]
+    problem: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether both compute the same."""
+        return not self.problem
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        values = [value if math.isfinite(value) else repr(value) for value in self.values]
+        return {
+            "name": self.name,
+            "before": list(self.before),
+            "after": list(self.after),
+            "elements": self.elements,
+            "share_of_bound": self.used if math.isfinite(self.used) else repr(self.used),
+            "index": list(self.index),
+            "reference": values[0],
+            "candidate": values[1],
+            "ok": self.ok,
+            "problem": self.problem,
+        }
+
+    def __str__(self) -> str:
+        change = f"{self.name!r}: {', '.join(self.before)} -> {', '.join(self.after) or 'nothing'}"
+        return f"{change}: {self.problem or f'{self.used:.2g} of the rounding bound'}"
+
+
+@dataclass
+class SiteReport:
+    """Every rewritten place.
+
+    Attributes:
+        sites: Those that were checked.
+        unchecked: Name and reason of those that could not be.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no place is wrong."""
+        return all(site.ok for site in self.sites)
+
+    @property
+    def wrong(self) -> list[Site]:
+        """The places that compute something else."""
+        return [site for site in self.sites if not site.ok]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return {"ok": self.ok, "sites": [site.to_dict() for site in self.sites], "unchecked": dict(self.unchecked)}
+
+    def __str__(self) -> str:
+        most = max((site.used for site in self.sites), default=0.0)
+        lines = [f"{len(self.sites)} rewritten places checked one by one: at most {most:.2g} of the rounding bound"]
+        lines += [f"  WRONG {site}" for site in self.wrong]
+        lines += [f"  not checked alone: {name!r}: {reason}" for name, reason in self.unchecked.items()]
+        return "\n".join(lines)
+
+
+def check_sites(reference: ir.Model, candidate: ir.Model, *, seed: int = 0) -> SiteReport:
+    """Compare every place where two models differ, each by itself.
+
+    Args:
+        reference: The original. Not changed.
+        candidate: The rewritten model, in which names mean the same values. Not changed.
+        seed: Of the numbers fed.
+
+    Returns:
+        One entry per place. Places that cannot be cut out (control flow, rounding on purpose, unknown shapes) are
+        listed as unchecked.
+    """
+    report = SiteReport()
+    pair = (_Graph(reference), _Graph(candidate))
+    common = pair[0].produced.keys() & pair[1].produced.keys()
+    common |= pair[0].fed & pair[1].fed
+    shapes: dict[str, tuple[int, ...]] | None = None
+    for name in pair[0].produced:
+        if name not in common:
+            continue
+        cuts = [graph.cut(name, common) for graph in pair]
+        if cuts[0].signature() == cuts[1].signature():
+            continue
+        if shapes is None:
+            shapes = {**inferred_shapes(candidate, {}), **inferred_shapes(reference, {})}
+        if reason := cuts[0].obstacle() or cuts[1].obstacle():
+            report.unchecked[name] = reason
+            continue
+        try:
+            report.sites.append(
+                _check(name, cuts[0], cuts[1], shapes, np.random.default_rng([seed, len(report.sites)]))
+            )
+        except _UncheckableError as error:
+            report.unchecked[name] = str(error)
+    return report
+
+
+class _UncheckableError(Exception):
+    pass
+
+
+class _Graph:
+    """The main graph of a model, by names."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.produced = {v.name: v for node in model.graph for v in node.outputs if v.name}
+        self.fed = {v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers}
+        self._order = {node: position for position, node in enumerate(model.graph)}
+
+    def cut(self, name: str, common: set[str]) -> "_Cut":
+        """Return the nodes between a value and the nearest other common ones."""
+        nodes: set[ir.Node] = set()
+        inputs: dict[str, ir.Value] = {}
+        weights: dict[str, ir.Value] = {}
+        pending = [self.produced[name].producer()]
+        while pending and len(nodes) <= _LARGEST_CUT:
+            node = pending.pop()
+            if node is None or node in nodes:
+                continue
+            nodes.add(node)
+            for value in node.inputs:
+                if value is None or not value.name:
+                    continue
+                if value.name in self.model.graph.initializers and value.name not in self.fed:
+                    weights[value.name] = value
+                elif value.name in common or value.producer() is None:
+                    inputs[value.name] = value
+                else:
+                    pending.append(value.producer())
+        ordered = sorted(nodes, key=lambda node: self._order[node])
+        return _Cut(self.model, self.produced[name], ordered, inputs, weights)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A piece of a model that computes one value."""
+
+    model: ir.Model
+    output: ir.Value
+    nodes: list[ir.Node]
+    inputs: Mapping[str, ir.Value]
+    weights: Mapping[str, ir.Value]
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return tuple(node.op_type for node in self.nodes if node.op_type != "Constant")
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return a value that is equal for equal pieces."""
+        weights = {value: ("weight", *_fingerprint(value)) for value in self.weights.values()}
+        inner = {v: ("inner", p, i) for p, node in enumerate(self.nodes) for i, v in enumerate(node.outputs)}
+        parts = []
+        for node in self.nodes:
+            inputs = tuple(
+                None if v is None else inner.get(v) or weights.get(v) or ("name", v.name) for v in node.inputs
+            )
+            attributes = tuple(sorted((name, _attribute(attr)) for name, attr in node.attributes.items()))
+            parts.append((node.op_identifier(), inputs, attributes, len(node.outputs)))
+        return (*parts, inner[self.output])
+
+    def obstacle(self) -> str:
+        """Return why the piece cannot be run by itself, or nothing."""
+        if len(self.nodes) > _LARGEST_CUT:
+            return f"more than {_LARGEST_CUT} nodes lie between it and the next common value"
+        for node in self.nodes:
+            if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()):
+                return f"{node.op_type} holds a subgraph"
+            if node.op_type in _ROUNDED_ON_PURPOSE:
+                return f"{node.op_type} rounds on purpose, whole steps may flip"
+        return ""
+
+    def monotone(self) -> bool:
+        return all(node.op_type in _MONOTONE for node in self.nodes)
+
+    def element_type(self) -> str:
+        """Return the name of the coarsest float type among the weights."""
+        names = {value.dtype.name for value in self.weights.values() if value.dtype is not None}
+        return max(names & _UNIT.keys(), key=lambda name: _UNIT[name], default="FLOAT")
+
+    def fan_in(self) -> int:
+        shapes = [_shape_of(value) for value in self.weights.values()]
+        return max((math.prod(shape) // max(1, min(shape[:2])) for shape in shapes if len(shape) > 1), default=1)
+
+    def run(self, feeds: Mapping[str, Array], *, absolute: bool = False) -> Array:
+        view = ir.GraphView(
+            list(self.inputs.values()),
+            [self.output],
+            nodes=self.nodes,
+            initializers=list(self.weights.values()),
+            opset_imports=self.model.graph.opset_imports,
+            name="place",
+        )
+        graph = view.clone()
+        if absolute:
+            for value in graph.initializers.values():
+                value.const_value = _absolute(value.const_value)
+            for node in graph:
+                _make_absolute(node)
+        model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
+        name = self.output.name or ""
+        return np.asarray(evaluate(model, {k: v for k, v in feeds.items() if k in self.inputs})[name])
+
+
+def _check(
+    name: str, before: _Cut, after: _Cut, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator
+) -> Site:
+    values = {**before.inputs, **after.inputs}
+    last: Exception | None = None
+    for crop in (_CROP, None):
+        try:
+            feeds = {key: _numbers(rng, value, shapes.get(key), crop) for key, value in values.items()}
+            want, got = before.run(feeds), after.run(feeds)
+            if want.shape != got.shape and crop is not None:
+                continue
+            bound = _bound(after, feeds, want)
+        except InputError as error:
+            last = error
+            continue
+        return _site(name, before, after, want, got, bound)
+    raise _UncheckableError(str(last))
+
+
+def _bound(after: _Cut, feeds: Mapping[str, Array], want: Array) -> Array:
+    u = _UNIT[after.element_type()]
+    gamma = _ROUNDINGS * u / (1 - _ROUNDINGS * u)
+    largest = max((float(np.abs(x).max()) for x in feeds.values() if x.dtype.kind == "f" and x.size), default=1.0)
+    underflow = _SMALLEST[after.element_type()] * after.fan_in() * max(1.0, largest)
+    if after.monotone():
+        magnitude = after.run({key: np.abs(value) for key, value in feeds.items()}, absolute=True)
+    else:
+        # No elementwise bound: what a value of this size may lose, generously.
+        magnitude = np.full(want.shape, 8.0 * float(np.abs(want[np.isfinite(want)]).max(initial=0.0)))
+    return np.asarray(gamma * magnitude + underflow)
+
+
+def _site(name: str, before: _Cut, after: _Cut, want: Array, got: Array, bound: Array) -> Site:
+    operators = before.operators, after.operators
+    if want.shape != got.shape:
+        problem = f"shape {got.shape}, expected {want.shape}"
+        return Site(name, *operators, 0, math.inf, (), (math.nan, math.nan), problem)
+    if want.size == 0:
+        raise _UncheckableError("it has no elements")
+    w, g = want.astype(np.float64), got.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        error = np.where((w == g) | (np.isnan(w) & np.isnan(g)), 0.0, np.abs(g - w))
+    error = np.where(np.isnan(error), np.inf, error)
+    used = np.where(error > 0, error / np.maximum(bound, np.finfo(np.float64).tiny), 0.0)
+    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(used)), w.shape))
+    most = float(used[index])
+    problem = ""
+    if most > 1:
+        relative = ratio(float(error[index]), abs(float(w[index])))
+        problem = (
+            f"at {list(index)} the reference gives {float(w[index])!r}, the candidate {float(g[index])!r}: "
+            f"{relative:.1e} off, {most:.3g} x what rounding the weights explains"
+        )
+    return Site(name, *operators, w.size, most, index, (float(w[index]), float(g[index])), problem)
+
+
+def _numbers(rng: np.random.Generator, value: ir.Value, shape: tuple[int, ...] | None, crop: int | None) -> Array:
+    if shape is None:
+        raise InputError(f"the shape of {value.name!r} is unknown")
+    if value.dtype is not None and not value.dtype.is_floating_point():
+        raise InputError(f"{value.name!r} is {value.dtype.name}, for which no numbers can be made up")
+    # (N, C, *spatial): two samples of which only the spatial axes may be cut.
+    sizes = [size if crop is None or axis < 2 else min(size, crop) for axis, size in enumerate(shape)]
+    return rng.normal(0.25, 1.0, sizes)
+
+
+def _attribute(attr: ir.Attr) -> str:
+    if attr.type is ir.AttributeType.TENSOR:
+        return repr(_digest(attr.as_tensor().numpy()))
+    return repr(attr.value)
+
+
+def _fingerprint(value: ir.Value) -> tuple[Any, ...]:
+    tensor = value.const_value
+    return ("absent",) if tensor is None else _digest(tensor.numpy())
+
+
+def _digest(array: Array) -> tuple[Any, ...]:
+    return array.shape, str(array.dtype), hash(np.ascontiguousarray(array).tobytes())
+
+
+def _shape_of(value: ir.Value) -> tuple[int, ...]:
+    return tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
+
+
+def _absolute(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return tensor
+    return ir.tensor(np.abs(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+
+
+def _make_absolute(node: ir.Node) -> None:
+    """Take the absolute value of constants and factors of a node, in place."""
+    for name, attr in list(node.attributes.items()):
+        if attr.type is ir.AttributeType.FLOAT and name in ("alpha", "beta", "value_float"):
+            node.attributes[name] = ir.AttrFloat32(name, abs(attr.as_float()))
+        elif attr.type is ir.AttributeType.TENSOR and name == "value":
+            absolute = _absolute(attr.as_tensor())
+            if absolute is not None:
+                node.attributes[name] = ir.AttrTensor(name, absolute)
