@@ -1,0 +1,150 @@
+"""The running statistics of a trained model: taken anew from data, or pooled over processes.
+
+Both treat torch's own BatchNorm layers like ours, so that a model that mixes the two stays consistent.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.layers.distributed import pooled_statistics
+from renorm_onnx.layers.functional import BatchStatistics, accumulation_type
+from renorm_onnx.layers.modules import _BatchRenorm
+from renorm_onnx.layers.schedules import CONSTANT
+
+# What a pass over data changes on a layer and puts back.
+_OPTIONS = ("momentum", "schedule", "r_max", "d_max")
+
+
+class _Tracked(NamedTuple):
+    """A norm layer that keeps running statistics, and the buffers it keeps them in."""
+
+    layer: _BatchRenorm | _BatchNorm
+    mean: Tensor
+    var: Tensor
+    steps: Tensor
+
+
+def _tracked(module: nn.Module) -> list[_Tracked]:
+    found = []
+    for layer in module.modules():
+        if isinstance(layer, _BatchRenorm | _BatchNorm) and layer.track_running_stats:
+            mean, var, steps = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            if mean is not None and var is not None and steps is not None:
+                found.append(_Tracked(layer, mean, var, steps))
+    return found
+
+
+@contextmanager
+def _averaging_anew(module: nn.Module, tracked: list[_Tracked]) -> Iterator[None]:
+    """Train mode, cumulative averages from zero, r = 1 and d = 0; afterwards all as it was but for the statistics.
+
+    If the block raises, the statistics too are as they were.
+    """
+    training = [(each, each.training) for each in module.modules()]
+    options = [{key: vars(each.layer)[key] for key in _OPTIONS if key in vars(each.layer)} for each in tracked]
+    saved = [(each.mean.clone(), each.var.clone(), each.steps.clone()) for each in tracked]
+    module.train()
+    for layer, *_ in tracked:
+        layer.reset_running_stats()
+        layer.momentum = None
+        if isinstance(layer, _BatchRenorm):
+            layer.schedule, layer.r_max, layer.d_max = CONSTANT, 1.0, 0.0
+    try:
+        yield
+    except BaseException:
+        for each, (mean, var, _) in zip(tracked, saved, strict=True):
+            each.mean.copy_(mean)
+            each.var.copy_(var)
+        raise
+    finally:
+        for each, before, (_, _, steps) in zip(tracked, options, saved, strict=True):
+            vars(each.layer).update(before)
+            each.steps.copy_(steps)
+        for module_, mode in training:
+            module_.training = mode
+
+
+def update_stats(
+    module: nn.Module,
+    batches: Iterable[Any],
+    device: torch.device | str | int | None = None,
+    *,
+    feed: Callable[[Any], Any] | None = None,
+) -> int:
+    """Take the running statistics of every norm layer anew from one pass over `batches`, in place.
+
+    For averaged weights (SWA, EMA), pruned or otherwise edited networks, whose statistics no longer belong to their
+    weights. `torch.optim.swa_utils.update_bn` does this for torch's BatchNorm and skips every other type.
+
+    Each layer starts from nothing and averages over the batches with equal weight. During the pass layers normalize by
+    the batch alone (r = 1, d = 0): corrections towards statistics that are only being collected would distort the input
+    of every layer behind. Afterwards the training flags of all modules, the layers' options and `num_batches_tracked`
+    are as before, so a schedule goes on where it was. On several processes, follow with `sync_running_stats`.
+
+    Args:
+        module: The model; put into training mode for the pass.
+        batches: Tensors, or tuples and lists whose first element is the tensor, each given to the model.
+        device: Where to move each batch; None leaves it.
+        feed: Called with each batch as it comes, instead of the model with a tensor, for models with other arguments.
+
+    Returns:
+        The number of batches used; 0 if the model has no layer that tracks statistics.
+
+    Raises:
+        InputError: `batches` is empty. The statistics are then unchanged, as after any other exception.
+    """
+    tracked = _tracked(module)
+    if not tracked:
+        return 0
+    used = 0
+    with torch.no_grad(), _averaging_anew(module, tracked):
+        for batch in batches:
+            if feed is not None:
+                feed(batch)
+            else:
+                x = batch[0] if isinstance(batch, tuple | list) else batch
+                module(x if device is None else x.to(device))
+            used += 1
+        if not used:
+            raise InputError("update_stats: batches is empty, expected at least one batch to take statistics from")
+    return used
+
+
+def sync_running_stats(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> int:
+    """Replace the running statistics of every rank by those of all ranks together, in place.
+
+    Plain DistributedDataParallel keeps a model's statistics per rank and, with its default `broadcast_buffers=True`,
+    overwrites them with rank 0's at every step, so what is exported has seen one rank's data only. Train with
+    `broadcast_buffers=False`, then call this on every rank before evaluating or exporting::
+
+        mu  = mean of mu_i over the ranks
+        var = mean of var_i + (mu_i - mu)^2                law of total variance, ranks weighted alike
+
+    `num_batches_tracked` becomes the largest of any rank. torch's own BatchNorm layers are treated alike. Where
+    r and d must agree during training, use `SyncBatchRenorm`.
+
+    Args:
+        module: The model, the same on every rank.
+        process_group: The processes; None for all.
+
+    Returns:
+        The number of layers whose statistics were combined; 0 without an initialized process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    tracked = _tracked(module)
+    with torch.no_grad():
+        for _, mean, var, steps in tracked:
+            kind = accumulation_type(mean)
+            pooled = pooled_statistics(BatchStatistics(mean.to(kind), var.to(kind), 1), process_group)
+            mean.copy_(pooled.mean)
+            var.copy_(pooled.var)
+            dist.all_reduce(steps, dist.ReduceOp.MAX, group=process_group)
+    return len(tracked)
