@@ -1,0 +1,210 @@
+"""BatchNorm to BatchRenorm in a model, and back.
+
+Both are the same affine map at evaluation, by the same buffers under the same names, so nothing is computed here: the
+new layer takes over the very parameters and buffers of the old one, and evaluation is equal to the bit.
+"""
+
+import logging
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.layers.distributed import SyncBatchRenorm
+from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
+from renorm_onnx.layers.schedules import CONSTANT, Schedule, as_schedule
+from renorm_onnx.layers.swap import carry_attributes, plan_swaps, quoted, share_state, swap_layers, why_not
+
+logger = logging.getLogger(__name__)
+
+_RENORM_OF: dict[type[_BatchNorm], type[_BatchRenorm]] = {
+    nn.BatchNorm1d: BatchRenorm1d,
+    nn.BatchNorm2d: BatchRenorm2d,
+    nn.BatchNorm3d: BatchRenorm3d,
+    nn.SyncBatchNorm: SyncBatchRenorm,
+}
+# Beyond this step a schedule that still moves is taken to have no end.
+_FOREVER = 2**40
+
+
+def convert_batchnorm(
+    module: nn.Module, *, pretrained: bool | None = None, strict: bool = False, **options: Any
+) -> nn.Module:
+    """Turn every BatchNorm of a model into BatchRenorm, in place but for the root.
+
+    `BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm`, wherever they stand. Evaluation is equal to the bit. Parameters and
+    buffers stay the same tensors, so optimizers, tied weights and `DistributedDataParallel` go on; a layer used twice
+    stays one layer; training flags, hooks and attributes such as `qconfig` are kept. eps and momentum stay those of
+    each layer (torch's default momentum is 0.1; for batch renormalization the paper uses 0.01).
+
+    Left alone, and named in a logged warning: subclasses with a forward of their own (timm's `BatchNormAct2d` applies
+    an activation), layers under parametrization or pruning, and whatever else their state alone does not describe.
+
+    A schedule says how to come from batch normalization to renormalization, a way that a pretrained network has
+    behind it. So where a layer has been trained (it has counted a batch, or its statistics are not 0 and 1),
+    `num_batches_tracked` is raised to the first step at which the schedule has reached its end; a checkpoint keeps
+    that. A layer with `momentum=None`, whose counter is the weight of its cumulative average, gets `schedule=None`
+    instead, and so does one whose schedule has no end.
+
+    >>> convert_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))[1].momentum
+    0.1
+
+    Args:
+        module: The model; may itself be a BatchNorm.
+        pretrained: Whether the layers start at the schedule's end; None decides for each layer as above.
+        strict: Refuse a model of which a BatchNorm would be left alone. Nothing is changed then.
+        **options: For each layer, as in `BatchRenorm2d`: `r_max`, `d_max`, `schedule`, `stat`, `momentum`, `eps`...
+
+    Returns:
+        `module`, or its replacement if it is itself a BatchNorm.
+
+    Raises:
+        InputError: A lazy layer has not seen a batch yet; an option or a layer's own value cannot be used; `strict`
+            and a layer would be left alone. The model is then as it was.
+        TypeError: `options` names something that no layer takes.
+    """
+    schedule = as_schedule(options.pop("schedule", "paper"))
+    bounds = _checked_options(options)
+    alone: list[str] = []
+    trained: list[_BatchRenorm] = []
+
+    def build(name: str, old: nn.Module) -> nn.Module | None:
+        if not isinstance(old, _BatchNorm):
+            return None
+        if isinstance(old, LazyModuleMixin):
+            raise InputError(
+                f"convert_batchnorm: {quoted(name)} is a {type(old).__name__} that does not know its number of "
+                "features yet; run one batch through the model first"
+            )
+        reason = why_not(old)
+        if reason:
+            alone.append(f"{quoted(name)} ({reason})")
+            return None
+        new = _renormed(name, old, schedule, options)
+        if pretrained if pretrained is not None else _has_learned(old):
+            trained.append(new)
+        return new
+
+    swaps = plan_swaps(module, build)
+    if alone:
+        if strict:
+            raise InputError(f"convert_batchnorm(strict=True): cannot convert {'; '.join(alone)}")
+        logger.warning("convert_batchnorm: left alone %s", "; ".join(alone))
+    end = _end(schedule, bounds) if trained else None
+    for layer in trained:
+        _start_at_end(layer, end)
+    logger.info("convert_batchnorm: %d layers, of which %d start at the schedule's end", len(swaps), len(trained))
+    return swap_layers(module, swaps)
+
+
+def _checked_options(options: dict[str, Any]) -> tuple[float, float]:
+    """Refuse options before the first layer is looked at; return the bounds they set."""
+    for name in ("num_features", "affine", "track_running_stats", "device", "dtype"):
+        if name in options:
+            raise InputError(
+                f"convert_batchnorm: {name}={options[name]!r}, expected no such option: it is each layer's own"
+            )
+    probe = BatchRenorm2d(1, device="meta", **options)
+    return probe.r_max, probe.d_max
+
+
+def _renormed(name: str, old: _BatchNorm, schedule: Schedule, options: dict[str, Any]) -> _BatchRenorm:
+    """A BatchRenorm with the state of `old`."""
+    kind = next(ours for theirs, ours in _RENORM_OF.items() if isinstance(old, theirs))
+    # num_features may be stale (channel pruning edits the tensors); batch norm never reads it, our check does.
+    state = [tensor for tensor in (old.running_mean, old.weight) if tensor is not None]
+    features = state[0].numel() if state else old.num_features
+    own = {"eps": old.eps, "momentum": old.momentum}
+    try:
+        new = kind(
+            features,
+            affine=old.affine,
+            track_running_stats=old.track_running_stats,
+            device="meta",
+            schedule=schedule,
+            **{**own, **options},
+        )
+    except InputError as error:
+        raise InputError(f"convert_batchnorm: {quoted(name)}: {error}") from None
+    carry_attributes(new, old)
+    if isinstance(old, nn.SyncBatchNorm) and isinstance(new, SyncBatchRenorm):
+        new.process_group = old.process_group
+    return share_state(new, old)
+
+
+def _has_learned(layer: _BatchNorm) -> bool:
+    """Whether the layer's running statistics come from data."""
+    mean, var, steps = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    if mean is None or var is None or mean.is_meta:
+        return False
+    return bool((steps is not None and steps > 0) or mean.any() or (var != 1).any())
+
+
+def _end(schedule: Schedule, bounds: tuple[float, float]) -> int | None:
+    """The first step from which on the schedule no longer moves, or None if it moves for ever."""
+
+    def arrived(step: int) -> bool:
+        return schedule.bounds(step, *bounds) == last
+
+    last = schedule.bounds(2 * _FOREVER, *bounds)
+    if not arrived(_FOREVER):
+        return None
+    before, after = -1, _FOREVER  # not arrived, arrived
+    while after - before > 1:
+        middle = (before + after) // 2
+        before, after = (before, middle) if arrived(middle) else (middle, after)
+    return after
+
+
+def _start_at_end(layer: _BatchRenorm, end: int | None) -> None:
+    """Let a layer, in place, go on as if the schedule lay behind it."""
+    if layer.num_batches_tracked is None:
+        return
+    if end is None or layer.momentum is None:
+        layer.schedule = CONSTANT
+    else:
+        layer.num_batches_tracked.clamp_(min=end)
+
+
+def to_batchnorm(module: nn.Module) -> nn.Module:
+    """Turn every BatchRenorm of a model into torch's BatchNorm, in place but for the root.
+
+    For handing a trained model to code that knows torch's layers alone: evaluation is equal to the bit, parameters and
+    buffers stay the same tensors. Training is not: it normalizes by the batch without r and d from then on.
+    `SyncBatchRenorm`, and a layer adopted from a library whose layer takes any rank, become `torch.nn.SyncBatchNorm`,
+    which alone of torch's layers takes any rank and is ordinary batch norm where no process group is initialized.
+
+    Left alone, and named in a logged warning: subclasses with a forward of their own.
+
+    Args:
+        module: The model; may itself be a BatchRenorm.
+
+    Returns:
+        `module`, or its replacement if it is itself a BatchRenorm.
+    """
+    alone: list[str] = []
+
+    def build(name: str, old: nn.Module) -> nn.Module | None:
+        if not isinstance(old, _BatchRenorm):
+            return None
+        reason = why_not(old)
+        if reason:
+            alone.append(f"{quoted(name)} ({reason})")
+            return None
+        kind = next((theirs for theirs, ours in _RENORM_OF.items() if isinstance(old, ours)), nn.SyncBatchNorm)
+        new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, device="meta")
+        if isinstance(old, SyncBatchRenorm) and isinstance(new, nn.SyncBatchNorm):
+            new.process_group = old.process_group
+        carry_attributes(new, old, but=_OUR_ATTRIBUTES)
+        return share_state(new, old)
+
+    swaps = plan_swaps(module, build)
+    if alone:
+        logger.warning("to_batchnorm: left alone %s", "; ".join(alone))
+    return swap_layers(module, swaps)
+
+
+# What a converted layer leaves behind, so that its pickle does not need this package.
+_OUR_ATTRIBUTES = frozenset(vars(SyncBatchRenorm(1, device="meta")))
