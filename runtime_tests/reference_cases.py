@@ -237,6 +237,7 @@ def normalization() -> Iterator[Case]:
     for x in (normal(4, 3, 5, 6), normal(4, 3), normal(2, 3, 7)):
         yield Case("BatchNormalization", [x, *channels], {"epsilon": 1e-3})
     yield Case("BatchNormalization", [normal(4, 3, 5), *channels], {"training_mode": 1, "momentum": 0.8}, 14, outputs=3)
+    yield Case("BatchNormalization", [normal(4, 3, 5), *channels], {"momentum": 0.8}, last=13, outputs=5)
     yield Case("InstanceNormalization", [normal(2, 3, 5, 6), *channels[:2]], {"epsilon": 1e-2}, first=6)
     yield Case("InstanceNormalization", [normal(2, 3, 7), *channels[:2]], first=6)
     yield Case("GroupNormalization", [normal(2, 6, 4, 5), positive(2), normal(2)], {"num_groups": 2}, 18, 20)

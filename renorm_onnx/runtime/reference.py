@@ -76,9 +76,6 @@ class _Evaluation:
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], keep: Sequence[str]) -> dict[str, Any]:
         graph = self._model.graph
-        opset = self._model.opset_imports.get("", self._model.opset_imports.get("ai.onnx", 0))
-        if opset < OLDEST_OPSET and any(node.domain in ("", "ai.onnx") for node in graph):
-            raise InputError(f"evaluate: the model imports ONNX opset {opset!r}, expected {OLDEST_OPSET} or later")
         wanted = {output.name or "": output for output in graph.outputs}
         if missing := set(keep) - set(wanted):
             wanted |= _values_named(graph, missing)
@@ -128,8 +125,7 @@ class _Evaluation:
         inner = _Frame(function.opset_imports, {**defaults, **attributes}, frame.depth + 1)
         for position, value in enumerate(function.inputs):
             self._values[value] = inputs[position] if position < len(inputs) else None
-        self._run_steps(function, inner)
-        return [self._read(value) for value in function.outputs]
+        return self._run_graph(function, inner)
 
     def _run_operator(
         self, node: ir.Node, inputs: Sequence[Any], attributes: Mapping[str, Any], frame: _Frame
@@ -139,11 +135,9 @@ class _Evaluation:
             if len(values) != len(graph.inputs):
                 raise InputError(f"the body takes {len(graph.inputs)} inputs and is given {len(values)}")
             self._values.update(zip(graph.inputs, values, strict=True))
-            self._run_steps(graph, inner)
-            return [self._read(value) for value in graph.outputs]
+            return self._run_graph(graph, inner)
 
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        opset = frame.opsets.get(domain, frame.opsets.get("ai.onnx", 0) if domain == "" else 1)
+        domain, opset = _domain_and_opset(node, frame)
         who = f"evaluate: node {node.name!r}, operator {node.op_type!r} of domain {domain!r} at opset {opset}"
         kernel = registry.find(domain, node.op_type, opset)
         if kernel is None:
@@ -159,6 +153,16 @@ class _Evaluation:
             shapes = [getattr(value, "shape", None) for value in inputs]
             raise InputError(f"{who} failed on inputs of shapes {shapes}: {error}") from error
         return result if isinstance(result, tuple) else (result,)
+
+    def _run_graph(self, graph: ir.Graph | ir.Function, frame: _Frame) -> list[Any]:
+        """The outputs of a body or function; nothing of it stays behind."""
+        self._run_steps(graph, frame)
+        results = [self._read(value) for value in graph.outputs]
+        for value in graph.outputs:
+            producer = value.producer()
+            if producer is not None and producer.graph is graph:
+                self._values.pop(value, None)
+        return results
 
     def _read(self, value: ir.Value) -> Any:
         if value in self._values:
@@ -203,6 +207,19 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     return values
 
 
+def _domain_and_opset(node: ir.Node, frame: _Frame) -> tuple[str, int]:
+    """The domain of `node`, "" for ONNX's own under either name, and the version of it that is imported there."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    opset = frame.opsets.get(domain)
+    if opset is None and domain == "":
+        opset = frame.opsets.get("ai.onnx")
+    if opset is None:
+        raise InputError(f"evaluate: node {node.name!r} is of domain {domain!r}, of which no version is imported there")
+    if domain == "" and opset < OLDEST_OPSET:
+        raise InputError(f"evaluate: node {node.name!r} is of ONNX opset {opset!r}, expected {OLDEST_OPSET} or later")
+    return domain, opset
+
+
 def _bodies(attr: ir.Attr) -> Sequence[ir.Graph]:
     if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
         return (attr.as_graph(),)
@@ -230,8 +247,9 @@ def _plain(attr: ir.Attr, frame: _Frame) -> Any:
 
 def _checked(name: str, value: ir.Value, feed: Any) -> Any:
     """`feed` promoted, if its type, rank and fixed dimensions are those of the graph input."""
-    if not isinstance(feed, np.ndarray) or value.dtype is None:
-        return feed
+    if not isinstance(value.type, ir.TensorType) or value.dtype is None:
+        return feed  # a sequence or an optional
+    feed = np.asarray(feed)
     expected = promoted_type(value.dtype.numpy())
     if promoted_type(feed.dtype) != expected:
         raise InputError(f"evaluate: input {name!r} has type {feed.dtype}, expected {value.dtype.name}")

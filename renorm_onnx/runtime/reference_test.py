@@ -98,7 +98,7 @@ def test_an_unknown_operator_is_refused_by_name_domain_and_opset():
 
 def test_opsets_before_six_are_refused():
     model = parse('<ir_version: 3, opset_import: ["": 5]> g (float[1] x) => (float[1] y) { y = Relu(x) }')
-    with pytest.raises(InputError, match="imports ONNX opset 5, expected 6 or later"):
+    with pytest.raises(InputError, match=r"node .* is of ONNX opset 5, expected 6 or later"):
         evaluate(model, {"x": np.ones(1, np.float32)})
 
 
@@ -145,3 +145,19 @@ def test_results_that_share_memory_with_the_feeds_cannot_be_written():
     got = evaluate(model, {"x": np.ones(2)})["y"]
     with pytest.raises(ValueError, match="read-only"):
         got[0] = 5.0
+
+
+def test_a_function_must_import_the_domains_it_uses():
+    text = """<ir_version: 10, opset_import: ["": 18, "f": 1]> g (float[2] x) => (float[2] y) { y = f.h(x) }
+        <domain: "f", opset_import: ["f": 1]> h(x) => (y) { y = Relu(x) }"""
+    with pytest.raises(InputError, match="of domain '', of which no version is imported there"):
+        evaluate(parse(text), {"x": np.ones(2, np.float32)})
+
+
+def test_nodes_out_of_order_are_refused():
+    model = parse('<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { t = Neg(x) y = Abs(t) }')
+    nodes = list(model.graph)
+    model.graph.remove(nodes[0])
+    model.graph.append(nodes[0])
+    with pytest.raises(InputError, match="value 't' is read before it is computed"):
+        evaluate(model, {"x": np.ones(1, np.float32)})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from renorm_onnx.runtime.operators.call import Array, Call, Kernel, Result, UnusableError, normalize_axis
+from renorm_onnx.runtime.operators.call import Array, Call, Kernel, Result, normalize_axis
 
 
 def _per_channel(vector: Array, x: Array) -> Array:
@@ -53,13 +53,12 @@ def _batch_normalization(call: Call) -> Result:
     result = np.asarray(centered * factor + bias.reshape(shape))
     if not training:
         return result
-    if call.wants(3) or call.wants(4):
-        raise UnusableError("saved_mean and saved_var of a training-mode BatchNormalization have no defined values")
     momentum = call.number("momentum", 0.9)
     running = tuple(
         (old * momentum + new.reshape(old.shape) * (1 - momentum)) for old, new in ((mean, now_mean), (var, now_var))
     )
-    return (result, *running)
+    # Below opset 14 two outputs more, which the specification leaves open: what onnxruntime saves for a gradient.
+    return (result, *running, now_mean, 1 / np.sqrt(now_var + epsilon))
 
 
 def _instance_normalization(call: Call) -> Result:
