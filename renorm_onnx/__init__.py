@@ -8,19 +8,43 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it. No module bears the name of a public function.
-_HOME = {
-    "InputError": "errors",
-    "MachineError": "errors",
-    "ModelFileError": "errors",
-    "RenormError": "errors",
-    "VerificationError": "errors",
+# Module -> the public names it defines. No module bears the name of a public function.
+_NAMES = {
+    "errors": ("InputError", "MachineError", "ModelFileError", "RenormError", "VerificationError"),
+    "layers.modules": ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"),
+    "layers.convert": ("convert_batchnorm", "to_batchnorm"),
+    "fusion.engine": ("FuseOptions", "fuse"),
+    "fusion.report": ("FusionReport",),
+    "runtime.parity": ("verify",),
+    "delivery": ("fuse_file",),
+    "inspection": ("inspect_model",),
+    "exporter": ("keep_ops", "restore", "to_onnx", "translation_table"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = sorted([*_HOME, "__version__"])
+__all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from renorm_onnx.delivery import fuse_file as fuse_file
     from renorm_onnx.errors import InputError as InputError
+    from renorm_onnx.errors import MachineError as MachineError
+    from renorm_onnx.errors import ModelFileError as ModelFileError
+    from renorm_onnx.errors import RenormError as RenormError
+    from renorm_onnx.errors import VerificationError as VerificationError
+    from renorm_onnx.exporter import keep_ops as keep_ops
+    from renorm_onnx.exporter import restore as restore
+    from renorm_onnx.exporter import to_onnx as to_onnx
+    from renorm_onnx.exporter import translation_table as translation_table
+    from renorm_onnx.fusion.engine import FuseOptions as FuseOptions
+    from renorm_onnx.fusion.engine import fuse as fuse
+    from renorm_onnx.fusion.report import FusionReport as FusionReport
+    from renorm_onnx.inspection import inspect_model as inspect_model
+    from renorm_onnx.layers.convert import convert_batchnorm as convert_batchnorm
+    from renorm_onnx.layers.convert import to_batchnorm as to_batchnorm
+    from renorm_onnx.layers.modules import BatchRenorm1d as BatchRenorm1d
+    from renorm_onnx.layers.modules import BatchRenorm2d as BatchRenorm2d
+    from renorm_onnx.layers.modules import BatchRenorm3d as BatchRenorm3d
+    from renorm_onnx.runtime.parity import verify as verify
 
 
 def __getattr__(name: str) -> Any:

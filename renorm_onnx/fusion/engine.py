@@ -117,7 +117,7 @@ class _Engine:
         assumed = options.assume_constant_initializers
         facts = Facts(model, RULES, CONSTANT_OPERATORS, assume_constant_initializers=assumed)
         self._desk = Desk(facts)
-        self._report = FusionReport(operators_before=_count_operators(model))
+        self._report = FusionReport(operators_before=count_operators(model))
         self._entries: dict[str, NormReport] = {}
 
     def run(self) -> FusionReport:
@@ -133,7 +133,7 @@ class _Engine:
                 self._fold(graph)
         self._write_parameters()
         self._report.entries = list(self._entries.values())
-        self._report.operators_after = _count_operators(self._model)
+        self._report.operators_after = count_operators(self._model)
         logger.info("%s", self._report)
         return self._report
 
@@ -298,7 +298,8 @@ def _drop_initializer(value: ir.Value) -> None:
         del graph.initializers[value.name or ""]
 
 
-def _count_operators(model: ir.Model) -> Counter[str]:
+def count_operators(model: ir.Model) -> Counter[str]:
+    """How many nodes of each operator the graph and its subgraphs hold; other domains' with their domain."""
     counts: Counter[str] = Counter()
     for graph in graphs_of(model):
         for node in graph:

@@ -1,0 +1,187 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from renorm_onnx import cli
+
+
+def small_model(scale: float = 0.7) -> onnx.ModelProto:
+    """Conv -> BatchNormalization -> Relu -> BatchNormalization: the first norm folds, the second stays."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(4, 3, 3, 3)), "s": rng.normal(size=4) + scale, "b": rng.normal(size=4)}
+    arrays |= {"m": rng.normal(size=4), "v": rng.uniform(0.5, 2, 4)}
+    norm = ["s", "b", "m", "v"]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("BatchNormalization", ["c", *norm], ["n"], name="bn"),
+        helper.make_node("Relu", ["n"], ["r"], name="relu"),
+        helper.make_node("BatchNormalization", ["r", *norm], ["y"], name="last"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", 1, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", 1, ["n", 4, 6, 6])],
+        [numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(small_model(), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def run(*arguments: str) -> int:
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def one_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_fuse_writes_beside_its_input_and_says_what_stayed(model, capsys):
+    assert run("fuse", "model.onnx") == cli.YES
+    said = capsys.readouterr().out
+    assert "1 of 2 norms folded, 1 kept" in said
+    assert "no-rule-for-operator" in said or "Relu" in said
+    assert "verdict: yes" in said
+    assert [n.op_type for n in onnx.load("model.fused.onnx").graph.node] == ["Conv", "Relu", "BatchNormalization"]
+
+
+def test_fuse_prints_one_json_object(model, capsys):
+    assert run("fuse", "model.onnx", "--json") == cli.YES
+    said = json.loads(capsys.readouterr().out)
+    assert said["schema_version"] == 1
+    assert said["written"] is True
+    assert (said["fusion"]["norms_before"], said["fusion"]["norms_after"]) == (2, 1)
+    assert said["fusion"]["norms"][1]["refusals"][0]["reason"]
+
+
+def test_an_existing_output_is_replaced_only_by_force(model, capsys):
+    Path("model.fused.onnx").write_bytes(b"precious")
+    assert run("fuse", "model.onnx") == cli.BAD_INPUT
+    assert "exists" in one_line(capsys)
+    assert Path("model.fused.onnx").read_bytes() == b"precious"
+    assert run("fuse", "model.onnx", "--force") == cli.YES
+
+
+def test_the_input_is_replaced_only_in_place(model, capsys):
+    before = model.read_bytes()
+    assert run("fuse", "model.onnx", "-o", "model.onnx", "--force") == cli.BAD_INPUT
+    assert "same file as the input" in one_line(capsys)
+    os.link("model.onnx", "hard.onnx")
+    assert run("fuse", "model.onnx", "-o", "hard.onnx", "--force") == cli.BAD_INPUT
+    assert model.read_bytes() == before
+    assert run("fuse", "model.onnx", "--in-place") == cli.YES
+    assert model.read_bytes() != before
+
+
+def test_fusing_twice_copies_the_bytes(model, capsys):
+    run("fuse", "model.onnx", "-o", "once.onnx")
+    assert run("fuse", "once.onnx", "-o", "twice.onnx") == cli.YES
+    assert "nothing to fold" in capsys.readouterr().out
+    assert Path("once.onnx").read_bytes() == Path("twice.onnx").read_bytes()
+
+
+def test_check_writes_nothing_and_says_by_its_exit_status_whether_something_folds(model):
+    assert run("fuse", "model.onnx", "--check") == cli.NO
+    assert not Path("model.fused.onnx").exists()
+    run("fuse", "model.onnx", "--no-verify")
+    assert run("fuse", "model.fused.onnx", "--check") == cli.YES
+
+
+def test_nothing_is_written_when_the_verdict_is_no(model, capsys, monkeypatch):
+    from renorm_onnx.fusion import parameters
+
+    rounded = parameters.Parameter.rounded
+    monkeypatch.setattr(parameters.Parameter, "rounded", lambda self: rounded(self) + np.float32(1e-3))
+    assert run("fuse", "model.onnx") == cli.NO
+    assert "was not written" in capsys.readouterr().err
+    assert not Path("model.fused.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda p: p.unlink(), "does not exist"),
+        (lambda p: (p.unlink(), p.mkdir()), "folder"),
+        (lambda p: p.write_bytes(b"\x89PNG not a model"), "model.onnx"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-200]), "model.onnx"),
+        (lambda p: p.write_bytes(b""), "empty"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fuse", "verify", "inspect", "inline"])
+def test_a_file_that_is_no_model_gets_one_line_and_exit_2(model, capsys, command, prepare, message):
+    prepare(model)
+    assert run(command, "model.onnx") == cli.BAD_INPUT
+    said = one_line(capsys)
+    assert message in said
+    assert "Traceback" not in said
+    assert not Path("model.fused.onnx").exists()
+
+
+def test_an_unknown_execution_provider_is_bad_input(model, capsys):
+    assert run("verify", "model.onnx", "--ep", "gpu9000") == cli.BAD_INPUT
+    assert "gpu9000" in one_line(capsys)
+
+
+def test_a_missing_execution_provider_is_exit_3(model, capsys):
+    from renorm_onnx.runtime.providers import provider_status
+
+    if provider_status("cuda").creatable:
+        pytest.skip("this machine has a CUDA execution provider")
+    assert run("fuse", "model.onnx", "--ep", "cuda") == cli.BAD_MACHINE
+    assert "cuda" in one_line(capsys).lower()
+    assert not Path("model.fused.onnx").exists()
+
+
+def test_wrong_usage_is_one_line_that_names_the_help(capsys):
+    assert run("fuse") == cli.BAD_INPUT
+    assert "see renorm-onnx fuse --help" in one_line(capsys)
+
+
+def test_errors_are_json_too_when_json_is_asked_for(model, capsys):
+    assert run("fuse", "absent.onnx", "--json") == cli.BAD_INPUT
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"] is False
+    assert "absent.onnx" in said["error"]["message"]
+
+
+def test_inspect_explains_every_norm(model, capsys):
+    assert run("inspect", "model.onnx", "--explain") == cli.YES
+    said = capsys.readouterr().out
+    assert "backward into Conv 'conv'" in said
+    assert "kept" in said
+
+
+def modules_after(*arguments: str) -> set[str]:
+    code = "import sys; from renorm_onnx import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print('MODULES', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("MODULES")[2].split())
+
+
+def test_help_and_version_import_nothing_heavy():
+    for flag in ("--help", "--version"):
+        assert not modules_after(flag) & {"numpy", "onnx", "onnx_ir", "onnxruntime", "torch"}
+
+
+def test_no_command_imports_torch(model):
+    commands = [["fuse", "model.onnx"], ["verify", "model.onnx"], ["inspect", "model.onnx"]]
+    for command in commands:
+        assert "torch" not in modules_after(*command), command

@@ -1,0 +1,250 @@
+"""From a model file to a fused one: read, fold, check, write. What `renorm-onnx fuse` does.
+
+Nothing is written unless the check says yes, and nothing is ever half-written. A file in which nothing folds is copied
+byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from renorm_onnx import __version__, model_file
+from renorm_onnx.errors import InputError, MachineError
+from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
+from renorm_onnx.fusion.report import FusionReport
+from renorm_onnx.inlining import inline
+from renorm_onnx.onnx_function import DOMAIN
+from renorm_onnx.runtime.table import text_table
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from renorm_onnx.runtime.parity import Verdict
+
+SCHEMA_VERSION = 1
+METADATA_KEY = "renorm_onnx.fused"
+VERIFY = ("auto", "require", "never")
+
+
+@dataclass(frozen=True)
+class FusedFile:
+    """What `fuse_file` did.
+
+    Attributes:
+        source, target: The paths; `target` is what was or would have been written.
+        written: Whether `target` is there now.
+        report: What was folded and what was kept.
+        verdict: The check; None if there was none.
+        unchecked: Why there was no end-to-end check, or an empty string.
+        bytes_before, bytes_after: Sizes of the files with their data; `bytes_after` is 0 if nothing was written.
+    """
+
+    source: str
+    target: str
+    written: bool
+    report: FusionReport
+    verdict: Verdict | None
+    unchecked: str
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether the fused model is not known to be wrong."""
+        return self.verdict is None or self.verdict.outcome in ("yes", "skipped")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "ok": self.ok,
+            "source": self.source,
+            "target": self.target,
+            "written": self.written,
+            "fusion": self.report.to_dict(),
+            "verdict": None if self.verdict is None else self.verdict.to_dict(),
+            "unchecked": self.unchecked,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def __str__(self) -> str:
+        before, after = self.report.operators_before, self.report.operators_after
+        names = sorted(set(before) | set(after), key=lambda name: (-before[name], name))
+        rows = [_row(name, before[name], after[name]) for name in names]
+        rows.append(_row("all nodes", sum(before.values()), sum(after.values())))
+        if self.bytes_after:
+            rows.append(_row("file size (KB)", round(self.bytes_before / 1e3), round(self.bytes_after / 1e3)))
+        table = text_table(("", "before", "after", "change"), rows, numbers=(1, 2, 3))
+        return "\n".join([str(self.report), "", *table, "", *self._conclusion()])
+
+    def _conclusion(self) -> list[str]:
+        lines = []
+        if self.verdict is not None:
+            # The rows interest only who doubts the answer: `renorm-onnx verify` prints them all.
+            lines = str(self.verdict).splitlines()[: 1 if self.verdict.ok else None]
+        if self.unchecked:
+            lines.append(f"not verified: {self.unchecked}")
+        if self.written and not self.report.changed:
+            lines.append(f"nothing to fold: {self.target} is a copy of {self.source}")
+        else:
+            lines.append(f"wrote {self.target}" if self.written else "wrote nothing")
+        return lines
+
+
+@dataclass(frozen=True)
+class InlinedFile:
+    """What `inline_file` did.
+
+    Attributes:
+        source, target: The paths.
+        calls: How many function calls were replaced.
+    """
+
+    source: str
+    target: str
+    calls: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {"schema_version": SCHEMA_VERSION, "source": self.source, "target": self.target, "calls": self.calls}
+
+    def __str__(self) -> str:
+        return f"{self.calls} function calls replaced; wrote {self.target}"
+
+
+def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, str(before), str(after), f"{after - before:+d}" if after != before else ""
+
+
+def inline_file(
+    source: str | os.PathLike[str], target: str | os.PathLike[str] | None = None, *, force: bool = False
+) -> InlinedFile:
+    """Replace the renorm functions of a model file by plain ONNX operators, for runtimes without functions.
+
+    Args:
+        source: The model.
+        target: Where to write; None: ``model.onnx`` -> ``model.inlined.onnx``.
+        force: Replace an existing `target`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ModelFileError: The model cannot be read, or the target must not or cannot be written.
+    """
+    path = os.fspath(target) if target is not None else _beside(source, "inlined")
+    model = model_file.load(source)
+    model_file.check_output(path, inputs=[source], force=force)
+    calls = inline(model, domain=DOMAIN)
+    model_file.save(model, path, force=force)
+    return InlinedFile(os.fspath(source), path, calls)
+
+
+def default_target(source: str | os.PathLike[str]) -> str:
+    """Where the fused model goes when nobody says: ``model.onnx`` -> ``model.fused.onnx``."""
+    return _beside(source, "fused")
+
+
+def _beside(source: str | os.PathLike[str], what: str) -> str:
+    path = Path(source)
+    return str(path.with_name(f"{path.stem if path.suffix == '.onnx' else path.name}.{what}.onnx"))
+
+
+def fuse_file(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    options: FuseOptions | None = None,
+    force: bool = False,
+    in_place: bool = False,
+    dry_run: bool = False,
+    verify: str = "auto",
+    providers: Sequence[str] = ("cpu",),
+    seed: int = 0,
+    allow_symlinks: bool = False,
+) -> FusedFile:
+    """Fold the norms of a model file and write the result beside it, checked.
+
+    Args:
+        source: The model.
+        target: Where to write; None: `default_target`, or `source` itself if `in_place`.
+        options: What the engine may do.
+        force: Replace an existing `target`.
+        in_place: Replace `source`.
+        dry_run: Plan and check, write nothing.
+        verify: "auto": end to end if one run stays under the limit of `runtime.estimate` and onnxruntime is installed;
+            "require": anything short of that is an error; "never".
+        providers: Execution providers to check on.
+        seed: Of the inputs that the check generates.
+        allow_symlinks: Follow links to data files outside the model's folder.
+
+    Returns:
+        What was done. If `ok` is false, the check said no and nothing was written.
+
+    Raises:
+        ModelFileError: The model cannot be read, or the target must not or cannot be written.
+        InputError: An option is unknown.
+        MachineError: The check was required, or a provider asked for, and this machine lacks what it needs.
+    """
+    if verify not in VERIFY:
+        raise InputError(f"fuse: verify={verify!r} given, expected one of {', '.join(VERIFY)}")
+    if in_place and target is not None:
+        raise InputError(f"fuse: an output ({os.fspath(target)!r}) and in-place were both given; choose one")
+    path = os.fspath(source) if in_place else os.fspath(target) if target is not None else default_target(source)
+    original = model_file.load(source, allow_symlinks=allow_symlinks)
+    if not dry_run:
+        model_file.check_output(path, inputs=[] if in_place else [source], force=force or in_place)
+    model = model_file.load(original)
+    report = fuse_in_place(model, options)
+    verdict, unchecked = _check(original, model, report, verify, providers, seed)
+    written = not dry_run and (verdict is None or verdict.outcome in ("yes", "skipped"))
+    before = _size(source)
+    if written:
+        _write(source, path, model, report, force=force or in_place)
+    after = _size(path) if written else 0
+    return FusedFile(os.fspath(source), path, written, report, verdict, unchecked, before, after)
+
+
+def _write(source: str | os.PathLike[str], path: str, model: ir.Model, report: FusionReport, *, force: bool) -> None:
+    if report.changed:
+        model.metadata_props[METADATA_KEY] = metadata(report)
+        model_file.save(model, path, force=force)
+    elif not (os.path.exists(path) and os.path.samefile(source, path)):
+        model_file.copy_file(source, path, force=force)
+
+
+def metadata(report: FusionReport) -> str:
+    """What a fused file says about itself: our version, the counts, and each kept norm with its reason."""
+    kept = {norm.name: norm.reason.value if norm.reason else "" for norm in report.kept}
+    said = {"version": __version__, "folded": len(report.folded), "affines_folded": report.affines_folded}
+    return json.dumps({**said, "branches_merged": report.branches_merged, "kept": kept}, sort_keys=True)
+
+
+def _check(
+    original: ir.Model, model: ir.Model, report: FusionReport, verify: str, providers: Sequence[str], seed: int
+) -> tuple[Verdict | None, str]:
+    """The verdict, or why there is none."""
+    if verify == "never":
+        return None, "verification was turned off"
+    if not report.changed:
+        return None, "nothing was folded"
+    from renorm_onnx.runtime.parity import LIMIT
+    from renorm_onnx.runtime.parity import verify as judge
+
+    try:
+        verdict = judge(original, model, providers=providers, seed=seed, limit=None if verify == "require" else LIMIT)
+    except MachineError as error:
+        if verify == "require" or tuple(providers) != ("cpu",):
+            raise
+        return None, str(error)
+    return verdict, "; ".join(verdict.skipped) if verdict.outcome == "skipped" else ""
+
+
+def _size(path: str | os.PathLike[str]) -> int:
+    return os.path.getsize(path)
