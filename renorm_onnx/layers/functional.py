@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers import kernels
 
 Stat = Literal["sigma", "var", "var_unbiased"]
 STATS: tuple[str, ...] = get_args(Stat)
@@ -62,7 +63,7 @@ def accumulation_type(x: Tensor) -> torch.dtype:
 
 
 def batch_statistics(x: Tensor) -> BatchStatistics:
-    """Compute mean and biased variance per channel, by operations that every tracer and backend knows.
+    """Compute mean and biased variance per channel.
 
     Args:
         x: Shape (N, C, *), not empty.
@@ -70,110 +71,146 @@ def batch_statistics(x: Tensor) -> BatchStatistics:
     Returns:
         The statistics, each of shape (C,).
     """
-    with torch.no_grad():
-        values = x.detach().to(accumulation_type(x))
-        var, mean = torch.var_mean(values, [0, *range(2, x.dim())], correction=0)
-    return BatchStatistics(mean, var, x.numel() // x.size(1))
+    values = x.detach()
+    size = x.numel() // x.size(1)
+    if kernels.available(x):
+        return BatchStatistics(*kernels.statistics(values), size)
+    var, mean = torch.var_mean(values.to(accumulation_type(x)), [0, *range(2, x.dim())], correction=0)
+    return BatchStatistics(mean, var, size)
+
+
+def deviation(var: Tensor, eps: float | Tensor) -> Tensor:
+    """Return sigma = sqrt(var + eps)."""
+    return torch.add(var, eps).sqrt_()
 
 
 def corrections(
-    batch: BatchStatistics,
+    mean: Tensor,
+    batch_sigma: Tensor,
     running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
+    sigma: Tensor,
     r_max: float | Tensor,
     d_max: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Compute r and d of Algorithm 1 from the statistics before their update.
 
-    With tensors as bounds the clipping is by minimum and maximum, which the partitioner of torch.compile saves for the
-    backward pass; a clamp it may recompute there, from running statistics that the same graph has since updated
-    (pytorch/pytorch#197039).
+    With tensors as bounds the clipping is by minimum and maximum, whose results the partitioner of torch.compile saves
+    for the backward pass. A clamp by numbers it may compute again there, from running statistics that the same graph
+    has updated since (pytorch/pytorch#197039).
 
     Args:
-        batch: Statistics of the batch.
-        running_mean: Shape (C,). Read, never written.
-        running_var: Shape (C,). Read, never written.
-        eps: Added to variances, in units of x squared.
+        mean: mu_B, shape (C,), detached, as the next three.
+        batch_sigma: sigma_B.
+        running_mean: mu. Read, never written.
+        sigma: sigma. Read, never written.
         r_max: Bound on r, at least 1, no unit. A float, or a 0-d tensor.
         d_max: Bound on d, at least 0, in standard deviations. Of the same type.
 
     Returns:
         r and d, shape (C,), detached.
     """
-    with torch.no_grad():
-        sigma = torch.add(running_var.to(batch.var.dtype), eps).sqrt_()
-        r = torch.add(batch.var, eps).sqrt_().div_(sigma)
-        d = torch.sub(batch.mean, running_mean).div_(sigma)
-        if isinstance(r_max, Tensor) and isinstance(d_max, Tensor):
-            r_max, d_max = r_max.to(r.dtype), d_max.to(r.dtype)
-            return (
-                torch.minimum(torch.maximum(r, r_max.reciprocal()), r_max),
-                torch.minimum(torch.maximum(d, -d_max), d_max),
-            )
-        r_bound, d_bound = float(r_max), float(d_max)
-        return r.clamp_(1 / r_bound, r_bound), d.clamp_(-d_bound, d_bound)
+    r = torch.div(batch_sigma, sigma)
+    d = torch.sub(mean, running_mean).div_(sigma)
+    if isinstance(r_max, Tensor) and isinstance(d_max, Tensor):
+        r_max, d_max = r_max.to(r.dtype), d_max.to(r.dtype)
+        return (
+            torch.minimum(torch.maximum(r, r_max.reciprocal()), r_max),
+            torch.minimum(torch.maximum(d, -d_max), d_max),
+        )
+    r_bound, d_bound = float(r_max), float(d_max)
+    return r.clamp_(1 / r_bound, r_bound), d.clamp_(-d_bound, d_bound)
+
+
+def observed_spread(batch: BatchStatistics, batch_sigma: Tensor, stat: str) -> Tensor:
+    """Return what one batch contributes to the running statistic: sigma_B, or its variance, biased or not.
+
+    Args:
+        batch: Statistics of the batch.
+        batch_sigma: sigma_B, shape (C,).
+        stat: One of `STATS`.
+    """
+    if stat == "sigma":
+        return batch_sigma
+    if stat == "var":
+        return batch.var
+    size = batch.size
+    return batch.var * (size / (size - 1).clamp(min=1) if isinstance(size, Tensor) else size / max(size - 1, 1))
 
 
 def update_statistics(
     running_mean: Tensor,
     running_var: Tensor,
-    batch: BatchStatistics,
+    mean: Tensor,
+    spread: Tensor,
     *,
     momentum: float | Tensor,
-    eps: float,
+    eps: float | Tensor,
     stat: str,
+    sigma: Tensor | None = None,
 ) -> None:
-    """Move the running statistics towards those of the batch, in place.
+    """Move the running statistics towards those of a batch, in place.
 
     ::
 
         mu  += momentum * (mu_B - mu)
-        "sigma":         s = sqrt(var + eps);  s += momentum * (sigma_B - s);  var = max(s^2 - eps, 0)
-        "var":           var += momentum * (var_B - var)
-        "var_unbiased":  var += momentum * (var_B * m / (m - 1) - var)           torch's batch norm
+        "sigma":                s = sqrt(var + eps);  s += momentum * (spread - s);  var = max(s^2 - eps, 0)
+        "var", "var_unbiased":  var += momentum * (spread - var)
 
     Args:
         running_mean: Shape (C,). Written.
         running_var: Shape (C,). Written.
-        batch: Statistics of the batch.
+        mean: mu_B, shape (C,), detached.
+        spread: As `observed_spread` gives it.
         momentum: Share of the batch, in [0, 1].
-        eps: As in `corrections`.
+        eps: As in `deviation`.
         stat: One of `STATS`.
+        sigma: `deviation(running_var, eps)` if the caller has it already. Overwritten.
     """
-    with torch.no_grad():
-        mean, var = batch.mean, batch.var
-        if stat == "sigma":
-            sigma = torch.add(running_var.to(var.dtype), eps).sqrt_()
-            sigma.lerp_(torch.add(var, eps).sqrt_(), momentum)
-            var = sigma.square_().sub_(eps).clamp_(min=0)
-        else:
-            if stat == "var_unbiased":
-                var = var * (batch.size / (batch.size - 1))
-            var = torch.lerp(running_var.to(var.dtype), var, momentum)
-        if running_var.dtype == torch.float16:
-            var = var.clamp(max=torch.finfo(torch.float16).max)
-        running_mean.copy_(torch.lerp(running_mean.to(mean.dtype), mean, momentum))
-        running_var.copy_(var)
+    kind = mean.dtype
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(kind)
+    if stat == "sigma":
+        sigma = deviation(running_var.to(kind), eps) if sigma is None else sigma
+        var = sigma.lerp_(spread, momentum).square_().sub_(eps).relu_()  # below 0 by rounding alone
+    else:
+        var = torch.lerp(running_var.to(kind), spread, momentum)
+    if running_var.dtype == kind:
+        running_mean.lerp_(mean, momentum)
+    else:
+        # A module converted to half: better the largest number than infinity.
+        var.clamp_(max=torch.finfo(running_var.dtype).max)
+        running_mean.copy_(torch.lerp(running_mean.to(kind), mean, momentum))
+    running_var.copy_(var)
 
 
 def scale_and_shift(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Return gamma * r and beta + gamma * d, shape (C,), in the type of r."""
     if weight is None:
         return r, d if bias is None else d + bias
-    scale, shift = weight * r, weight * d
-    return scale, shift if bias is None else shift + bias
+    shift = weight * d if bias is None else torch.addcmul(bias, weight, d)
+    return weight * r, shift
 
 
-def normalize_traceable(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor, eps: float
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch: BatchStatistics,
+    r: Tensor,
+    d: Tensor,
+    eps: float,
 ) -> Tensor:
-    """Normalize by batch statistics with r and d applied, by operations that every tracer and backend knows.
+    """Normalize by the statistics of x itself, with r and d applied.
+
+    Where the native kernels cannot be used, or do not pay, this is torch's batch norm in training mode with another
+    scale and shift, which every compiler, exporter and function transform understands. It computes the statistics
+    again.
 
     Args:
         x: Shape (N, C, *).
         weight: gamma, shape (C,), or None for 1.
         bias: beta, shape (C,), or None for 0.
+        batch: `batch_statistics(x)`.
         r: Shape (C,).
         d: Shape (C,).
         eps: Added to the variance.
@@ -181,8 +218,10 @@ def normalize_traceable(
     Returns:
         y of the shape and type of x.
     """
+    if kernels.available(x) and not kernels.is_small(x):
+        return kernels.renormalize(x, weight, bias, batch.mean, batch.var, r, d, eps)
     scale, shift = scale_and_shift(weight, bias, r, d)
-    return F.batch_norm(x, None, None, scale, shift, True, 0.0, eps)
+    return torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
 
 
 def batch_renorm(
@@ -229,11 +268,42 @@ def batch_renorm(
         raise InputError(f"batch_renorm: stat={stat!r}, expected one of {STATS}")
     if x.numel() == x.size(1):
         raise InputError(f"batch_renorm: {ONE_VALUE} {tuple(x.shape)}")
-    batch = batch_statistics(x)
-    r, d = corrections(batch, running_mean, running_var, eps, r_max, d_max)
-    y = normalize_traceable(x, weight, bias, r, d, eps)
-    update_statistics(running_mean, running_var, batch, momentum=momentum, eps=eps, stat=stat)
+    y, batch, batch_sigma, _, _ = corrected(x, running_mean, running_var, weight, bias, eps, r_max, d_max)
+    spread = observed_spread(batch, batch_sigma, stat)
+    update_statistics(running_mean, running_var, batch.mean, spread, momentum=momentum, eps=eps, stat=stat)
     return y
+
+
+def corrected(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    r_max: float,
+    d_max: float,
+) -> tuple[Tensor, BatchStatistics, Tensor, Tensor, Tensor]:
+    """Apply Algorithm 1 without its update.
+
+    Args:
+        x: As in `batch_renorm`, and so all others.
+        running_mean: Shape (C,). Read, never written.
+        running_var: Shape (C,). Read, never written.
+        weight: gamma.
+        bias: beta.
+        eps: Added to variances.
+        r_max: Bound on r.
+        d_max: Bound on d.
+
+    Returns:
+        y, the statistics of the batch, sigma_B, r and d.
+    """
+    batch = batch_statistics(x)
+    batch_sigma, sigma = deviation(batch.var, eps), deviation(running_var.to(batch.var.dtype), eps)
+    bounds = (torch.full((), bound, dtype=sigma.dtype, device=sigma.device) for bound in (r_max, d_max))
+    r, d = corrections(batch.mean, batch_sigma, running_mean, sigma, *bounds)
+    return normalize(x, weight, bias, batch, r, d, eps), batch, batch_sigma, r, d
 
 
 ONE_VALUE = "Expected more than 1 value per channel when training, got input size"
@@ -277,104 +347,3 @@ def eval_forward(
         )
         return y
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-
-
-class TrainingOutputs(NamedTuple):
-    """The seven outputs of `renorm_onnx::batch_renorm_training`, in order; all but y of shape (C,)."""
-
-    y: Tensor
-    new_mean: Tensor
-    new_var: Tensor
-    batch_mean: Tensor
-    batch_var: Tensor
-    r: Tensor
-    d: Tensor
-
-
-def training_operator(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    momentum: float,
-    r_max: float,
-    d_max: float,
-    stat: str,
-) -> TrainingOutputs:
-    """Take one training step as one operator of ours; nothing is written, the new statistics are outputs.
-
-    Args:
-        x: Shape (N, C, *).
-        running_mean: Shape (C,).
-        running_var: Shape (C,).
-        weight: gamma, shape (C,), or None for 1.
-        bias: beta, shape (C,), or None for 0.
-        eps: Added to variances.
-        momentum: Share of the batch in the new statistics.
-        r_max: Bound on r.
-        d_max: Bound on d.
-        stat: One of `STATS`.
-
-    Returns:
-        y, the new running statistics, those of the batch, r and d.
-    """
-    weight = torch.ones_like(running_mean) if weight is None else weight
-    bias = torch.zeros_like(running_mean) if bias is None else bias
-    return TrainingOutputs(
-        *torch.ops.renorm_onnx.batch_renorm_training(
-            x, weight, bias, running_mean, running_var, eps, momentum, r_max, d_max, stat
-        )
-    )
-
-
-def _inference_operator(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    momentum: float,
-    r_max: float,
-    d_max: float,
-    stat: str,
-) -> Tensor:
-    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-
-
-def _training_operator(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    momentum: float,
-    r_max: float,
-    d_max: float,
-    stat: str,
-) -> tuple[Tensor, ...]:
-    batch = batch_statistics(x)
-    r, d = corrections(batch, running_mean, running_var, eps, r_max, d_max)
-    y = normalize_traceable(x, weight, bias, r, d, eps)
-    new_mean, new_var = running_mean.clone(), running_var.clone()
-    update_statistics(new_mean, new_var, batch, momentum=momentum, eps=eps, stat=stat)
-    return tuple(TrainingOutputs(y, new_mean, new_var, batch.mean, batch.var, r, d))
-
-
-# Composite: without a translation table an exporter or compiler sees through to ordinary batch norm.
-_ARGUMENTS = (
-    "(Tensor x, Tensor weight, Tensor bias, Tensor running_mean, Tensor running_var, "
-    "float eps, float momentum, float r_max, float d_max, str stat)"
-)
-_LIBRARY = torch.library.Library("renorm_onnx", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"batch_renorm{_ARGUMENTS} -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("batch_renorm", _inference_operator, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
-    f"batch_renorm_training{_ARGUMENTS} -> (Tensor y, Tensor new_mean, Tensor new_var, "
-    "Tensor batch_mean, Tensor batch_var, Tensor r, Tensor d)"
-)
-_LIBRARY.impl("batch_renorm_training", _training_operator, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]

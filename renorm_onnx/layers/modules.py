@@ -7,6 +7,7 @@ and would silently replace renormalization by normalization.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,29 +15,40 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 from torch.nn.modules.batchnorm import _NormBase
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.layers import functional
+from renorm_onnx.layers import functional, operators
+from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.functional import STATS, BatchStatistics, Stat
+from renorm_onnx.layers.masked import check_mask, normalize_masked
+from renorm_onnx.layers.recomputation import Memory
 from renorm_onnx.layers.schedules import Bounds, Schedule, as_schedule, check_bounds
+from renorm_onnx.layers.step import take_step
 
-
-def _check_arguments(who: str, num_features: int, eps: float, momentum: float | None, stat: str) -> None:
-    if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-        raise InputError(f"{who}: num_features={num_features!r}, expected an integer >= 1")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise InputError(f"{who}: eps={eps!r}, expected a finite number >= 0")
-    if momentum is not None and not (math.isfinite(momentum) and 0 <= momentum <= 1):
-        raise InputError(f"{who}: momentum={momentum!r}, expected a number in [0, 1], or None for a cumulative average")
-    if stat not in STATS:
-        raise InputError(f"{who}: stat={stat!r}, expected one of {STATS}")
+# Names in the state dicts of other libraries' layers that ours does not have.
+_FOREIGN = (
+    "ra_mean",
+    "ra_var",
+    "steps",
+    "scale",
+    "running_std",
+    "running_avg_mean",
+    "running_avg_std",
+    "gamma",
+    "beta",
+)
 
 
 class _BatchRenorm(_NormBase):
-    """What the three layers share; they differ only in the ranks they accept."""
+    """What the three layers share; they differ only in the ranks they accept.
+
+    A subclass may replace `_batch_statistics` and `_normalize` together, to pool them over processes.
+    """
 
     r_max: float
     d_max: float
     stat: str
     ranks: tuple[int, ...]
+    renorm_mean: Tensor | None
+    renorm_var: Tensor | None
 
     def __init__(
         self,
@@ -52,9 +64,11 @@ class _BatchRenorm(_NormBase):
         d_max: float = 5.0,
         schedule: str | Schedule | Callable[[int], Bounds] | None = "paper",
         stat: Stat = "sigma",
+        renorm_momentum: float | None = None,
+        virtual_batch_size: int | None = None,
     ) -> None:
         who = type(self).__name__
-        _check_arguments(who, num_features, eps, momentum, stat)
+        _check_arguments(who, num_features, eps, momentum, stat, renorm_momentum, virtual_batch_size)
         check_bounds((r_max, d_max), f"{who}: got")
         resolved = as_schedule(schedule)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -62,13 +76,35 @@ class _BatchRenorm(_NormBase):
         self.d_max = float(d_max)
         self.stat = stat
         self.schedule = resolved
+        self.renorm_momentum = renorm_momentum
+        self.virtual_batch_size = virtual_batch_size
+        if renorm_momentum is not None and self.running_mean is not None and self.running_var is not None:
+            self.register_buffer("renorm_mean", self.running_mean.clone())
+            self.register_buffer("renorm_var", self.running_var.clone())
+        self._memory = Memory()
+        self._clock = HostClock()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x of shape (N, C, *) as the mode says: by corrected batch statistics, or by the running ones."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize x as the mode says: by corrected batch statistics, or by the running ones.
+
+        Args:
+            x: Shape (N, C, *).
+            mask: True at valid positions, shape (N, *), bool; statistics are taken from these alone. For padded
+                sequences see `length_mask`. Evaluation does not need it.
+
+        Returns:
+            y of the shape and type of x.
+
+        Raises:
+            InputError: x has a rank, a number of channels or a type that the layer does not take; in training, x has
+                one value per channel; the mask does not fit x; the schedule returns bounds that cannot be used.
+        """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        else:
+        elif mask is None:
             y = self._forward(x)
+        else:
+            y = self._masked_forward(x, mask)
         return y
 
     @torch.jit.unused
@@ -78,7 +114,8 @@ class _BatchRenorm(_NormBase):
             self._check_values_per_channel(x)
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         if self.training:
-            return self._training_forward(x, self.running_mean, self.running_var)
+            self._check_values_per_channel(x)
+            return self._training_operator(x) if functional.keeping_ops() else take_step(self, x, None)
         return functional.eval_forward(
             x,
             self.running_mean,
@@ -92,31 +129,34 @@ class _BatchRenorm(_NormBase):
             stat=self.stat,
         )
 
-    def _training_forward(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
-        self._check_values_per_channel(x)
-        assert self.num_batches_tracked is not None
-        step = self.num_batches_tracked
-        if functional.keeping_ops():
-            return self._training_operator(x, running_mean, running_var)
-        r_max, d_max = self.schedule.bounds_on_device(step, self.r_max, self.d_max)
-        batch = self._batch_statistics(x)
-        r, d = functional.corrections(batch, running_mean, running_var, self.eps, r_max, d_max)
-        y = self._normalize(x, batch, r, d)
-        step.add_(1)
-        momentum = self.momentum if self.momentum is not None else 1.0 / step
-        functional.update_statistics(running_mean, running_var, batch, momentum=momentum, eps=self.eps, stat=self.stat)
-        return y
+    @torch.jit.unused
+    def _masked_forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        check_mask(x, mask, type(self).__name__)
+        if self.running_mean is None or self.running_var is None or (self.training and not self.track_running_stats):
+            kind = functional.accumulation_type(x)
+            r, d = torch.ones(2, x.size(1), dtype=kind, device=x.device).mul_(torch.tensor([[1.0], [0.0]])).unbind()
+            return normalize_masked(x, mask, self.weight, self.bias, r, d, self.eps)
+        return take_step(self, x, mask) if self.training else self._forward(x)
 
-    def _training_operator(self, x: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
+    def _training_operator(self, x: Tensor) -> Tensor:
         """Take one step, with the schedule at its end, as the single operator that an exporter translates."""
-        if self.momentum is None:
+        mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
+        assert mean is not None
+        assert var is not None
+        assert step is not None
+        plain_step = self.momentum is not None and self.renorm_momentum is None and self.virtual_batch_size is None
+        if not plain_step:
             raise InputError(
-                f"{type(self).__name__}: momentum=None (cumulative average) has no exported training form; set one"
+                f"{type(self).__name__}: momentum={self.momentum!r}, renorm_momentum={self.renorm_momentum!r}, "
+                f"virtual_batch_size={self.virtual_batch_size!r}: the exported training step exists for a number, None "
+                "and None alone"
             )
-        out = functional.training_operator(
+        assert self.momentum is not None
+        out = operators.training_operator(
             x,
-            running_mean,
-            running_var,
+            mean,
+            var,
             self.weight,
             self.bias,
             self.eps,
@@ -126,10 +166,9 @@ class _BatchRenorm(_NormBase):
             stat=self.stat,
         )
         with torch.no_grad():
-            running_mean.copy_(out.new_mean)
-            running_var.copy_(out.new_var)
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
+            mean.copy_(out.new_mean)
+            var.copy_(out.new_var)
+            step.add_(1)
         return out.y
 
     def _batch_statistics(self, x: Tensor) -> BatchStatistics:
@@ -138,9 +177,15 @@ class _BatchRenorm(_NormBase):
 
     def _normalize(self, x: Tensor, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
         """Normalize x by `batch` with r and d; a subclass that pools statistics pools their gradient here."""
-        return functional.normalize_traceable(x, self.weight, self.bias, r, d, self.eps)
+        return functional.normalize(x, self.weight, self.bias, batch, r, d, self.eps)
+
+    def _statistics_are_its_own(self) -> bool:
+        """Return whether x alone determines its statistics, so that torch's batch norm may compute them."""
+        return type(self)._batch_statistics is _BatchRenorm._batch_statistics
 
     def _check_input_dim(self, input: Tensor) -> None:
+        if isinstance(input, torch.fx.Proxy):  # torch.fx cannot follow a question about a shape
+            return
         who = type(self).__name__
         if input.dim() not in self.ranks:
             wanted = " or ".join(f"{rank}D" for rank in self.ranks)
@@ -157,13 +202,72 @@ class _BatchRenorm(_NormBase):
         if x.numel() == x.size(1):
             raise InputError(f"{type(self).__name__}: {functional.ONE_VALUE} {tuple(x.shape)}")
 
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0 and variance 1, and the step to 0, in place."""
+        super().reset_running_stats()
+        if "renorm_mean" in self._buffers:
+            self._buffers["renorm_mean"].zero_()  # type: ignore[union-attr]
+            self._buffers["renorm_var"].fill_(1)  # type: ignore[union-attr]
+
     def extra_repr(self) -> str:
         """Describe the layer as its constructor would be called."""
-        return (
+        text = (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, r_max={self.r_max}, d_max={self.d_max}, "
             f"schedule={self.schedule}, stat={self.stat!r}"
         )
+        for name in ("renorm_momentum", "virtual_batch_size"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process's running step."""
+        state = {**self.__dict__, "_memory": Memory(), "_clock": HostClock()}
+        state.pop("_compiled_call_impl", None)
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
+        foreign = [name for name in _FOREIGN if prefix + name in state_dict]
+        if foreign:
+            lists[-1].append(
+                f"{type(self).__name__}: {prefix + foreign[0]!r} belongs to another library's layer; load the state "
+                "dict into a model of that library's layers and pass that model to renorm_onnx.adopt"
+            )
+        if "renorm_mean" in self._buffers:
+            # A checkpoint of plain batch norm has one set of statistics, which then starts both.
+            for ours, theirs in (("renorm_mean", "running_mean"), ("renorm_var", "running_var")):
+                if prefix + ours not in state_dict and prefix + theirs in state_dict:
+                    state_dict[prefix + ours] = state_dict[prefix + theirs].clone()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)  # type: ignore[no-untyped-call]
+
+
+def _check_arguments(
+    who: str,
+    num_features: int,
+    eps: float,
+    momentum: float | None,
+    stat: str,
+    renorm_momentum: float | None,
+    virtual_batch_size: int | None,
+) -> None:
+    if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+        raise InputError(f"{who}: num_features={num_features!r}, expected an integer >= 1")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise InputError(f"{who}: eps={eps!r}, expected a finite number >= 0")
+    if momentum is not None and not (math.isfinite(momentum) and 0 <= momentum <= 1):
+        raise InputError(f"{who}: momentum={momentum!r}, expected a number in [0, 1], or None for a cumulative average")
+    if stat not in STATS:
+        raise InputError(f"{who}: stat={stat!r}, expected one of {STATS}")
+    if renorm_momentum is not None and not (math.isfinite(renorm_momentum) and 0 <= renorm_momentum <= 1):
+        raise InputError(
+            f"{who}: renorm_momentum={renorm_momentum!r}, expected a number in [0, 1], or None to use one set of "
+            "statistics for r, d and inference"
+        )
+    if virtual_batch_size is not None and (not isinstance(virtual_batch_size, int) or virtual_batch_size < 1):
+        raise InputError(f"{who}: virtual_batch_size={virtual_batch_size!r}, expected an integer >= 1, or None")
 
 
 class BatchRenorm1d(_BatchRenorm):
@@ -173,7 +277,46 @@ class BatchRenorm1d(_BatchRenorm):
 
 
 class BatchRenorm2d(_BatchRenorm):
-    """Batch renormalization of (N, C, H, W)."""
+    """Batch renormalization of (N, C, H, W): batch normalization that trains with what it will infer with.
+
+    Source: Ioffe 2017 (arXiv:1702.03275), Algorithm 1::
+
+        r = clip(sigma_B / sigma, 1/r_max, r_max)        no gradient flows through r, d
+        d = clip((mu_B - mu) / sigma, -d_max, d_max)
+        y = ((x - mu_B) / sigma_B * r + d) * gamma + beta
+        mu    += momentum * (mu_B - mu)                  after use
+        sigma += momentum * (sigma_B - sigma)
+
+    with sigma = sqrt(var + eps) and biased batch variances. Evaluation is batch normalization by mu and sigma, one call
+    of `F.batch_norm`. With `track_running_stats=False` batch statistics are used in both modes, without r and d.
+
+    >>> layer = BatchRenorm2d(16, schedule=None)
+    >>> layer(torch.randn(4, 16, 8, 8)).shape
+    torch.Size([4, 16, 8, 8])
+
+    Args:
+        num_features: C.
+        eps: Added to variances, in units of x squared.
+        momentum: Share of a batch in the running statistics; None averages all batches alike.
+        affine: Learn gamma and beta.
+        track_running_stats: Keep running statistics.
+        device: Of parameters and buffers.
+        dtype: Of parameters and buffers.
+        r_max: Bound on r at the schedule's end, at least 1.
+        d_max: Bound on d at the schedule's end, at least 0, in standard deviations.
+        schedule: How the bounds get there from (1, 0), step by step: `"paper"`, None for no way at all (they hold from
+            the first step), a `Schedule`, or a function from the step to (r_max, d_max). The step is
+            `num_batches_tracked`; with gradient accumulation each microbatch counts.
+        stat: What is averaged over time and kept as `running_var`: `"sigma"`, as in the paper (kept as sigma^2 - eps);
+            the variance, `"var"`; or m / (m - 1) times it, `"var_unbiased"`, as torch's batch norm does.
+        renorm_momentum: Momentum of a second set of statistics, from which r and d are computed, as in Keras. It adds
+            the buffers `renorm_mean` and `renorm_var`; a state dict without them starts both sets alike.
+        virtual_batch_size: Normalize groups of at least this many samples by their own statistics (ghost batches). The
+            running statistics take the mean over the groups, once per step.
+
+    Raises:
+        InputError: An argument is out of its range or not finite.
+    """
 
     ranks = (4,)
 

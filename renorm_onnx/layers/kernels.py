@@ -1,0 +1,163 @@
+"""The eager path on torch's native kernels: one pass for the statistics, one read and one write to normalize.
+
+Only plain tensors on the CPU or on CUDA come here, outside every tracer and function transform; the rest takes the path
+of `functional` that all of them understand. What is saved for the backward pass is x and vectors of length C.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_backward = torch.ops.aten.native_batch_norm_backward.default
+_HALF = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Below these sizes a second pass for the statistics costs less than calling Python from the backward pass.
+_SMALL_ROWS = 1 << 17
+_SMALL_IMAGES = 1 << 14
+
+
+def available(x: Tensor) -> bool:
+    """Return whether the native kernels can take `x` here: no compiler, tracer, transform or subclass is involved."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and (x.is_cpu or x.is_cuda)
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def is_small(x: Tensor) -> bool:
+    """Return whether two passes over `x` are cheaper than one custom backward function."""
+    return x.is_cpu and x.numel() <= (_SMALL_ROWS if x.dim() == 2 else _SMALL_IMAGES)
+
+
+@lru_cache(maxsize=64)
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a 0-d tensor on the CPU, which mixes with any device; adding a Python number to a vector is slower."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of x over all axes but 1, each of shape (C,), float32 for half inputs.
+
+    Args:
+        x: Shape (N, C, *), detached.
+    """
+    if x.dtype in _HALF and x.is_cpu:
+        # The CPU kernel takes the type of its results from the running statistics it is given.
+        scratch = torch.zeros(x.size(1), dtype=torch.float32)
+        mean, var = torch.batch_norm_update_stats(x, scratch, torch.ones_like(scratch), 0.0)
+    else:
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return mean, var
+
+
+def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Apply native batch norm, differentiable; what batch renormalization is while r_max=1 and d_max=0.
+
+    Args:
+        x: Shape (N, C, *).
+        weight: gamma, shape (C,), or None for 1.
+        bias: beta, shape (C,), or None for 0.
+        eps: Added to the variance.
+
+    Returns:
+        y; the batch mean and 1 / sigma_B, shape (C,), float32 for half inputs.
+    """
+    if x.dtype in _HALF:
+        weight = torch.ones(x.size(1), device=x.device) if weight is None else weight.float()
+        bias = None if bias is None else bias.float()
+    y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+    return y, mean, inverse
+
+
+def renormalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    r: Tensor,
+    d: Tensor,
+    eps: float,
+) -> Tensor:
+    """Normalize by batch statistics with r and d applied, in one read and one write.
+
+    Args:
+        x: Shape (N, C, *).
+        weight: gamma, shape (C,), or None for 1.
+        bias: beta, shape (C,), or None for 0.
+        mean: Batch mean, shape (C,), detached, as the next three.
+        var: Biased batch variance.
+        r: Factor of Algorithm 1.
+        d: Shift of Algorithm 1.
+        eps: Added to the variance.
+
+    Returns:
+        y of the shape, type and memory format of x.
+    """
+    y: Tensor = _Renormalize.apply(x, weight, bias, mean, var, r, d, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _inverse(var: Tensor, eps: float) -> Tensor:
+    return torch.add(var, constant(eps, var.dtype)).rsqrt_()
+
+
+class _Renormalize(torch.autograd.Function):
+    """y = (x - mu_B) / sigma_B * (gamma r) + (beta + gamma d), with mu_B and sigma_B functions of x, r and d constants.
+
+    The gradient is that of batch norm with weight gamma r; by the chain rule dgamma = r * dw + d * db and dbeta = db.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        r: Tensor,
+        d: Tensor,
+        eps: float,
+    ) -> Tensor:
+        scale = r if weight is None else torch.mul(weight, r)
+        if bias is None:
+            shift = d if weight is None else torch.mul(weight, d)
+        else:
+            shift = torch.add(bias, d) if weight is None else torch.addcmul(bias, weight, d)
+        if x.is_cuda:
+            # native_batch_norm may go through a contiguous copy there; this kernel keeps channels_last.
+            y = torch.batch_norm_elemt(x, scale, shift, mean, _inverse(var, eps), eps)
+        else:
+            y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
+        # gamma and r, not their product: the second derivative needs the gradient of gamma.
+        ctx.save_for_backward(x, weight, mean, var, r, d)
+        ctx.eps = eps
+        ctx.bias_type = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, mean, var, r, d = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            # The fast kernels want both alike.
+            grad = grad.contiguous(memory_format=torch.channels_last)
+        scale = r if weight is None else torch.mul(weight, r)
+        mask = [needs_x, needs_weight, needs_weight or needs_bias]
+        grad_x, grad_scale, grad_shift = _backward(
+            grad, x, scale, None, None, mean, _inverse(var, ctx.eps), True, ctx.eps, mask
+        )
+        grad_weight = None
+        if needs_weight:
+            grad_weight = torch.addcmul(torch.mul(grad_scale, r), grad_shift, d).to(weight.dtype)
+        grad_bias = grad_shift.to(ctx.bias_type) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None

@@ -1,0 +1,82 @@
+"""Activation checkpointing: a layer that is run again in the backward pass repeats what it did, and learns nothing.
+
+`torch.utils.checkpoint` runs a part of the network a second time while the backward pass is under way. By then the
+running statistics have moved, so r and d would come out different from those of the first run, and the gradients would
+belong to another function. So a layer keeps the corrections of runs that may be repeated.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Corrections(NamedTuple):
+    """What one run of a layer applied; `r` and `d` are None where it applied plain batch norm."""
+
+    mean: Tensor
+    r: Tensor | None
+    d: Tensor | None
+
+
+def is_repeated() -> bool:
+    """Return whether a backward pass is under way in this thread, so that a forward call repeats an earlier one."""
+    current = getattr(torch._C, "_current_graph_task_id", None)
+    return current is not None and current() != -1
+
+
+def may_be_repeated() -> bool:
+    """Return whether the present forward call may be run again.
+
+    The reentrant form of checkpointing runs it without gradients, the other form with hooks on saved tensors.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return not torch.is_grad_enabled() or hooks is None or hooks(True) is not None
+
+
+class Memory:
+    """Corrections of the runs of one layer that may yet be repeated, newest last."""
+
+    # A shared layer unrolled over time has one run per step. Beyond this many numbers per layer the oldest run is
+    # dropped: a training pass under no_grad looks like the first run of a reentrant checkpoint, and is never repeated.
+    CAPACITY = 3 << 17
+
+    def __init__(self) -> None:
+        self._runs: list[Corrections] = []
+        self._repeated = 0
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def keep(self, run: Corrections) -> None:
+        """Remember one run; runs that have all been repeated are forgotten first."""
+        if self._repeated >= len(self._runs):
+            self._runs.clear()
+            self._repeated = 0
+        if 3 * run.mean.numel() * len(self._runs) >= self.CAPACITY:
+            del self._runs[0]
+        self._runs.append(run)
+
+    def plain(self) -> bool:
+        """Return whether there are remembered runs, all of them plain batch norm."""
+        return bool(self._runs) and all(run.r is None for run in self._runs)
+
+    def find(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return r and d of the run whose batch mean was `mean`; of the nearest one, without asking the device.
+
+        Args:
+            mean: Batch mean of the repeated run, shape (C,).
+        """
+        self._repeated += 1
+        r = [torch.ones_like(run.mean) if run.r is None else run.r for run in self._runs]
+        d = [torch.zeros_like(run.mean) if run.d is None else run.d for run in self._runs]
+        if len(self._runs) == 1:
+            return r[0], d[0]
+        means = torch.stack([run.mean for run in self._runs])
+        distance = torch.nan_to_num(means - mean, posinf=0.0, neginf=0.0).square().sum(1)
+        index = distance.argmin().unsqueeze(0)
+        return torch.stack(r).index_select(0, index)[0], torch.stack(d).index_select(0, index)[0]
+
+    def passed(self) -> None:
+        """Count a repeated run that needed nothing."""
+        self._repeated += 1

@@ -1,0 +1,223 @@
+"""One training step of a layer: which bounds hold, which path computes it, what is learned from it.
+
+The order is Algorithm 1's: r and d come from the running statistics as the previous step left them; afterwards those
+statistics move, once.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.layers import functional, kernels, recomputation
+from renorm_onnx.layers.clock import HostClock
+from renorm_onnx.layers.functional import BatchStatistics
+from renorm_onnx.layers.masked import masked_statistics, normalize_masked
+from renorm_onnx.layers.recomputation import Corrections, Memory
+from renorm_onnx.layers.schedules import Schedule
+
+_PLAIN = (1.0, 0.0)
+
+
+class Layer(Protocol):
+    """What a step needs of the layer that takes it."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    eps: float
+    momentum: float | None
+    renorm_momentum: float | None
+    virtual_batch_size: int | None
+    r_max: float
+    d_max: float
+    stat: str
+    schedule: Schedule
+    _buffers: dict[str, Tensor | None]
+    _memory: Memory
+    _clock: HostClock
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Return gamma, shape (C,), or None for 1."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return beta, shape (C,), or None for 0."""
+
+    def _batch_statistics(self, x: Tensor) -> BatchStatistics: ...
+
+    def _normalize(self, x: Tensor, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor: ...
+
+    def _statistics_are_its_own(self) -> bool: ...
+
+
+class Reference(NamedTuple):
+    """Where r and d are measured from."""
+
+    mean: Tensor
+    sigma: Tensor
+    r_max: float | Tensor
+    d_max: float | Tensor
+    eps: float | Tensor  # a 0-d tensor on the native path, where adding a number to a vector is slow
+
+
+class Part(NamedTuple):
+    """What one ghost batch, or the whole batch, came to."""
+
+    y: Tensor
+    run: Corrections
+    spread: Tensor  # as functional.observed_spread
+    size: int | Tensor
+
+
+def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Normalize x by corrected batch statistics and move the layer's running ones, in place.
+
+    Args:
+        layer: In training mode, with running statistics.
+        x: Shape (N, C, *), checked.
+        mask: None, or valid positions, shape (N, *), checked.
+
+    Returns:
+        y of the shape and type of x.
+    """
+    step = layer.num_batches_tracked
+    assert step is not None
+    eager = kernels.available(step)
+    parts = _split(layer, x, mask)
+    if eager:
+        if len(layer._memory) and recomputation.is_repeated():
+            return _joined([_repeat(layer, *part) for part in parts])
+        if x.numel() == 0 and layer._statistics_are_its_own():
+            step.add_(1)
+            return F.batch_norm(x, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
+    now = layer._clock.read(step) if eager else None
+    reference = _reference(layer, x, step, now)
+    done = [_run(layer, x_part, mask_part, reference) for x_part, mask_part in parts]
+    if eager and recomputation.may_be_repeated():
+        for part in done:
+            layer._memory.keep(part.run)
+    step.add_(1)
+    layer._clock.advanced(step)
+    average: float | Tensor = step.reciprocal() if now is None else 1 / (now + 1)
+    momentum = average if layer.momentum is None else layer.momentum
+    _learn(layer, done, reference, momentum, masked=mask is not None)
+    return _joined([part.y for part in done])
+
+
+def _split(layer: Layer, x: Tensor, mask: Tensor | None) -> Sequence[tuple[Tensor, Tensor | None]]:
+    """The ghost batches of x, each of at least `virtual_batch_size` samples."""
+    if layer.virtual_batch_size is None or x.size(0) < 2 * layer.virtual_batch_size:
+        return ((x, mask),)
+    groups = x.size(0) // layer.virtual_batch_size
+    xs = x.tensor_split(groups)
+    if xs[-1].numel() == xs[-1].size(1):
+        raise InputError(
+            f"{type(layer).__name__}: {functional.ONE_VALUE} {tuple(xs[-1].shape)} of one ghost batch; "
+            f"virtual_batch_size={layer.virtual_batch_size} is too small for x of shape {tuple(x.shape)}"
+        )
+    masks = [None] * groups if mask is None else mask.tensor_split(groups)
+    return list(zip(xs, masks, strict=True))
+
+
+def _joined(ys: Sequence[Tensor]) -> Tensor:
+    return ys[0] if len(ys) == 1 else torch.cat(list(ys))
+
+
+def _reference(layer: Layer, x: Tensor, step: Tensor, now: int | None) -> Reference:
+    """The statistics and bounds that hold at this step, with numbers as bounds if the host knows the step."""
+    mean = layer._buffers.get("renorm_mean", layer.running_mean)
+    var = layer._buffers.get("renorm_var", layer.running_var)
+    assert mean is not None
+    assert var is not None
+    kind = functional.accumulation_type(x)
+    bounds: tuple[float | Tensor, float | Tensor]
+    if now is None:
+        bounds = layer.schedule.bounds_on_device(step, layer.r_max, layer.d_max)
+        eps: float | Tensor = layer.eps
+    else:
+        bounds = layer.schedule.checked(now, layer.r_max, layer.d_max, type(layer).__name__)
+        eps = kernels.constant(layer.eps, kind)
+    var = var if var.dtype == kind else var.to(kind)
+    return Reference(mean, functional.deviation(var, eps), bounds[0], bounds[1], eps)
+
+
+def _run(layer: Layer, x: Tensor, mask: Tensor | None, reference: Reference) -> Part:
+    if mask is None and _is_plain(reference) and layer._statistics_are_its_own() and kernels.available(x):
+        y, mean, inverse = kernels.plain(x, layer.weight, layer.bias, layer.eps)
+        sigma = inverse.reciprocal()
+        size = x.numel() // x.size(1)
+        if layer.stat == "sigma":
+            return Part(y, Corrections(mean, None, None), sigma, size)
+        batch = BatchStatistics(mean, sigma.square().sub_(reference.eps), size)
+        return Part(y, Corrections(mean, None, None), functional.observed_spread(batch, sigma, layer.stat), size)
+    batch = layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
+    sigma = functional.deviation(batch.var, reference.eps)
+    r, d = functional.corrections(batch.mean, sigma, *reference[:4])
+    y = _normalized(layer, x, mask, batch, r, d)
+    spread = functional.observed_spread(batch, sigma, layer.stat)
+    return Part(y, Corrections(batch.mean, r, d), spread, batch.size)
+
+
+def _is_plain(reference: Reference) -> bool:
+    # Never a question about a tensor's value: that would wait for the device, and hold for one step alone.
+    return isinstance(reference.r_max, float) and (reference.r_max, reference.d_max) == _PLAIN
+
+
+def _repeat(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Apply again what the run under repetition applied; learn nothing."""
+    if mask is None and layer._memory.plain() and layer._statistics_are_its_own():
+        layer._memory.passed()
+        return kernels.plain(x, layer.weight, layer.bias, layer.eps)[0]
+    batch = layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
+    return _normalized(layer, x, mask, batch, *layer._memory.find(batch.mean))
+
+
+def _normalized(layer: Layer, x: Tensor, mask: Tensor | None, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
+    if mask is None:
+        return layer._normalize(x, batch, r, d)
+    return normalize_masked(x, mask, layer.weight, layer.bias, r, d, layer.eps)
+
+
+def _learn(
+    layer: Layer, parts: Sequence[Part], reference: Reference, momentum: float | Tensor, *, masked: bool
+) -> None:
+    """Move the layer's statistics, in place, once, towards the mean over the ghost batches."""
+    running_mean, running_var = layer.running_mean, layer.running_var
+    assert running_mean is not None
+    assert running_var is not None
+    mean, spread = parts[0].run.mean, parts[0].spread
+    renorm_momentum: float | Tensor | None = layer.renorm_momentum
+    if masked:
+        # One valid position says nothing about a spread; such a part teaches nothing.
+        counts = torch.stack([torch.as_tensor(part.size) for part in parts]) >= 2  # (parts,)
+        share = counts / counts.sum().clamp(min=1)
+        mean, spread = (_weighted(share, values) for values in _columns(parts))
+        momentum = counts.any() * momentum
+        renorm_momentum = None if renorm_momentum is None else counts.any() * renorm_momentum
+    elif len(parts) > 1:
+        mean, spread = (torch.stack(values).mean(0) for values in _columns(parts))
+    eps, stat = reference.eps, layer.stat
+    sigma: Tensor | None = reference.sigma
+    renorm_mean, renorm_var = layer._buffers.get("renorm_mean"), layer._buffers.get("renorm_var")
+    if renorm_mean is not None and renorm_var is not None and renorm_momentum is not None:
+        functional.update_statistics(
+            renorm_mean, renorm_var, mean, spread, momentum=renorm_momentum, eps=eps, stat=stat, sigma=sigma
+        )
+        sigma = None
+    functional.update_statistics(
+        running_mean, running_var, mean, spread, momentum=momentum, eps=eps, stat=stat, sigma=sigma
+    )
+
+
+def _columns(parts: Iterable[Part]) -> tuple[list[Tensor], list[Tensor]]:
+    return [part.run.mean for part in parts], [part.spread for part in parts]
+
+
+def _weighted(share: Tensor, values: Sequence[Tensor]) -> Tensor:
+    stacked = torch.stack(list(values))  # (parts, C)
+    return (share.to(stacked.dtype).unsqueeze(1) * stacked).sum(0)
