@@ -26,6 +26,7 @@ from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, l
 from renorm_onnx.fusion.carriers import load_carriers
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
+from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
@@ -191,7 +192,7 @@ class _Engine:
             entry.outcome, entry.way, entry.into, entry.refusals = "folded", "branches", (label(keep),), ()
 
     def _apply(self, plan: Plan) -> None:
-        renamed = {v: v for v in plan.changed}
+        changed = list(plan.changed)
         source = plan.norm.input
         for edit in plan.edits:
             if isinstance(edit, SetInput):
@@ -199,10 +200,11 @@ class _Engine:
             elif isinstance(edit, SetAttribute):
                 edit.node.attributes.add(edit.attribute)
             else:
-                added = self._add_after(edit)
-                if edit.node.outputs[0] is source:
-                    source = added
-        for value in renamed:
+                value = edit.node.outputs[0]
+                total = self._add_after(edit)
+                source = total if value is source else source
+                changed = [total if v is value else v for v in changed]
+        for value in changed:
             value.name = self._fresh(value.name or "value")
         if plan.way == "backward":
             self._replace(plan.norm.output, source)
@@ -215,10 +217,11 @@ class _Engine:
         value = edit.node.outputs[0]
         graph = edit.node.graph
         assert isinstance(graph, ir.Graph)
+        name = self._names.unique(f"{edit.node.name or value.name}_bias")
         total = ir.Value(name=value.name, type=value.type, shape=value.shape)
         value.replace_all_uses_with(total, replace_graph_outputs=True)
         value.name = self._fresh(value.name or "value")
-        node = ir.Node("", "Add", [value, None], outputs=[total], name=self._fresh(f"{edit.node.name}_bias"))
+        node = ir.Node("", "Add", [value, self._store(graph, edit.parameter, name)], outputs=[total], name=name)
         graph.insert_after(edit.node, node)
         self._desk.pending[node, 1] = edit.parameter
         return total
@@ -268,19 +271,22 @@ class _Engine:
                 continue
             old = node.inputs[index] if index < len(node.inputs) else None
             hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
-            value = ir.Value(
-                name=self._fresh(hint), type=ir.TensorType(parameter.dtype), shape=ir.Shape(parameter.shape)
-            )
-            value.const_value = parameter.tensor(value.name or "")
-            graph.register_initializer(value)
-            if self._model.ir_version < 4:
-                graph.inputs.append(value)
+            value = self._store(graph, parameter, self._fresh(hint))
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
             node.replace_input_with(index, value)
             orphans.extend([] if old is None else [old])
         self._desk.pending.clear()
         self._release(orphans)
+
+    def _store(self, graph: ir.Graph, parameter: Parameter, name: str) -> ir.Value:
+        """A new initializer of `graph`."""
+        value = ir.Value(name=name, type=ir.TensorType(parameter.dtype), shape=ir.Shape(parameter.shape))
+        value.const_value = parameter.tensor(name)
+        graph.register_initializer(value)
+        if self._model.ir_version < 4:
+            graph.inputs.append(value)
+        return value
 
 
 def graphs_of(model: ir.Model) -> Iterator[ir.Graph]:

@@ -167,10 +167,10 @@ class Planner:
         value = node.inputs[index] if index < len(node.inputs) else None
         parameter = self._desk.parameter(node, index)
         if parameter is not None:
-            edit = SetInput(node, index, parameter.mapped(*onward.along(len(parameter.shape))))
-            if edit.parameter.shape != parameter.shape:
-                return refuse(Reason.SHAPE, node, f"has operand {index} of shape {parameter.shape}, which broadcasts")
-            return self._take(plan, node, Step((edit,)))
+            rank, axis = len(parameter.shape), onward.axis
+            if axis is not None and (axis >= rank or parameter.shape[axis] != onward.channels):
+                return refuse(Reason.SHAPE, node, f"has operand {index} of shape {parameter.shape}, not of the map's")
+            return self._take(plan, node, Step((SetInput(node, index, parameter.mapped(*onward.along(rank))),)))
         if value is None:
             return refuse(Reason.WEIGHT, node, f"has no operand {index}")
         if value in demands and not demands[value].equals(onward):
