@@ -1,0 +1,212 @@
+"""Add, Sub, Sum, Mean: a scale passes to every operand, a shift to one; constants absorb what reaches them.
+
+Before:
+    ``y = s * (a + b) + t``                    ``y = (s * a + t) + (s * b + u)``
+After:
+    ``y = (s * a + t) + (s * b)``              ``y = s * (a + b) + (t + u)``
+Formula:
+    y = sum of k_i x_i with k = 1, 1 (Add, Sum), 1, -1 (Sub) or 1/n (Mean). At the output every x_i takes the scale;
+    one of them, x, takes the shift t / (sum of the k_i at which x stands). At the inputs the scales must be one and
+    the same, and the shifts add up; a shift alone ends in a constant operand. Constants are widened to vary along
+    the map. Source: ONNX Add, Sub, Sum, Mean in all versions.
+Refuses when:
+    a per-channel scale meets a computed operand that is not proven to have all the channels, or whose rank is
+    unknown; no operand can take the shift; at the inputs, an operand that does not come from the norm would need
+    the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, refuse
+from renorm_onnx.fusion.fact_rules import attribute
+from renorm_onnx.fusion.parameters import Parameter
+from renorm_onnx.fusion.report import Reason, Refusal
+
+ABSORBING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "DequantizeLinear")
+PASSING = (
+    *("Identity", "Dropout", "Relu", "LeakyRelu", "MaxPool", "AveragePool", "Reshape", "Transpose", "Flatten"),
+    *("Squeeze", "Unsqueeze", "Add", "Sub", "Mul", "Neg", "Pad", "Resize", "Upsample", "DepthToSpace", "Cast"),
+)
+
+
+def aligned(given: AffineMap, rank: int | None, output_rank: int | None) -> AffineMap | None:
+    """A map of the output seen from an operand that is broadcast to it; None where the operand lacks that axis."""
+    if given.axis is None:
+        return given
+    if given.channels == 1:
+        return AffineMap.of(given.scale, given.shift, None)
+    if rank is None or output_rank is None:
+        return None
+    axis = given.axis - (output_rank - rank)
+    return given.on_axis(axis) if axis >= 0 else None
+
+
+def output_rank(node: ir.Node, desk: Desk) -> int | None:
+    """Rank of an elementwise operator's output, counting constants as they will be."""
+    ranks = []
+    for index, value in enumerate(node.inputs):
+        parameter = desk.parameter(node, index)
+        ranks.append(len(parameter.shape) if parameter is not None else desk.fact(value).rank)
+    known = [r for r in ranks if r is not None]
+    return max(known) if known and len(known) == len(ranks) else None
+
+
+def has_channels(value: ir.Value | None, given: AffineMap, desk: Desk) -> bool:
+    """Whether `value` is proven to vary along the whole map, rather than to broadcast along it."""
+    dims = desk.dims(value)
+    return given.axis is None or (dims is not None and dims[given.axis] == given.channels)
+
+
+def outward(given: AffineMap, rank: int | None, output_rank: int | None) -> AffineMap | None:
+    """A map of an operand seen from the output that it is broadcast to; None where a rank is not known."""
+    if given.axis is None or given.channels == 1:
+        return AffineMap.of(given.scale, given.shift, None)
+    if rank is None or output_rank is None:
+        return None
+    return given.on_axis(given.axis + output_rank - rank)
+
+
+def widened(parameter: Parameter, given: AffineMap, rank: int | None, desk: Desk) -> Parameter | None:
+    """``scale * parameter + shift`` for a constant operand, given axes of its own where the map needs them.
+
+    None where that is not possible: the operand has another length there, or the opset is one in which operands do not
+    broadcast (before 7).
+    """
+    seen = aligned(given, len(parameter.shape), rank)
+    if seen is not None and (seen.axis is None or parameter.shape[seen.axis] == seen.channels):
+        return parameter.mapped(*seen.along(len(parameter.shape)))
+    if rank is None or given.axis is None or rank < len(parameter.shape) or desk.opset < 7:
+        return None
+    if seen is not None and seen.axis is not None and parameter.shape[seen.axis] != 1:
+        return None
+    shape = (given.channels, *[1] * (rank - 1 - given.axis))
+    mapped = given.scale.reshape(shape) * parameter.float64() + given.shift.reshape(shape)
+    return Parameter.new(np.asarray(mapped), parameter.dtype)
+
+
+def map_operand(node: ir.Node, index: int, own: AffineMap, rank: int | None, desk: Desk) -> Step | Refusal:
+    """Ask operand `index` to become ``own(operand)``, `own` being along an axis of the output."""
+    parameter = desk.parameter(node, index)
+    if attribute(node, "axis") is not None:
+        return refuse(Reason.OPSET, node, "aligns its operands at an axis, as before opset 7", structural=True)
+    if parameter is not None:
+        changed = widened(parameter, own, rank, desk)
+        if changed is None:
+            return refuse(Reason.SHAPE, node, f"has operand {index} of shape {parameter.shape}, which is not widened")
+        return Step((SetInput(node, index, changed),))
+    value = node.inputs[index]
+    seen = aligned(own, desk.fact(value).rank, rank)
+    if seen is None or not has_channels(value, seen, desk):
+        return refuse(Reason.SHAPE, node, f"has operand {index} that is not proven to vary along the map")
+    return Step((), {index: seen})
+
+
+def absorbs_soon(value: ir.Value | None, limit: int = 8) -> bool:
+    """Whether the way back from `value` looks like one that ends in an absorber: a guess that decides a preference."""
+    for _ in range(limit):
+        node = None if value is None else value.producer()
+        if node is None or value is None or value.is_graph_output() or len(value.uses()) > 1:
+            return False
+        if node.op_type in ABSORBING:
+            return True
+        if node.op_type not in PASSING or not node.inputs:
+            return False
+        value = node.inputs[0]
+    return False
+
+
+class Addition(Carrier):
+    """Sums of two or more operands with fixed coefficients."""
+
+    operators = ("Add", "Sub", "Sum", "Mean")
+
+    def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Scale every operand, shift one."""
+        demand = maps[0]
+        rank = output_rank(node, desk)
+        takers = _takers(node, demand, rank, desk) if demand.has_shift else []
+        if isinstance(takers, Refusal):
+            return takers
+        share = sum(coefficient(node, i) for i in takers)
+        edits: list[Edit] = []
+        onward: dict[int, AffineMap] = {}
+        for index in range(len(node.inputs)):
+            own = demand.without_shift()
+            if index in takers:
+                own = AffineMap(demand.scale, demand.shift / share, demand.axis)
+            if own.is_identity:
+                continue
+            answer = map_operand(node, index, own, rank, desk)
+            if isinstance(answer, Refusal):
+                return answer
+            edits.extend(answer.edits)
+            onward.update(answer.onward)
+        return Step(tuple(edits), onward)
+
+    def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Hand on the scale that all operands share; add up the shifts, into a constant if there is one."""
+        rank = output_rank(node, desk)
+        total: AffineMap | None = None
+        for index, given in maps.items():
+            seen = outward(given, desk.fact(node.inputs[index]).rank, rank)
+            if seen is None:
+                return refuse(Reason.SHAPE, node, "has operands of unknown rank")
+            seen = AffineMap(seen.scale, seen.shift * coefficient(node, index), seen.axis)
+            total = seen if total is None else _sum(total, seen)
+            if total is None:
+                return refuse(Reason.CONFLICT, node, "gets operands that lack different scales")
+        assert total is not None, "some operand brought the node here"
+        if len(maps) < len(node.inputs) and total.has_scale:
+            return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
+        for index in () if total.has_scale or not total.has_shift else range(len(node.inputs)):
+            parameter = desk.parameter(node, index)
+            share = AffineMap(total.scale, total.shift / coefficient(node, index), total.axis)
+            changed = None if parameter is None else widened(parameter, share, rank, desk)
+            if changed is not None:
+                return Step((SetInput(node, index, changed),))
+        return Step((), {0: total})
+
+
+def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> list[int] | Refusal:
+    """The positions of the one operand that takes the shift: a constant if possible, else the likeliest."""
+    indices = range(len(node.inputs))
+    for index in indices:
+        parameter = desk.parameter(node, index)
+        if parameter is not None and widened(parameter, demand, rank, desk) is not None:
+            return [index]
+    fits = []
+    for index in indices:
+        value = node.inputs[index]
+        seen = aligned(demand, desk.fact(value).rank, rank)
+        if desk.parameter(node, index) is None and seen is not None and has_channels(value, seen, desk):
+            places = [i for i in indices if node.inputs[i] is value]
+            if sum(coefficient(node, i) for i in places):
+                fits.append(places)
+    if not fits:
+        return refuse(Reason.SHAPE, node, "has no operand that is proven to take a shift along the map")
+    return next((f for f in fits if absorbs_soon(node.inputs[f[0]])), fits[0])
+
+
+def _sum(one: AffineMap, two: AffineMap) -> AffineMap | None:
+    """What a sum lacks when its operands lack `one` and `two`; None unless they lack the same scale."""
+    axis = one.axis if one.axis is not None else two.axis
+    if two.axis not in (None, axis):
+        return None
+    first, second = np.broadcast_arrays(one.scale, two.scale)
+    return AffineMap.of(first, one.shift + two.shift, axis) if np.array_equal(first, second) else None
+
+
+def coefficient(node: ir.Node, index: int) -> float:
+    """What operand `index` is multiplied by in the sum."""
+    if node.op_type == "Mean":
+        return 1.0 / len(node.inputs)
+    return -1.0 if node.op_type == "Sub" and index == 1 else 1.0
+
+
+CARRIERS = (Addition(),)

@@ -1,0 +1,115 @@
+"""Mul, Div, Neg: a scale is absorbed by a constant factor or passes to one factor; a shift passes a number only.
+
+Before:
+    ``y = s * (a b)``              ``y = (s * a) b``, ``y = (s * a + t) c``       ``y = s * (-x) + t``
+After:
+    ``y = (s * a) b``              ``y = s * (a b)``, ``y = (s c) a + t c``       ``y = -(s * x - t)``
+Formula:
+    At the output the scale goes to one factor (to the numerator of a quotient), a constant one first. At the inputs
+    the scales of all factors multiply (one of a divisor is turned over); a shift meets only constants: (s x + t) c
+    is (s c) x + t c, which goes on if c runs along the same axis, and (s x + t) / c likewise. Source: ONNX Mul,
+    Div, Neg in all versions.
+Refuses when:
+    a shift arrives at the output of a product, or at an input that is multiplied by something computed, or is
+    divided by; a computed factor is not proven to vary along the map; a divisor lacks a scale of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
+from renorm_onnx.fusion.carriers.addition import (
+    absorbs_soon,
+    map_operand,
+    output_rank,
+    outward,
+    widened,
+)
+from renorm_onnx.fusion.fact_rules import attribute
+from renorm_onnx.fusion.report import Reason, Refusal
+from renorm_onnx.fusion.sources import constant_operator
+
+
+class Multiplication(Carrier):
+    """Products and quotients of two operands."""
+
+    operators = ("Mul", "Div")
+
+    def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Scale one factor."""
+        demand = maps[0]
+        if demand.has_shift:
+            return refuse(Reason.SHIFT, node, "multiplies, and a shift of its output is no shift of an input")
+        rank = output_rank(node, desk)
+        indices = (0, 1) if node.op_type == "Mul" and node.inputs[0] is not node.inputs[1] else (0,)
+        if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
+            return refuse(Reason.SCALE, node, "squares its input")
+        answers = [map_operand(node, i, demand, rank, desk) for i in indices]
+        steps = [a for a in answers if isinstance(a, Step)]
+        if not steps:
+            return answers[0]
+        likely = (s for s in steps if s.edits or any(absorbs_soon(node.inputs[i]) for i in s.onward))
+        return next(likely, steps[0])
+
+    def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Hand on the product of the scales; a shift only where the other factor is constant."""
+        if attribute(node, "axis") is not None:
+            return refuse(Reason.OPSET, node, "aligns its operands at an axis, as before opset 7", structural=True)
+        rank = output_rank(node, desk)
+        if any(m.has_shift for m in maps.values()):
+            return self._shifted(node, maps, rank, desk)
+        total = AffineMap.of(1.0, 0.0, None)
+        for index, given in maps.items():
+            seen = outward(given, desk.fact(node.inputs[index]).rank, rank)
+            if seen is None or (None not in (seen.axis, total.axis) and seen.axis != total.axis):
+                return refuse(Reason.SHAPE, node, "gets maps that do not run along one axis of its output")
+            if node.op_type == "Div" and index == 1:
+                if (seen.scale == 0).any():
+                    return refuse(Reason.SCALE, node, "divides by an operand that lacks a scale of zero")
+                seen = AffineMap.of(1.0 / seen.scale, 0.0, seen.axis)
+            total = total.then(seen)
+        for index in (0, 1) if node.op_type == "Mul" else (0,):
+            parameter = desk.parameter(node, index)
+            changed = None if parameter is None else widened(parameter, total, rank, desk)
+            if changed is not None:
+                return Step((SetInput(node, index, changed),))
+        return Step((), {0: total})
+
+    def _shifted(self, node: ir.Node, maps: Mapping[int, AffineMap], rank: int | None, desk: Desk) -> Step | Refusal:
+        """``(s x + t) c``: the product by c goes on together with the map, c becomes s c."""
+        link = constant_operator(node, desk)
+        if link is None or len(maps) != 1 or node.inputs[next(iter(maps))] is not link.data:
+            return refuse(Reason.SHIFT, node, "multiplies a shift by something that is not a constant along one axis")
+        [(index, given)] = maps.items()
+        seen = outward(given, desk.fact(link.data).rank, rank)
+        own = desk.parameter(node, 1 - index)
+        if seen is None or own is None or (None not in (seen.axis, link.map.axis) and seen.axis != link.map.axis):
+            return refuse(Reason.AXIS, node, "multiplies by a constant that runs along another axis than the map")
+        gain = seen.then(link.map)
+        if node.op_type == "Div":
+            return Step((), {0: AffineMap.of(seen.scale, gain.shift, gain.axis)})
+        changed = widened(own, seen.without_shift(), rank, desk)
+        if changed is None:
+            return refuse(Reason.SHAPE, node, f"has operand {1 - index} of shape {own.shape}, which is not widened")
+        return Step((SetInput(node, 1 - index, changed),), {0: AffineMap.of(1.0, gain.shift, gain.axis)})
+
+
+class Negation(Carrier):
+    """The opposite number."""
+
+    operators = ("Neg",)
+
+    def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """``s (-x) + t = -(s x - t)``."""
+        return Step((), {0: AffineMap(maps[0].scale, -maps[0].shift, maps[0].axis)})
+
+    def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """``-(s x + t) = s (-x) - t``."""
+        return Step((), {0: AffineMap(maps[0].scale, -maps[0].shift, maps[0].axis)})
+
+
+CARRIERS = (Multiplication(), Negation())
