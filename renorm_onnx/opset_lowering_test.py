@@ -1,0 +1,64 @@
+"""Lowered models mean the same, and what has no older form is refused by name."""
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.opset_lowering import lower_opset
+
+X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 4, 4)).astype(np.float32)
+
+
+def model_of(body: str, out: str = "2, 3, 4, 4") -> onnx.ModelProto:
+    return onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 18]>
+        main (float[2, 3, 4, 4] x) => (float[{out}] y)
+        <int64[2] axes = {{2, 3}}, int64[8] pads = {{0, 0, 1, 1, 0, 0, 1, 1}}, int64[2] sizes = {{1, 2}},
+         float[4] scales = {{1.0, 1.0, 2.0, 2.0}}, int64[1] one = {{1}}>
+        {{ {body} }}
+    """)
+
+
+@pytest.mark.parametrize("target", [15, 16, 17])
+@pytest.mark.parametrize(
+    ("body", "out"),
+    [
+        ("y = ReduceMean <keepdims = 0> (x, axes)", "2, 3"),
+        ("y = ReduceMax (x, axes)", "2, 3, 1, 1"),
+        ("y = ReduceL2 (x)", "1, 1, 1, 1"),
+        ("y = Pad (x, pads)", "2, 3, 6, 6"),
+        ('y = Resize <mode = "nearest", antialias = 0> (x, , scales)', "2, 3, 8, 8"),
+        ("a, b = Split <axis = 1> (x, sizes) y = Concat <axis = 1> (b, a)", "2, 3, 4, 4"),
+        ("y = LeakyRelu <alpha = 0.3> (x)", "2, 3, 4, 4"),
+    ],
+)
+def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) -> None:
+    proto = model_of(body, out)
+    want = ReferenceEvaluator(proto).run(None, {"x": X})[0]
+    model = ir.from_proto(proto)
+    lower_opset(model, target)
+    lowered = ir.to_proto(model)
+    onnx.checker.check_model(lowered, full_check=True)
+    assert lowered.opset_import[0].version == target
+    got = ReferenceEvaluator(lowered).run(None, {"x": X})[0]
+    np.testing.assert_array_equal(got, want)
+    assert want.shape != X.shape or np.abs(want - X).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("body", "target", "message"),
+    [
+        ("y = Mish (x)", 17, r"opset 17 cannot be reached: Mish .* has no form in it \(it is new\)"),
+        ("s = Shape (x) a = Slice (s, one, sizes) y = ReduceMean (x, a)", 15, "its axes are computed"),
+        ("y = ReduceMean <noop_with_empty_axes = 1> (x)", 15, "noop_with_empty_axes=1"),
+        ('y = Resize <antialias = 1, mode = "linear"> (x, , scales)', 15, "antialias=1"),
+        ("a, y = Split <num_outputs = 2> (x)", 15, "num_outputs instead of sizes"),
+    ],
+)
+def test_what_has_no_older_form_is_refused(body: str, target: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        lower_opset(ir.from_proto(model_of(body)), target)
