@@ -1,0 +1,255 @@
+"""torch modules become ONNX models in which every batch-renormalization layer is one function call.
+
+This is the border between two vocabularies: ``weight, bias, running_mean, running_var, eps`` on torch's side,
+``scale, B, input_mean, input_var, epsilon`` on ONNX's.
+
+How a layer gets through `torch.onnx.export`, which inlines every function it knows: inside `keep_ops` a layer is one
+operator ``renorm_onnx::batch_renorm``; `translation_table` turns that into a node without a definition, which the
+exporter's inliner, optimizer and version converter leave alone; the definition is attached afterwards. Without
+`keep_ops`, the same layers export as ordinary BatchNormalization.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from torch import nn
+
+from renorm_onnx import model_file, opset_lowering
+from renorm_onnx.errors import InputError
+from renorm_onnx.exporter_checks import (
+    check_layers,
+    check_modes,
+    check_options,
+    explain_failure,
+    layers_of,
+    modes_restored,
+    quiet,
+)
+from renorm_onnx.exporter_verification import ExportReport, check_structure, verify_export
+from renorm_onnx.layers.functional import keep_ops as keep_ops
+from renorm_onnx.onnx_function import (
+    DEFAULTS,
+    DOMAIN,
+    INFERENCE,
+    MODULE_KEY,
+    VERSION,
+    attach,
+    calls_in,
+    inline,
+    module_of,
+    unshare,
+)
+
+_log = logging.getLogger(__name__)
+
+
+def to_onnx(
+    module: nn.Module | torch.export.ExportedProgram,
+    args: tuple[Any, ...] | torch.Tensor,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    mode: str = "eval",
+    functions: bool = True,
+    opset: int | None = None,
+    dynamic_shapes: Any = None,
+    dynamic_axes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    external_data: bool | None = None,
+    metadata: bool = True,
+    verify: bool = True,
+) -> onnx.ModelProto:
+    """Export a torch module; every batch-renormalization layer becomes one function call with its own parameters.
+
+    Args:
+        module: The model, or an `torch.export.ExportedProgram` captured inside `keep_ops`.
+        args: Example inputs, as for calling the module. A single tensor may stand alone.
+        path: File to write, replacing an existing one; None writes nothing. Written only if everything succeeded.
+        kwargs: Example keyword inputs.
+        mode: "eval"; or "train": layers in training mode become ``BatchRenormalizationTraining``, whose updated
+            statistics are further outputs ``{name}.updated`` of the model, to be fed back as the inputs ``{name}``.
+        functions: False: plain ONNX, one BatchNormalization per layer, no trace of this package.
+        opset: 15 (mode="train": 18) or newer; None: 20.
+        dynamic_shapes: Which sizes may change, as for `torch.export.export`; strings name dimensions.
+        dynamic_axes: The older form, ``{"x": {0: "batch"}}``.
+        input_names: Names of the model's inputs.
+        output_names: Names of the model's outputs.
+        external_data: Weights in a file beside the model: True, False, or None: above 1.5 GB.
+        metadata: Keep torch's metadata on each node: module scopes, stack traces, paths of source files.
+        verify: Check the result (checker, shapes, float64 reference, onnxruntime; bounded), and log one line.
+
+    Returns:
+        The model. If its weights lie in a file beside it, the message refers to that file.
+
+    Raises:
+        InputError: A module in the wrong mode, an opset that cannot be reached, args that do not fit, a layer that
+            torch cannot export; the message names the layer.
+        ModelFileError: `path` lies in a missing or read-only folder, or the model is too large for memory.
+        VerificationError: The exported model does not compute what the module computes.
+    """
+    opset = check_options(mode, opset, dynamic_shapes, dynamic_axes)
+    if path is not None:
+        model_file.check_output(path, force=True)
+    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
+    kwargs = dict(kwargs or {})
+    live = module if isinstance(module, nn.Module) else None
+    if live is not None:
+        check_modes(live, mode)
+        check_layers(live, functions=functions)
+    shapes = {"dynamic_shapes": dynamic_shapes, "dynamic_axes": dynamic_axes}
+    names = {"input_names": input_names, "output_names": output_names}
+    program = _export(module, args, kwargs, opset_version=max(opset, opset_lowering.FROM), **shapes, **names)
+    model = program.model
+    calls = _finish(model, opset, live, functions=functions, metadata=metadata)
+    if calls:
+        report = ExportReport(len(calls), sum(name != INFERENCE for name in calls), opset)
+        if verify:
+            report = verify_export(model, live, args, kwargs, report)
+        _log.info("%s", report)
+    else:
+        advice = "" if live is not None else "; capture the program inside keep_ops()"
+        _log.warning("to_onnx: the model has no batch renorm layer%s", advice)
+        if verify:
+            check_structure(model)
+    return _written(model, path, external_data)
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return what `torch.onnx.export(custom_translation_table=...)` needs to keep our layers.
+
+    For those who call the exporter themselves::
+
+        with keep_ops():
+            program = torch.onnx.export(module, args, dynamo=True, custom_translation_table=translation_table())
+        attach(program.model)                           # from renorm_onnx.onnx_function
+        program.save("model.onnx")
+    """
+    return {torch.ops.renorm_onnx.batch_renorm.default: _emit_inference}
+
+
+# The annotations decide: parameters of type float and str become attributes, and tensors must have no annotation.
+def _emit_inference(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    eps: float,
+    momentum: float,
+    r_max: float,
+    d_max: float,
+    stat: str,
+) -> ir.Value:
+    """Emit one call of the inference function, without a definition."""
+    inputs = [x, weight, bias, running_mean, running_var]
+    return _emit(INFERENCE, inputs, epsilon=eps, momentum=momentum, r_max=r_max, d_max=d_max, stat=stat)[0]
+
+
+def _emit(op_type: str, inputs: Sequence[ir.Value], *, outputs: int = 1, **attributes: float | str) -> list[ir.Value]:
+    node = ir.node(
+        op_type,
+        inputs,
+        domain=DOMAIN,
+        version=VERSION,
+        num_outputs=outputs,
+        attributes={**DEFAULTS, **attributes},
+    )
+    onnxscript.evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+    return list(node.outputs)
+
+
+def _export(
+    module: nn.Module | torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any
+) -> torch.onnx.ONNXProgram:
+    """Run torch's exporter, quietly; on failure say in which layer."""
+    live = module if isinstance(module, nn.Module) else None
+    try:
+        with keep_ops(), quiet(), modes_restored(live or nn.Module()):
+            program = torch.onnx.export(
+                module,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                optimize=False,  # it merges equal tensors; first each call must learn which module it belongs to
+                verbose=False,
+                custom_translation_table=translation_table(),
+                **options,
+            )
+            assert program is not None
+            for call in calls_in(program.model):
+                call.metadata_props[MODULE_KEY] = module_of(call)
+            program.optimize()
+            return program
+    except Exception as error:
+        if live is None:
+            raise InputError(f"to_onnx: torch could not export the program: {error}") from error
+        raise explain_failure(error, live, args, kwargs) from error
+
+
+def _finish(model: ir.Model, opset: int, live: nn.Module | None, *, functions: bool, metadata: bool) -> list[str]:
+    """Name, define and complete the calls, in place; return the name of each call's function.
+
+    Raises:
+        InputError: The exporter stayed at another opset than asked for.
+    """
+    if opset < opset_lowering.FROM:
+        opset_lowering.lower_opset(model, opset)
+    reached = model.opset_imports.get("")
+    if reached != opset:
+        raise InputError(
+            f"to_onnx: opset {opset} asked for, but torch's converter stayed at {reached}: it has no rule for an "
+            f"operator of this model; ask for {reached}"
+        )
+    if not metadata:
+        _strip(model, lambda text: text.startswith(("pkg.torch", "namespace")))
+    layers = layers_of(live) if live is not None else {}
+    uses: Counter[str] = Counter()
+    calls = list(calls_in(model))
+    for call in calls:
+        name = call.metadata_props.get(MODULE_KEY, "")
+        layer = layers.get(name)
+        if layer is not None and layer.num_batches_tracked is not None:
+            count = int(layer.num_batches_tracked)
+            call.attributes["num_batches_tracked"] = ir.AttrInt64("num_batches_tracked", count)
+        if name:
+            call.name = f"{name}_{uses[name]}" if uses[name] else name
+            uses[name] += 1
+    kinds = [call.op_type for call in calls]
+    attach(model)
+    unshare(model)
+    if not functions:
+        inline(model, domain=DOMAIN)
+        _strip(model, lambda text: DOMAIN in text)
+    return kinds
+
+
+def _strip(model: ir.Model, unwanted: Callable[[str], bool]) -> None:
+    """Remove metadata whose key or text is unwanted, in place."""
+    for graph in model.graphs():
+        owners: list[Any] = [graph, *graph.inputs, *graph.initializers.values()]
+        for node in graph:
+            owners += [node, *node.outputs]
+        for owner in owners:
+            for key, text in list(owner.metadata_props.items()):
+                if unwanted(key) or unwanted(text):
+                    del owner.metadata_props[key]
+
+
+def _written(model: ir.Model, path: str | os.PathLike[str] | None, external_data: bool | None) -> onnx.ModelProto:
+    if path is None:
+        return model_file.to_proto(model)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if external_data is False and size > model_file.EXTERNAL_ABOVE:
+        raise InputError(f"to_onnx: external_data=False, but the weights take {size:,} bytes; leave it out")
+    if external_data:
+        model.meta[model_file._KEEP_EXTERNAL] = True
+    model_file.save(model, path, force=True)
+    return onnx.load(path, load_external_data=False)

@@ -1,0 +1,238 @@
+"""After an export: does the model compute what the module computes?
+
+Two questions, kept apart. Whether the *translation* is right is asked in float64 on both sides, torch's copy of the
+module against our evaluation of the model, where rounding cannot hide a wrong epsilon. How well the result *runs* is
+asked of onnxruntime, in the model's own types and without its graph optimizations.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from renorm_onnx import model_file
+from renorm_onnx.errors import InputError, MachineError, ModelFileError, VerificationError
+from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.layers.modules import _BatchRenorm
+from renorm_onnx.runtime.comparison import Comparison, Tolerance, compare
+from renorm_onnx.runtime.estimate import LIMIT, estimate
+from renorm_onnx.runtime.reference import evaluate
+from renorm_onnx.runtime.session import open_session
+
+Array = npt.NDArray[Any]
+
+#: Both sides in float64; what is left are constants that the model stores as float32.
+TRANSLATION = Tolerance(rms=1e-5, peak=1e-4)
+#: A run in the model's own type: a gate against nonsense, not a measure of the rounding of a deep network.
+RUN = {
+    np.dtype(np.float64): Tolerance(1e-6, 1e-5),
+    np.dtype(np.float32): Tolerance(1e-3, 1e-2),
+    np.dtype(np.float16): Tolerance(3e-2, 2e-1),
+    np.dtype(ml_dtypes.bfloat16): Tolerance(2e-1, 1.0),
+}
+#: Larger weights are left out for the structural checks: protobuf holds 2 GB, and their values do not matter there.
+_LARGE = 4096
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export was checked for; `str` is the line that `to_onnx` logs.
+
+    Attributes:
+        calls: Function calls written, one per use of a layer.
+        trained: How many of them are training steps.
+        opset: Opset of the model, which is the one asked for.
+        error: max|onnxruntime - float64 reference| over all outputs; None if not run.
+        relative: `error` divided by max|y| of its output.
+        foldable: Norms that `fuse` folds; None if not tried.
+        norms: Norms that `fuse` found.
+        skipped: What was not checked, and why.
+    """
+
+    calls: int
+    trained: int
+    opset: int
+    error: float | None = None
+    relative: float | None = None
+    foldable: int | None = None
+    norms: int | None = None
+    skipped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{self.calls} calls" + (f", {self.trained} of them training steps" if self.trained else "")]
+        parts += [f"opset {self.opset} asked and reached", "checker ok"]
+        if self.error is not None:
+            parts.append(f"max error {self.error:.1e}, {self.relative:.1e} of max |y|")
+        if self.norms:
+            parts.append(f"{self.foldable} of {self.norms} norms foldable")
+        parts += [f"not checked: {reason}" for reason in self.skipped]
+        return "to_onnx: " + "; ".join(parts)
+
+
+def verify_export(
+    model: ir.Model, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], report: ExportReport
+) -> ExportReport:
+    """Check an exported model, running it if that costs less than `estimate.LIMIT`.
+
+    Args:
+        model: Not changed.
+        module: What was exported; copied, never changed. None (an ExportedProgram): only the structure is checked.
+        args: Example inputs.
+        kwargs: Example keyword inputs.
+        report: What is known so far.
+
+    Returns:
+        `report`, completed.
+
+    Raises:
+        VerificationError: The model breaks a rule of ONNX, or differs from the module by more than rounding.
+    """
+    check_structure(model)
+    if module is None:
+        return _skip(report, "values, because an ExportedProgram was given")
+    cost = estimate(model)
+    if not report.trained:
+        report = _count_foldable(model, report) if cost.bytes <= LIMIT.bytes else report
+    if cost.flops > LIMIT.flops or cost.bytes > LIMIT.bytes:
+        return _skip(report, f"values, because one run takes {cost} and the limit is {LIMIT}")
+    leaves = [v for v in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(v, torch.Tensor)]
+    names = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
+    if len(leaves) != len(names):
+        return _skip(report, f"values, because the model has {len(names)} inputs for {len(leaves)} tensors")
+    if _is_random(module):
+        return _skip(report, "values, because a layer of the module is random in training mode")
+    feeds = {name: _numpy(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    reference = evaluate(model, feeds)
+    problem = _check_translation(module, args, kwargs, reference)
+    if problem:
+        return _skip(report, problem)
+    return _check_run(model, feeds, reference, report)
+
+
+def check_structure(model: ir.Model) -> None:
+    """Run onnx's checker and strict shape inference on a model of any size.
+
+    Raises:
+        VerificationError: One of them refuses the model; its message is kept.
+    """
+    light = model_file.to_proto(_without_weights(model))
+    try:
+        onnx.checker.check_model(light, full_check=True)
+        onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        types = {v.dtype for v in (*model.graph.inputs, *model.graph.initializers.values())}
+        hint = ""
+        if ir.DataType.BFLOAT16 in types and model.opset_imports.get("", 0) < 22:
+            hint = "; most operators take bfloat16 from opset 22 on: ask for opset=22 or newer"
+        raise VerificationError(f"to_onnx: the exported model is not valid ONNX: {error}{hint}") from error
+
+
+def _without_weights(model: ir.Model) -> ir.Model:
+    """Return a copy in which large initializers are inputs, of the same type and shape."""
+    light = model.clone()
+    for value in list(light.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is not None and tensor.size > _LARGE and value.name is not None:
+            light.graph.initializers.pop(value.name)
+            value.const_value = None
+            if not value.is_graph_input():
+                light.graph.inputs.append(value)
+    return light
+
+
+def _check_translation(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], reference: Mapping[str, Array]
+) -> str:
+    """Compare torch in float64 with the evaluation in float64; return why that was impossible, if it was."""
+    try:
+        want, tolerance = _outputs_of(module, args, kwargs, double=True), TRANSLATION
+    except Exception:  # code that names float32 cannot run in float64; then torch's own precision has to do
+        want = _outputs_of(module, args, kwargs, double=False)
+        tolerance = RUN[max((w.dtype for w in want if w.dtype in RUN), key=lambda d: RUN[d].rms)]
+    got = list(reference.values())
+    if len(got) != len(want):
+        return f"values, because the module returns {len(want)} tensors and the model {len(got)}"
+    named = dict(zip(reference, want, strict=True))
+    floating = {k: w.astype(np.float64) for k, w in named.items() if w.dtype.kind in "fV" and w.size}
+    if not floating:
+        return "values, because no output is a floating tensor"
+    comparison = compare(floating, {k: np.asarray(reference[k], np.float64) for k in floating}, tolerance)
+    if not comparison:
+        raise VerificationError(f"to_onnx: the exported model does not compute what the module computes: {comparison}")
+    return ""
+
+
+def _check_run(
+    model: ir.Model, feeds: Mapping[str, Array], reference: Mapping[str, Array], report: ExportReport
+) -> ExportReport:
+    try:
+        session = open_session(model, "cpu", optimize="off", threads=1)
+        got = session.run(feeds)
+    except (MachineError, InputError) as error:
+        if isinstance(error, ModelFileError):
+            raise VerificationError(f"to_onnx: onnxruntime refuses the exported model: {error}") from error
+        return _skip(report, f"a run in onnxruntime, because {error}")
+    worst: Comparison | None = None
+    for name, value in got.items():
+        if value.dtype not in RUN or not value.size:
+            continue
+        one = compare({name: reference[name]}, {name: value.astype(np.float64)}, RUN[value.dtype])
+        if not one:
+            raise VerificationError(f"to_onnx: onnxruntime differs from the float64 reference: {one}")
+        worst = one if worst is None or one.peak > worst.peak else worst
+    if worst is None:
+        return report
+    size = float(np.abs(reference[worst.output]).max())
+    return replace(report, error=worst.peak * size, relative=worst.peak)
+
+
+def _outputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool) -> list[Array]:
+    """Return the tensors that a copy of the module gives, then the statistics that its training layers updated."""
+    twin = copy.deepcopy(module)
+    inputs: Any = (args, dict(kwargs))
+    if double:
+        twin = twin.double()
+        inputs = torch.utils._pytree.tree_map(_double, inputs)
+    else:
+        inputs = copy.deepcopy(inputs)
+    with torch.no_grad():
+        result = twin(*inputs[0], **inputs[1])
+    tensors = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
+    for layer in twin.modules():
+        if isinstance(layer, _BatchRenorm) and layer.training:
+            tensors += [v for v in (layer.running_mean, layer.running_var, layer.num_batches_tracked) if v is not None]
+    return [_numpy(v) for v in tensors]
+
+
+def _double(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().double() if value.is_floating_point() else value.detach().clone()
+
+
+def _numpy(tensor: torch.Tensor) -> Array:
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _is_random(module: nn.Module) -> bool:
+    return any(m.training and isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+
+
+def _count_foldable(model: ir.Model, report: ExportReport) -> ExportReport:
+    _, fusion = fuse(model)
+    return replace(report, foldable=len(fusion.folded), norms=len(fusion.norms))
+
+
+def _skip(report: ExportReport, reason: str) -> ExportReport:
+    return replace(report, skipped=(*report.skipped, reason))

@@ -1,0 +1,94 @@
+"""A model that is not the module is refused; what was not checked is said."""
+
+import logging
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from renorm_onnx import exporter_verification
+from renorm_onnx.errors import VerificationError
+from renorm_onnx.exporter import to_onnx
+from renorm_onnx.exporter_verification import ExportReport, check_structure, verify_export
+from renorm_onnx.layers.modules import BatchRenorm2d
+from renorm_onnx.runtime.estimate import Cost
+
+X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+REPORT = ExportReport(calls=1, trained=0, opset=20)
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4), nn.ReLU()).eval()
+    net[1].running_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
+    net[1].num_batches_tracked.fill_(1)
+    return net
+
+
+@pytest.fixture(scope="module")
+def model(net: nn.Module) -> ir.Model:
+    return ir.from_proto(to_onnx(net, X, verify=False))
+
+
+def test_a_right_model_passes_with_its_figures(model, net) -> None:
+    report = verify_export(model, net, (X,), {}, REPORT)
+    assert 0 < report.error < 1e-5
+    assert 0 < report.relative < 1e-5
+    assert (report.foldable, report.norms) == (1, 1)
+    assert not report.skipped
+    assert str(report).startswith("to_onnx: 1 calls; opset 20 asked and reached; checker ok; max error ")
+
+
+def test_one_line_is_logged_at_the_end(net, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="renorm_onnx.exporter"):
+        to_onnx(net, X)
+    assert sum("1 of 1 norms foldable" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_a_wrong_epsilon_is_found_although_float32_would_hide_it(model, net) -> None:
+    wrong = model.clone()
+    call = next(n for n in wrong.graph if n.domain == "renorm_onnx")
+    call.attributes["epsilon"] = ir.AttrFloat32("epsilon", 6e-5)
+    with pytest.raises(VerificationError, match="does not compute what the module computes"):
+        verify_export(wrong, net, (X,), {}, REPORT)
+
+
+def test_a_model_that_breaks_a_rule_is_refused_with_the_checkers_message(model) -> None:
+    broken = model.clone()
+    broken.graph.node(0).attributes["group"] = ir.AttrString("group", "one")
+    with pytest.raises(VerificationError, match=r"is not valid ONNX: .*group"):
+        check_structure(broken)
+
+
+def test_bfloat16_below_opset_22_is_explained() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4)).eval().to(torch.bfloat16)
+    net[1].num_batches_tracked.fill_(1)
+    with pytest.raises(VerificationError, match="ask for opset=22 or newer"):
+        to_onnx(net, X.to(torch.bfloat16))
+
+
+def test_a_model_that_costs_too_much_is_not_run_and_this_is_said(model, net, monkeypatch) -> None:
+    monkeypatch.setattr(exporter_verification, "LIMIT", Cost(1e3, 1e9, complete=True))
+    report = verify_export(model, net, (X,), {}, REPORT)
+    assert report.error is None
+    assert "not checked: values, because one run takes" in str(report)
+
+
+class SinglePrecision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchRenorm2d(3)
+        self.norm.num_batches_tracked.fill_(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) @ torch.ones(6, 2, dtype=torch.float32)
+
+
+def test_code_that_names_float32_is_checked_in_float32() -> None:
+    net = SinglePrecision().eval()
+    model = ir.from_proto(to_onnx(net, X, verify=False))
+    assert verify_export(model, net, (X,), {}, REPORT).error is not None
+    net.norm.running_mean.fill_(1.0)
+    with pytest.raises(VerificationError, match="does not compute"):
+        verify_export(model, net, (X,), {}, REPORT)
