@@ -335,6 +335,19 @@ def test_to_batchnorm_leaves_no_trace_of_this_package(caplog):
     assert not [name for name in names if "renorm" in name]
 
 
+def test_a_second_set_of_statistics_starts_as_the_first_and_goes_on_the_way_back():
+    layer = convert_batchnorm(trained(nn.BatchNorm1d(3)), renorm_momentum=0.5)
+    assert torch.equal(layer.renorm_mean, layer.running_mean)
+    assert layer.renorm_var is not layer.running_var
+    x = random((8, 3), 6)
+    layer(x)
+    assert not torch.equal(layer.renorm_mean, layer.running_mean)
+    want = layer.eval()(x)
+    back = to_batchnorm(layer)
+    assert torch.equal(back(x), want)
+    assert "renorm_mean" not in back.state_dict()
+
+
 def test_converting_twice_and_converting_nothing_change_nothing():
     model = nn.Sequential(nn.Linear(3, 3), trained(nn.BatchNorm1d(3)))
     layer = convert_batchnorm(model)[1]

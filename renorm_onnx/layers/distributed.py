@@ -27,7 +27,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 from renorm_onnx.layers.modules import _BatchRenorm
-from renorm_onnx.layers.swap import plan_swaps, swap_layers, why_not
+from renorm_onnx.layers.swap import plan_swaps, quoted, swap_layers, why_not
 
 # Of a module's attributes, the containers that two modules cannot share.
 _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
@@ -113,6 +113,14 @@ class _PooledNormalization(torch.autograd.Function):
         return dx, d_weight, d_bias, None, None, None, None, None
 
 
+def _refuse_ghosts(who: str, virtual_batch_size: int | None) -> None:
+    if virtual_batch_size is not None:
+        raise InputError(
+            f"{who}: virtual_batch_size={virtual_batch_size!r}, expected None because ghost batches split a batch that "
+            "SyncBatchRenorm joins"
+        )
+
+
 class SyncBatchRenorm(_BatchRenorm):
     """Batch renormalization by the statistics of the batch on all processes; of (N, C) up to (N, C, D, H, W).
 
@@ -129,13 +137,14 @@ class SyncBatchRenorm(_BatchRenorm):
         **kwargs: As `BatchRenorm2d`.
 
     Raises:
-        InputError: As `BatchRenorm2d`.
+        InputError: As `BatchRenorm2d`; or `virtual_batch_size` is given.
     """
 
     ranks = (2, 3, 4, 5)
 
     def __init__(self, *args: Any, process_group: "dist.ProcessGroup | None" = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _refuse_ghosts(type(self).__name__, self.virtual_batch_size)
         self.process_group = process_group
 
     def _pools(self) -> bool:
@@ -149,6 +158,18 @@ class SyncBatchRenorm(_BatchRenorm):
         self._check_input_dim(x)
         batch = self._batch_statistics(x)
         return self._normalize(x, batch, torch.ones_like(batch.mean), torch.zeros_like(batch.mean))
+
+    @torch.jit.unused
+    def _masked_forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.training and self._pools():
+            raise InputError(
+                f"{type(self).__name__}: got a mask, expected none because statistics over valid positions are not "
+                "pooled over processes; use BatchRenorm1d, and sync_running_stats before evaluating"
+            )
+        return super()._masked_forward(x, mask)
+
+    def _statistics_are_its_own(self) -> bool:
+        return not self._pools()
 
     def _check_values_per_channel(self, x: Tensor) -> None:
         if not self._pools():  # one value here may be one of many
@@ -189,13 +210,18 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
 
     Returns:
         `module`, or its replacement if it is itself such a layer.
+
+    Raises:
+        InputError: A layer has a `virtual_batch_size`. The model is then as it was.
     """
 
     def build(name: str, old: nn.Module) -> nn.Module | None:
         if not isinstance(old, _BatchRenorm) or isinstance(old, SyncBatchRenorm) or why_not(old):
             return None
+        _refuse_ghosts(quoted(name), old.virtual_batch_size)
         new = SyncBatchRenorm.__new__(SyncBatchRenorm)
-        vars(new).update({key: copy.copy(value) if key in _OWN_TABLES else value for key, value in vars(old).items()})
+        state = old.__getstate__()
+        vars(new).update({key: copy.copy(value) if key in _OWN_TABLES else value for key, value in state.items()})
         new.process_group = process_group
         return new
 

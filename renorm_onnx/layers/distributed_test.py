@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.distributed import SyncBatchRenorm, convert_sync_batchrenorm
@@ -101,6 +102,20 @@ def work(rank, folder):
         layer()(random((1 - rank, 3)))
     except InputError as error:
         found["one value in all"] = str(error)
+
+    with torch.no_grad():
+        found["masked"] = []
+        for mode in (True, False):
+            try:
+                found["masked"].append(layer().train(mode)(random((2, 3)), torch.tensor([True, False])))
+            except InputError as error:
+                found["masked"].append(str(error))
+
+    checkpointed = layer()
+    x, g = mine(([whole_batch(0)], [random((8, 3, 4, 2), 50)]), rank)
+    x = x[0].requires_grad_()
+    checkpoint(checkpointed, x, use_reentrant=False).backward(g[0])
+    found["checkpointed"] = (x.grad, dict(checkpointed.named_buffers()))
 
     pair = [dist.new_group([0]), dist.new_group([1])]
     found["alone in a group"] = trace(layer(process_group=pair[rank]), *mine(data(), rank))
@@ -234,6 +249,32 @@ def test_one_value_in_all_is_refused_on_every_process(found):
             "SyncBatchRenorm: Expected more than 1 value per channel when training, got input size "
             f"({1 - rank}, 3), on all processes together"
         )
+
+
+def test_a_checkpointed_layer_repeats_itself_and_learns_once(found):
+    once = layer(BatchRenorm2d)
+    _, want = algorithm_1(once, whole_batch(0), random((8, 3, 4, 2), 50), 0)
+    got = torch.cat([each["checkpointed"][0] for each in found])
+    torch.testing.assert_close(got, want[0], rtol=1e-11, atol=1e-11)
+    for each in found:
+        torch.testing.assert_close(each["checkpointed"][1]["running_var"], once.running_var, rtol=1e-12, atol=1e-12)
+        assert each["checkpointed"][1]["num_batches_tracked"].item() == 1
+
+
+def test_a_mask_is_refused_in_training_on_several_processes(found):
+    for each in found:
+        refusal, evaluated = each["masked"]
+        assert refusal.startswith("SyncBatchRenorm: got a mask, expected none because statistics over valid positions")
+        assert torch.equal(evaluated, layer(BatchRenorm1d).eval()(random((2, 3))))
+
+
+def test_ghost_batches_are_refused():
+    with pytest.raises(InputError, match="SyncBatchRenorm: virtual_batch_size=4, expected None because ghost batches"):
+        SyncBatchRenorm(3, virtual_batch_size=4)
+    model = nn.Sequential(BatchRenorm1d(3), BatchRenorm1d(3, virtual_batch_size=4))
+    with pytest.raises(InputError, match="'1': virtual_batch_size=4"):
+        convert_sync_batchrenorm(model)
+    assert type(model[0]) is BatchRenorm1d
 
 
 def test_a_process_alone_in_its_group_is_not_synchronized(found):

@@ -19,7 +19,9 @@ _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 _HOMES = frozenset(
     {"torch.nn.modules.batchnorm", *(f"renorm_onnx.layers.{name}" for name in ("modules", "distributed", "adoption"))}
 )
-_STATE = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
+_STATE = frozenset(
+    {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "renorm_mean", "renorm_var"}
+)
 
 
 class Swap(NamedTuple):
@@ -105,6 +107,8 @@ def carry_attributes(new: nn.Module, old: nn.Module, *, but: Collection[str] = (
 def share_state(new: Layer, old: nn.Module) -> Layer:
     """Give `new` the very parameters and buffers of `old`, in place, where both use torch's names for them.
 
+    A second set of statistics, which `renorm_momentum` asks for, starts as a copy of the first.
+
     Returns:
         `new`.
     """
@@ -112,6 +116,10 @@ def share_state(new: Layer, old: nn.Module) -> Layer:
         new._parameters[name] = old._parameters.get(name)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         new._buffers[name] = old._buffers.get(name)
+    for name, source in (("renorm_mean", "running_mean"), ("renorm_var", "running_var")):
+        if name in new._buffers:
+            running = new._buffers[source]
+            new._buffers[name] = None if running is None else running.clone()
     return new
 
 
