@@ -152,7 +152,8 @@ class _Engine:
             forwards = not forwards
 
     def _try(self, norm: Norm, planner: Planner) -> bool:
-        if any(n.graph is None for n in norm.nodes):
+        # Folded as a part of another norm, or reading another value since: the next round finds it anew.
+        if any(n.graph is None for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
             return False
         entry = self._entries.setdefault(norm.name, NormReport(norm.name, norm.kind, norm.form, tuple(describe(norm))))
         plan = planner.plan(norm)
