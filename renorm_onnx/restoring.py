@@ -1,0 +1,95 @@
+"""The way back: layers of a torch model filled from a model file."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from renorm_onnx import model_file
+from renorm_onnx.errors import InputError
+from renorm_onnx.exporter_checks import layers_of
+from renorm_onnx.layers.modules import _BatchRenorm
+from renorm_onnx.onnx_layers import LayerInfo, layers_in
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def restore(module: nn.Module, path: str | os.PathLike[str]) -> int:
+    """Fill the batch-renormalization layers of `module`, in place, from the function calls of an exported model.
+
+    Weights, statistics, eps, momentum, r_max, d_max, stat and the step counter are restored; training goes on as if it
+    had not stopped. The schedule is not in the file: it stays the module's own. So does everything that is no batch
+    renormalization, e.g. convolutions.
+
+    Args:
+        module: A model with layers of the same paths and sizes. Unchanged if this raises.
+        path: A file that `to_onnx` wrote, not fused: folding leaves nothing to restore.
+
+    Returns:
+        The number of layers restored.
+
+    Raises:
+        InputError: The file has no such calls; its layers and the module's differ in path or size.
+        ModelFileError: The file cannot be read.
+    """
+    model = model_file.load(path)
+    found = {info.name: info for info in layers_in(model)}
+    layers = layers_of(module)
+    if not found:
+        raise InputError(
+            f"restore: {os.fspath(path)!r} has no batch renormalization calls; pass the file that "
+            "to_onnx wrote, before fusing or inlining"
+        )
+    if found.keys() != layers.keys():
+        only_file, only_module = sorted(found.keys() - layers.keys()), sorted(layers.keys() - found.keys())
+        raise InputError(
+            f"restore: the layers of {os.fspath(path)!r} and of {type(module).__name__} differ: only in the file: "
+            f"{only_file}; only in the module: {only_module}"
+        )
+    plans = [_Plan.of(found[name], layer) for name, layer in layers.items()]
+    for plan in plans:
+        plan.apply()
+    return len(plans)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One layer and what it will hold, checked."""
+
+    layer: _BatchRenorm
+    info: LayerInfo
+    tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, info: LayerInfo, layer: _BatchRenorm) -> "_Plan":
+        who = f"restore: layer {info.name!r}"
+        tensors = {}
+        for name in _TENSORS:
+            target, value = getattr(layer, name), getattr(info, name)
+            if target is None:
+                if name == "running_mean" or name == "running_var":
+                    raise InputError(
+                        f"{who} of the module has track_running_stats=False, the file has statistics for it"
+                    )
+                continue
+            if value is None:
+                raise InputError(f"{who}: {name} is computed by the model in the file, not stored")
+            if value.shape != tuple(target.shape):
+                raise InputError(
+                    f"{who}: {name} has shape {value.shape} in the file, {tuple(target.shape)} in the module"
+                )
+            tensors[name] = torch.from_numpy(value.astype("float64"))
+        return cls(layer, info, tensors)
+
+    def apply(self) -> None:
+        """Write everything into the layer, in place."""
+        layer, info = self.layer, self.info
+        with torch.no_grad():
+            for name, value in self.tensors.items():
+                getattr(layer, name).copy_(value)
+            if info.num_batches_tracked >= 0 and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.fill_(info.num_batches_tracked)
+        layer.eps, layer.r_max, layer.d_max, layer.stat = info.epsilon, info.r_max, info.d_max, info.stat
+        if info.momentum:  # 0 stands for a cumulative average, which only the module's own setting can say
+            layer.momentum = info.momentum

@@ -1,0 +1,113 @@
+"""A module filled from a file is the module that was exported, also in the training that follows."""
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.exporter import to_onnx
+from renorm_onnx.layers.modules import BatchRenorm1d
+from renorm_onnx.layers.schedules import linear
+from renorm_onnx.onnx_layers import layers_in
+from renorm_onnx.restoring import restore
+
+
+def build(features: int = 4) -> nn.Sequential:
+    """Three layers whose schedule is half way after ten steps, so the step counter matters."""
+    return nn.Sequential(
+        nn.Linear(3, features),
+        BatchRenorm1d(features, eps=1e-3, momentum=0.1, r_max=2.5, d_max=4.0, schedule=linear(0, 20), stat="var"),
+        nn.ReLU(),
+        BatchRenorm1d(features, schedule=linear(0, 20), affine=False),
+        BatchRenorm1d(features, momentum=None, schedule=None),
+    )
+
+
+def fresh(features: int = 4) -> nn.Sequential:
+    """The same network with other settings in every layer, and its own random convolution."""
+    return nn.Sequential(
+        nn.Linear(3, features),
+        BatchRenorm1d(features, schedule=linear(0, 20)),
+        nn.ReLU(),
+        BatchRenorm1d(features, momentum=0.5, schedule=linear(0, 20), affine=False),
+        BatchRenorm1d(features, momentum=None, schedule=None),
+    )
+
+
+def train(net: nn.Module, steps: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    net.train()
+    for _ in range(steps):
+        y = net(torch.randn(16, 3, generator=generator) * 3 + 1)
+    return y.detach()
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = build()
+    nn.init.normal_(net[1].weight, 1.5)
+    train(net, 10, seed=1)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def path(trained, tmp_path_factory):
+    path = tmp_path_factory.mktemp("restore") / "model.onnx"
+    to_onnx(trained, torch.randn(2, 3), path, metadata=False)
+    return path
+
+
+def test_the_restored_module_is_equal_now_and_after_three_more_steps(trained, path) -> None:
+    net = fresh()
+    net[0].load_state_dict(trained[0].state_dict())
+    assert restore(net, path) == 3
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(net.eval()(x), trained(x))
+    further = build()
+    further.load_state_dict(trained.state_dict())
+    assert torch.equal(train(net, 3, seed=2), train(further, 3, seed=2))
+    for name, value in further.state_dict().items():
+        assert torch.equal(net.state_dict()[name], value), name
+
+
+def test_without_the_step_counter_the_further_steps_would_differ(trained, path) -> None:
+    net, further = build(), build()
+    net[0].load_state_dict(trained[0].state_dict())
+    restore(net, path)
+    net[1].num_batches_tracked.zero_()
+    further.load_state_dict(trained.state_dict())
+    assert not torch.equal(train(net, 3, seed=2), train(further, 3, seed=2))
+
+
+def test_the_file_tells_everything_about_each_layer(trained, path) -> None:
+    layers = {info.name: info for info in layers_in(ir.load(path))}
+    assert list(layers) == ["1", "3", "4"]
+    first = layers["1"].to_dict()
+    assert first["running_mean"] == trained[1].running_mean.tolist()
+    assert (first["epsilon"], first["momentum"], first["r_max"], first["d_max"]) == (1e-3, 0.1, 2.5, 4.0)
+    assert (first["stat"], first["num_batches_tracked"], first["calls"], first["training"]) == ("var", 10, 1, False)
+    assert layers["1"].num_features == 4
+    assert layers["4"].momentum == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(BatchRenorm1d(4)), r"only in the file: \['1', '3', '4'\]; only in the module: \['0'\]"),
+        (lambda: fresh(5), r"restore: layer '1': weight has shape \(4,\) in the file, \(5,\) in the module"),
+    ],
+)
+def test_a_module_that_does_not_fit_is_refused_and_left_alone(path, make, message) -> None:
+    net = make()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        restore(net, path)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_file_without_calls_is_refused_with_advice(trained, tmp_path) -> None:
+    to_onnx(trained, torch.randn(2, 3), tmp_path / "plain.onnx", functions=False, verify=False)
+    with pytest.raises(InputError, match="has no batch renormalization calls; pass the file that to_onnx wrote"):
+        restore(build(), tmp_path / "plain.onnx")
