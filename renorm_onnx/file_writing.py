@@ -19,7 +19,7 @@ from typing import Final, Self
 from renorm_onnx.errors import ModelFileError
 
 # Small writes are collected up to this many bytes.
-_BUFFERED: Final = 1 << 20
+_BUFFERED: Final = 1 << 18
 _ADVICE: Final = {
     errno.ENOSPC: "the disk is full; free some space or write elsewhere",
     errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",

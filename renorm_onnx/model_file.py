@@ -38,9 +38,12 @@ logger = logging.getLogger(__name__)
 EXTERNAL_ABOVE: Final = 1_500_000_000
 # Smaller tensors stay in the .onnx, where shape inference can see them (the threshold of onnx and onnxruntime).
 EXTERNAL_TENSOR_ABOVE: Final = 1024
-# A data file's tensors start at page borders, so that runtimes can map them.
-_ALIGNMENT: Final = 4096
+# In a data file, large tensors start at page borders, so that runtimes can map them; all are aligned for any element.
+_PAGE: Final = 4096
+_ELEMENT: Final = 16
 _KEEP_EXTERNAL: Final = "renorm_onnx.external_data"
+# How onnx-ir ends what it says of features that it lacks.
+_PLEA: Final = " Please contribute by creating a PR at https://github.com/onnx/onnx-ir."
 # What people pass instead of a model, by the file's first bytes.
 _SIGNATURES: Final = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
@@ -79,6 +82,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | ir.Model, *, allow_s
     """
     with collection_paused():
         if isinstance(source, ir.Model):
+            _check_data(source, allow_symlinks=allow_symlinks)
             return _copied(source)
         if isinstance(source, onnx.ModelProto):
             proto = onnx.ModelProto()
@@ -159,8 +163,22 @@ def _reason(error: BaseException) -> str:
     """The first line of what was wrong at the root of a chain of exceptions."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(_PLEA)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _check_data(model: ir.Model, *, allow_symlinks: bool) -> None:
+    """Judge where the external tensors of a model in memory lie; onnx-ir checks nothing if it has no folder for them."""
+    folders: dict[str, list[onnx.TensorProto]] = {}
+    for tensor in _tensors(model):
+        # A location is absolute only where somebody meant it: `load` followed a link, or the caller built the tensor.
+        if isinstance(tensor, ir.ExternalTensor) and not os.path.isabs(tensor.location):
+            folders.setdefault(os.fspath(tensor.base_dir), []).append(ir.serde.serialize_tensor(tensor))
+    for folder, tensors in folders.items():
+        try:
+            check_external(tensors, folder or ".", follow_links=allow_symlinks)
+        except ModelFileError as error:
+            raise ModelFileError(f"the model: {error}") from None
 
 
 def _copied(model: ir.Model) -> ir.Model:
@@ -306,7 +324,7 @@ def _write_data(tensors: list[ir.TensorProtocol], data: NewFile, stem: str) -> d
         if isinstance(tensor, ir.ExternalTensor):
             key = tensor.path, tensor.offset or 0, tensor.nbytes
         if key not in written:
-            data.write(bytes(-data.size % _ALIGNMENT))
+            data.write(bytes(-data.size % (_PAGE if tensor.nbytes >= 16 * _PAGE else _ELEMENT)))
             written[key] = data.size
             write_tensor(tensor, data)
             if data.size - written[key] != tensor.nbytes:

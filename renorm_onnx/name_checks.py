@@ -94,7 +94,7 @@ def resolve(scope: Scope) -> bool:
     outputs = proto.output if isinstance(proto, FunctionProto) else (info.name for info in proto.output)
     for name in outputs:
         if name not in names:
-            captured.setdefault(name, f"the outputs of {scope.label}")
+            raise ModelFileError(f"{scope.label} has output {quoted(name)}, which nothing in it defines")
     if scope.parent is None:
         for name, user in captured.items():
             raise ModelFileError(f"{quoted(name)}, used by {user}, is defined nowhere; the file is damaged")

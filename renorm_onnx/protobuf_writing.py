@@ -120,7 +120,9 @@ def _without_initializers(model: ir.Model) -> tuple[bytes, bytes]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ModelFileError(f"the model cannot be written: {cause}") from error
+        if isinstance(cause, UnicodeError):
+            raise ModelFileError("the model cannot be written: it holds text that is not UTF-8") from error
+        raise ModelFileError(f"the model cannot be written: {str(cause).splitlines()[0]}") from error
     extra = onnx.GraphProto()
     inputs = {value.name for value in model.graph.inputs}
     for value in model.graph.initializers.values():

@@ -1,0 +1,222 @@
+"""Messages that are no models, or break a rule that onnxruntime and the ONNX specification have."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from renorm_onnx import model_checks, model_file, name_checks
+from renorm_onnx.errors import ModelFileError
+
+node = helper.make_node
+
+
+def info(name: str) -> ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 4])
+
+
+def weight(name: str, value: float = 1.0) -> TensorProto:
+    return numpy_helper.from_array(np.full(4, value, np.float32), name)
+
+
+def body(nodes: list[NodeProto], output: str, inputs: tuple[str, ...] = ()) -> GraphProto:
+    return helper.make_graph(nodes, "inner", [info(name) for name in inputs], [info(output)])
+
+
+def model(nodes: list[NodeProto], initializers: tuple[TensorProto, ...] = (), **options: object) -> ModelProto:
+    graph = helper.make_graph(nodes, "g", [info("x")], [info("y")], list(initializers))
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("f", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, **options)
+
+
+def function(name: str, nodes: list[NodeProto], inputs: tuple[str, ...] = ("a",)) -> onnx.FunctionProto:
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("f", 1)]
+    return helper.make_function("f", name, list(inputs), ["b"], nodes, opsets)
+
+
+def branch(then: GraphProto, other: GraphProto) -> NodeProto:
+    return node("If", ["c"], ["y"], "branch", then_branch=then, else_branch=other)
+
+
+CONDITION = numpy_helper.from_array(np.array(True), "c")
+RELU = node("Relu", ["x"], ["y"], "relu")
+TWICE = node("LeakyRelu", ["x"], ["y"], alpha=0.1)
+TWICE.attribute.append(helper.make_attribute("alpha", 0.9))
+UNTYPED = node("LeakyRelu", ["x"], ["y"], "untyped", alpha=0.1)
+UNTYPED.attribute[0].type = onnx.AttributeProto.UNDEFINED
+INNER = body([node("Relu", ["x"], ["t"])], "t")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (model([node("Add", ["x", "q"], ["y"], "n")]), r"'q', used by node 'n' \(Add\) in graph 'g', is defined now"),
+        (model([RELU, node("Abs", ["x"], ["y"], "n")]), r"'y' is defined twice, once as an output of node 'n' \(Abs\)"),
+        (model([RELU], (weight("y"),)), r"'y' is defined twice, once as an output of node 'relu'"),
+        (model([RELU], (weight("w"), weight("w", 2))), r"'w' is defined twice, once as an initializer of graph 'g'"),
+        (model([RELU], (weight(""),)), r"an initializer of graph 'g' is named ''; expected a name in UTF-8"),
+        (model([node("Relu", ["x"], ["z"])]), r"graph 'g' has output 'y', which nothing in it defines"),
+        (
+            model([node("Add", ["a", "x"], ["b"], "n1"), node("Relu", ["b"], ["a"]), node("Relu", ["b"], ["y"])]),
+            r"graph 'g' has a cycle: node '(n1|)' \((Add|Relu)\) needs its own output",
+        ),
+        (
+            model([branch(body([node("Relu", ["y"], ["t"])], "t"), INNER)], (CONDITION,)),
+            r"graph 'g' has a cycle: node 'branch' \(If\) needs its own output",
+        ),
+        (
+            model([branch(body([node("Relu", ["q"], ["t"], "deep")], "t"), INNER)], (CONDITION,)),
+            r"'q', used by node 'deep' \(Relu\) in graph 'inner', is defined nowhere",
+        ),
+        (
+            model([branch(body([], "x"), INNER)], (CONDITION,)),
+            r"graph 'inner' has output 'x', which nothing in it defines",
+        ),
+        (
+            model(
+                [
+                    node("Abs", ["x"], ["a"]),
+                    branch(body([node("Relu", ["a"], ["t"]), node("Abs", ["x"], ["a"])], "t"), INNER),
+                ],
+                (CONDITION,),
+            ),
+            r"'a' is used in graph 'inner' before it is defined there, and is also defined in graph 'g'",
+        ),
+        (model([TWICE]), r"node '' \(LeakyRelu\) in graph 'g' has attribute 'alpha' twice"),
+        (model([UNTYPED]), r"node 'untyped' .*: attribute 'alpha' has type UNDEFINED, which is not supported here"),
+        (model([NodeProto(input=["x"], output=["y"], name="n")]), r"node 'n' \(\) in graph 'g' has no operator type"),
+        (ModelProto(ir_version=10), r"it has no graph, so it is not an ONNX model"),
+        (ModelProto(graph=model([RELU]).graph), r"ir_version is 0; expected 1 or more; the file is damaged"),
+        (
+            model([node("F", ["x"], ["y"], domain="f")], functions=[function("F", [node("Relu", ["q"], ["b"])])]),
+            r"'q', used by node '' \(Relu\) in function 'f::F', is defined nowhere",
+        ),
+        (
+            model([node("F", ["x", "x"], ["y"], domain="f")], functions=[function("F", [node("Relu", ["a"], ["b"])])]),
+            r"node '' \(F\) in graph 'g' has 2 inputs and 1 outputs; the function it calls has 1 and 1",
+        ),
+        (
+            model([node("F", ["x"], ["y"], domain="f")], functions=[function("F", [node("Relu", ["a"], ["b"])])] * 2),
+            r"function 'f::F' is defined twice; expected it once",
+        ),
+        (
+            model([RELU], functions=[function("F", [node("G", ["a"], ["b"], domain="f")]),
+                                     function("G", [node("F", ["a"], ["b"], domain="f")])]),
+            r"function 'f::F' calls itself; expected no recursion",
+        ),
+        (
+            model([RELU], functions=[function("F", [node("Relu", ["a"], ["b"])], ("a", "a"))]),
+            r"'a' is defined twice, once as an input of function 'f::F'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_breaks_a_rule_is_refused(bad: ModelProto, message: str) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        model_checks.check_model(bad)
+
+
+def extended(change: Callable[[ModelProto], object]) -> ModelProto:
+    proto = model([RELU])
+    change(proto)
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.opset_import.add(domain="ai.onnx", version=13), r"opset '' is given twice, as 20 and 13"),
+        (
+            lambda m: [m.metadata_props.add(key="k", value=v) for v in "ab"],
+            r"metadata entry 'k' is given twice, as 'a' and 'b'; expected one value",
+        ),
+        (lambda m: m.training_info.add(), r"it has training_info, which would be lost; remove it first \(del model"),
+        (lambda m: m.graph.input.append(info("x")), r"'x' is defined twice, once as an input of graph 'g'"),
+        (lambda m: m.MergeFromString(b"\xfa\x3f\x01a"), r"the model has a field \(number 1023\) that onnx .* not know"),
+        (lambda m: m.graph.node[0].MergeFromString(b"\xfa\x3f\x01a"), r"graph 'g' has a field \(number 1023\)"),
+    ],
+)
+def test_what_would_be_lost_is_refused(change: Callable[[ModelProto], object], message: str) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        model_checks.check_model(extended(change))
+
+
+def test_a_name_that_is_not_utf_8_is_refused() -> None:
+    proto = ModelProto()
+    proto.ParseFromString(model([RELU], (weight("QQ"),)).SerializeToString().replace(b"QQ", b"Q\xff"))
+    with pytest.raises(ModelFileError, match=r"named b'Q\\xff'; expected a name in UTF-8"):
+        model_checks.check_model(proto)
+
+
+def test_equal_entries_given_twice_are_one_entry() -> None:
+    model_checks.check_model(extended(lambda m: m.opset_import.add(domain="", version=20)))
+
+
+def test_names_may_repeat_in_branches_and_shadow_outer_constants() -> None:
+    then = body([node("Add", ["x", "w"], ["y"])], "y")
+    then.initializer.append(weight("w", 3))
+    proto = model([branch(then, body([node("Relu", ["x"], ["y"])], "y"))], (CONDITION, weight("w")))
+    assert not model_checks.check_model(proto).unsorted
+
+
+@pytest.mark.parametrize("depth", [model_checks.MAX_NESTING + 1, 2000])
+def test_deep_nesting_is_refused_without_recursion(depth: int) -> None:
+    proto = model([branch(INNER, INNER)], (CONDITION,))
+    graph = proto.graph.node[0].attribute[0].g
+    for _ in range(depth):
+        graph.node[0].attribute.add(name="body", type=onnx.AttributeProto.GRAPH)
+        graph = graph.node[0].attribute[0].g
+        graph.name = "inner"
+        graph.node.add(op_type="Relu", input=["x"], output=["t"])
+    with pytest.raises(ModelFileError, match=r"graph 'inner' lies 33 graphs deep; expected at most 32"):
+        model_checks.check_model(proto)
+
+
+def chain(depth: int, calls: int = 1) -> ModelProto:
+    functions = [function("F0", [node("Relu", ["a"], ["b"])])]
+    for i in range(1, depth + 1):
+        nodes = [node(f"F{i - 1}", ["a"], ["b" if j == 0 else f"b{j}"], domain="f") for j in range(calls)]
+        functions.append(function(f"F{i}", nodes))
+    return model([node(f"F{depth}", ["x"], ["y"], domain="f")], functions=functions)
+
+
+def test_function_calls_are_bounded_in_depth_and_in_what_they_expand_to() -> None:
+    model_checks.check_model(chain(name_checks.MAX_CALL_DEPTH - 1))
+    with pytest.raises(ModelFileError, match=r"function 'f::F101' calls functions 101 deep; expected at most 100"):
+        model_checks.check_model(chain(10_000))
+    with pytest.raises(ModelFileError, match=r"grows beyond 200,000 nodes when its function calls are replaced"):
+        model_checks.check_model(chain(60, calls=2))
+
+
+def test_too_many_nodes_are_refused() -> None:
+    proto = model([RELU])
+    proto.graph.node.extend([node("Relu", ["x"], [""])] * name_checks.MAX_NODES)
+    with pytest.raises(ModelFileError, match=r"it has more than 200,000 nodes or 2,000,000 values"):
+        model_checks.check_model(proto)
+
+
+def test_nodes_out_of_order_are_sorted() -> None:
+    proto = model([node("Relu", ["a"], ["y"]), node("Abs", ["x"], ["a"])])
+    loaded = model_file.load(proto)
+    assert [n.op_type for n in loaded.graph] == ["Abs", "Relu"]
+    inner = body([node("Add", ["x", "q"], ["t"])], "t")
+    proto = model([branch(inner, INNER), node("Abs", ["x"], ["q"])], (CONDITION,))
+    assert [n.op_type for n in model_file.load(proto).graph] == ["Abs", "If"]
+
+
+def test_sparse_tensors_become_dense_wherever_they_are() -> None:
+    sparse = onnx.SparseTensorProto(
+        values=numpy_helper.from_array(np.array([2.0], np.float32), "w"),
+        indices=numpy_helper.from_array(np.array([1], np.int64)),
+        dims=[4],
+    )
+    constant = node("Constant", [], ["k"])
+    constant.attribute.add(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR, sparse_tensor=sparse)
+    proto = model([constant, node("Sum", ["x", "w", "k"], ["y"])])
+    proto.graph.sparse_initializer.append(sparse)
+    saved = model_file.to_proto(model_file.load(proto))
+    for tensor in (saved.graph.initializer[0], saved.graph.node[0].attribute[0].t):
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor), [0, 2, 0, 0])
+    assert saved.graph.node[0].attribute[0].name == "value"
+    onnx.checker.check_model(saved, full_check=True)
