@@ -199,6 +199,15 @@ def detection() -> Iterator[Case]:
     yield Case("DFT", [normal(2, 8, 2), None, np.array(1)], {"inverse": 1}, first=20)
     for op in ("HannWindow", "HammingWindow", "BlackmanWindow"):
         yield Case(op, [np.array(9)], {"periodic": 0}, first=17)
+    yield Case("MelWeightMatrix", [np.array(v) for v in (5, 16, 8192)] + [np.float32(0), np.float32(4000)], first=17)
+    signal = [normal(2, 20, 1), np.array(4), positive(8)]
+    yield Case("STFT", signal, first=17)
+    yield Case("STFT", signal, {"onesided": 0}, first=17)
+    labels, weights = whole(0, 4, 3, 5), positive(4)
+    for reduction in ("none", "mean", "sum"):
+        attributes = {"reduction": reduction, "ignore_index": 2}
+        yield Case("NegativeLogLikelihoodLoss", [normal(3, 4, 5), labels, weights], attributes, first=12)
+        yield Case("SoftmaxCrossEntropyLoss", [normal(3, 4, 5), labels, weights], attributes, first=12)
     rotary = [normal(2, 4, 3, 8), normal(5, 4), normal(5, 4), whole(0, 5, 2, 3)]
     yield Case("RotaryEmbedding", rotary, {"interleaved": 1}, first=23)
     yield Case("Attention", [normal(2, 4, 3, 8), normal(2, 2, 5, 8), normal(2, 2, 5, 8)], {"is_causal": 1}, first=23)
