@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import overload
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -119,21 +120,25 @@ class _Engine:
         facts = Facts(model, RULES, CONSTANT_OPERATORS, assume_constant_initializers=assumed)
         self._desk = Desk(facts)
         self._report = FusionReport(operators_before=count_operators(model))
-        self._entries: dict[str, NormReport] = {}
+        # A norm that absorbs another one takes over its output's name, so a node is the only lasting identity.
+        self._entries: dict[ir.Node, NormReport] = {}
 
     def run(self) -> FusionReport:
-        with model_file.collection_paused():
+        with model_file.collection_paused(), np.errstate(all="ignore"):
             return self._run()
 
     def _run(self) -> FusionReport:
         open_calls(self._model)
         self._names = Names(names_in(self._model))
-        for graph in graphs_of(self._model):
+        graphs = list(graphs_of(self._model))
+        for graph in graphs:
+            for norm in find_norms(list(graph), self._desk):
+                self._entries_of(norm)
+        for graph in graphs:
             self._fold(graph)
             while self._options.merge_branches and self._merge_branches(graph):
                 self._fold(graph)
         self._write_parameters()
-        self._report.entries = list(self._entries.values())
         self._report.operators_after = count_operators(self._model)
         logger.info("%s", self._report)
         return self._report
@@ -151,18 +156,29 @@ class _Engine:
             self._desk.facts.forget()
             forwards = not forwards
 
+    def _entries_of(self, norm: Norm) -> list[NormReport]:
+        """The entries of a norm's nodes: one, unless norms of the input model have become one chain."""
+        known = list(dict.fromkeys(id(e) for n in norm.nodes if (e := self._entries.get(n)) is not None))
+        if not known:
+            entry = NormReport(norm.name, norm.kind, norm.form, describe(norm))
+            self._report.entries.append(entry)
+            self._entries.update(dict.fromkeys(norm.nodes, entry))
+            return [entry]
+        return [e for e in self._report.entries if id(e) in known]
+
     def _try(self, norm: Norm, planner: Planner) -> bool:
         # Folded as a part of another norm, or reading another value since: the next round finds it anew.
         if any(n.graph is None for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
             return False
-        entry = self._entries.setdefault(norm.name, NormReport(norm.name, norm.kind, norm.form, tuple(describe(norm))))
         plan = planner.plan(norm)
+        entries = self._entries_of(norm)
         if not isinstance(plan, Plan):
-            entry.refusals = plan
+            for entry in entries:
+                entry.refusals = plan
             return False
         self._apply(plan)
-        entry.outcome, entry.way, entry.into, entry.refusals = "folded", plan.way, tuple(plan.into), ()
-        logger.debug("%s: %s", norm.name, entry.detail)
+        for entry in entries:
+            entry.outcome, entry.way, entry.into, entry.refusals = "folded", plan.way, tuple(plan.into), ()
         return True
 
     def _merge_branches(self, graph: ir.Graph) -> int:
@@ -189,8 +205,8 @@ class _Engine:
         self._replace(merge.add.outputs[0], keep.outputs[0])
         self._delete([merge.add])
         if merge.norm is not None:
-            entry = self._entries[merge.norm.name]
-            entry.outcome, entry.way, entry.into, entry.refusals = "folded", "branches", (label(keep),), ()
+            for entry in self._entries_of(merge.norm):
+                entry.outcome, entry.way, entry.into, entry.refusals = "folded", "branches", (label(keep),), ()
 
     def _apply(self, plan: Plan) -> None:
         changed = list(plan.changed)

@@ -121,7 +121,7 @@ class Planner:
                 refusal = self._demand(plan, node, index, onward, demands, settled)
                 if refusal is not None:
                     return self._mark(trail, refusal) if refusal.structural else refusal
-                value = node.inputs[index]
+                value = node.inputs[index] if index < len(node.inputs) else None
                 maker = None if value is None else value.producer()
                 if value in demands and maker is not None and maker not in seen:
                     seen.add(maker)
