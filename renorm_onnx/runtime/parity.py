@@ -8,6 +8,7 @@ Both sides run without onnxruntime's graph optimizations. With them onnxruntime 
 would compare a thing with itself; optimized runs are reported in rows of their own that decide nothing.
 """
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from renorm_onnx.runtime.layerwise import compare_layers
 from renorm_onnx.runtime.providers import onnxruntime
 from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.report import Repeat, Verdict
-from renorm_onnx.runtime.session import Session, open_session
+from renorm_onnx.runtime.session import Session, open_session, source_of
 from renorm_onnx.runtime.sites import SiteReport, check_sites
 from renorm_onnx.runtime.torch_reference import TorchReference, is_torch_module
 from renorm_onnx.runtime.trials import ReferenceUnusableError, trials
@@ -132,6 +133,11 @@ class _Sides:
             self.model = model_file.load(reference)
             self.problems = interface_problems(self.model, self.candidate)
 
+    @functools.cached_property
+    def sources(self) -> tuple[bytes | str, bytes | str]:
+        """Reference and candidate as sessions take them, serialized once."""
+        return source_of(self.model), source_of(self.candidate)
+
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return self.torch.evaluate(feeds) if self.torch else evaluate(self.model, feeds)
 
@@ -179,9 +185,9 @@ class _Comparison:
             return replace(base, outcome="skipped", reason=f"Not run end to end: {reason}", skipped=(reason,))
         runners = []
         for provider in providers:
-            unfused = sides.torch or open_session(sides.model, provider)
+            unfused = sides.torch or open_session(sides.sources[0], provider)
             try:
-                fused = open_session(sides.candidate, provider)
+                fused = open_session(sides.sources[1], provider)
             except (ModelFileError, MachineError) as error:
                 return replace(base, reason=f"The candidate cannot be run where the reference can: {error}")
             runners.append(_Runners(provider, Judge(provider, precision), unfused, fused))
@@ -241,7 +247,7 @@ class _Comparison:
         trial, rows, repeats = self._first, [], []
         want = self._sides.evaluate(trial.feeds)
         for one in runners:
-            again = open_session(self._sides.candidate, one.provider).run(trial.feeds)
+            again = open_session(self._sides.sources[1], one.provider).run(trial.feeds)
             once = one.fused.run(trial.feeds)
             repeats.append(
                 Repeat(one.provider, max(_difference(once[name], again[name]) for name in once), trial.label)
@@ -252,11 +258,11 @@ class _Comparison:
     def _optimized(self, one: _Runners, trial: Trial, want: Mapping[str, Array]) -> list[Row]:
         judge = Judge(one.provider, one.judge.precision)
         try:
-            fused = open_session(self._sides.candidate, one.provider, optimize="all").run(trial.feeds)
+            fused = open_session(self._sides.sources[1], one.provider, optimize="all").run(trial.feeds)
             if self._sides.torch:
                 unfused = one.unfused.run(trial.feeds)
             else:
-                unfused = open_session(self._sides.model, one.provider, optimize="all").run(trial.feeds)
+                unfused = open_session(self._sides.sources[0], one.provider, optimize="all").run(trial.feeds)
         except (InputError, MachineError) as error:
             self._skipped.append(f"optimized models on {one.provider}: {error}")
             return []

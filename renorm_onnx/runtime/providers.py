@@ -42,6 +42,8 @@ DISTRIBUTIONS = (
 )
 
 
+_NEWEST_CUDA = 13  # what wheels of onnxruntime-gpu are built for since 1.27
+
 _INSTALL_CUDA = 'pip install "onnxruntime-gpu[cuda,cudnn]"'
 
 
@@ -112,7 +114,7 @@ def onnxruntime() -> Any:
         ) from error
     if not hasattr(module, "InferenceSession"):
         raise MachineError(
-            f"onnxruntime is damaged: no InferenceSession in {getattr(module, '__path__', '?')}; {_reinstall()}"
+            f"onnxruntime is damaged: no InferenceSession in {getattr(module, '__path__', '?')}; {reinstall_advice()}"
         )
     return module
 
@@ -156,7 +158,7 @@ def preload_cuda() -> None:
     `sys.path` are found here first. Libraries that are absent are left to the system's loader.
     """
     ort = onnxruntime()
-    major = _wheel_major(ort)
+    major = wheel_cuda_major() or _NEWEST_CUDA
     with captured():
         for library in _cuda_libraries(major):
             for folder in _nvidia_folders():
@@ -223,7 +225,7 @@ def provider_status(name: str) -> ProviderStatus:
         ort = onnxruntime()
     except MachineError as error:
         stage = "onnxruntime broken" if "damaged" in str(error) else "onnxruntime missing"
-        fix = _reinstall() if "damaged" in str(error) else f"Run: pip install onnxruntime, or {_INSTALL_CUDA}"
+        fix = reinstall_advice() if "damaged" in str(error) else f"Run: pip install onnxruntime, or {_INSTALL_CUDA}"
         return ProviderStatus(name, False, stage, str(error).partition(";")[0], fix)
     full = PROVIDERS[short]
     if full not in ort.get_available_providers():
@@ -233,9 +235,20 @@ def provider_status(name: str) -> ProviderStatus:
     log, failure = _run_probe(ort, full, device)
     if failure is None:
         return ProviderStatus(name, True, "ok", f"onnxruntime {ort.__version__}", "")
-    major = _wheel_major(ort)
+    major = wheel_cuda_major() or _NEWEST_CUDA
     stage, detail, fix = classify(log + "\n" + failure, wheel_major=major, other_majors=_other_majors(major))
+    if stage in ("libraries missing", "wrong CUDA version") and not driver_visible():
+        fix = f"{_FIX_DRIVER}; without one the CUDA libraries are of no use. {fix}"
     return ProviderStatus(name, False, stage, detail, fix)
+
+
+def driver_visible() -> bool:
+    """Tell whether this process can load NVIDIA's driver library."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _not_compiled(name: str, full: str, ort: Any) -> ProviderStatus:
@@ -244,7 +257,7 @@ def _not_compiled(name: str, full: str, ort: Any) -> ProviderStatus:
     if len(installed) > 1:
         listed = " and ".join(f"{key} {value}" for key, value in installed.items())
         return ProviderStatus(
-            name, False, "two packages installed", f"{detail}; {listed} overwrite each other", _reinstall()
+            name, False, "two packages installed", f"{detail}; {listed} overwrite each other", reinstall_advice()
         )
     return ProviderStatus(
         name, False, "not in this build", detail, f"Run: pip uninstall -y onnxruntime && {_INSTALL_CUDA}"
@@ -285,16 +298,21 @@ def _line_of(log: str, position: int) -> str:
     return (found.group(1) if found else line)[:300]
 
 
-def _reinstall() -> str:
+def reinstall_advice() -> str:
+    """Return how to repair an onnxruntime that two packages wrote over."""
     return (
         f"Run: pip uninstall -y {' '.join(distributions() or ['onnxruntime', 'onnxruntime-gpu'])}, then one of "
         f"pip install onnxruntime (CPU) or {_INSTALL_CUDA} (NVIDIA GPU)"
     )
 
 
-def _wheel_major(ort: Any) -> int:
-    version = str(getattr(ort, "cuda_version", "") or "13")
-    return int(version.partition(".")[0]) if version[:1].isdigit() else 13
+def wheel_cuda_major() -> int | None:
+    """Return the CUDA major version that onnxruntime was built for; None: without CUDA, or not installed."""
+    try:
+        version = str(getattr(onnxruntime(), "cuda_version", "") or "")
+    except MachineError:
+        return None
+    return int(version.partition(".")[0]) if version[:1].isdigit() else None
 
 
 def _cuda_libraries(major: int) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
 from renorm_onnx.runtime import providers, tensors
 from renorm_onnx.runtime.cuda_graph import CudaGraph
+from renorm_onnx.runtime.ort_errors import creation_error, run_error
 from renorm_onnx.runtime.placement import Placed, compute_nodes, placement_of
 from renorm_onnx.runtime.tensors import TensorSpec
 
@@ -85,12 +86,15 @@ class Session:
                 f"Session: provider {provider!r} cannot be created here: {status.stage}: {status.detail}. {status.fix}"
             )
         self._ort = providers.onnxruntime()
-        source = _source_of(model)
+        source = source_of(model)
         self._session = self._create(source, graph=False, cpu=False)
         self.placement: tuple[Placed, ...] = placement_of(self._session)
         self.on_cpu: tuple[Placed, ...] = self._check_placement(source, strict)
         self.inputs = tuple(TensorSpec(i.name, i.type, tuple(i.shape)) for i in self._session.get_inputs())
         self.outputs = tuple(TensorSpec(o.name, o.type, tuple(o.shape)) for o in self._session.get_outputs())
+        self._output_names = [output.name for output in self.outputs]
+        bfloat16 = tensors.DTYPES["bfloat16"]
+        self._has_bfloat16 = any(spec.dtype == bfloat16 for spec in (*self.inputs, *self.outputs))
         self._graph: CudaGraph | None = None
         self._run_options: Any = None
         if cuda_graph or (cuda_graph is None and self.provider == "cuda"):
@@ -112,9 +116,9 @@ class Session:
             InputError: A name, element type or shape does not fit the model, or an operator fails on these values.
             MachineError: The device ran out of memory.
         """
-        names = list(outputs) if outputs is not None else [output.name for output in self.outputs]
+        names = list(outputs) if outputs is not None else self._output_names
         try:
-            if any(spec.dtype == tensors.DTYPES["bfloat16"] for spec in (*self.inputs, *self.outputs)):
+            if self._has_bfloat16:
                 binding = self._bind(feeds, names, ("cpu", 0))
                 self._session.run_with_iobinding(binding, self._run_options)
                 values = [tensors.to_numpy(value) for value in binding.get_outputs()]
@@ -124,7 +128,7 @@ class Session:
         except InputError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise _run_error(error) from error
+            raise run_error(error) from error
         return dict(zip(names, values, strict=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,6 +166,16 @@ class Session:
         for _ in range(runs):
             self(**feeds)
 
+    def replay(self) -> None:
+        """Run the captured CUDA graph again, on the inputs of the last call.
+
+        Raises:
+            InputError: There is no CUDA graph.
+        """
+        if self._graph is None:
+            raise InputError("Session.replay: this session has no CUDA graph")
+        self._graph.replay()
+
     @property
     def uses_cuda_graph(self) -> bool:
         """Whether calls replay a CUDA graph."""
@@ -179,7 +193,7 @@ class Session:
         """
         where = device or (self.provider, self._device)
         feeds = {name: self._on_device(name, value) for name, value in feeds.items()}
-        return self._bind(feeds, [output.name for output in self.outputs], where)
+        return self._bind(feeds, self._output_names, where)
 
     def run_bound(self, binding: Any) -> None:
         """Run an `onnxruntime.IOBinding` and wait until its outputs are written."""
@@ -212,7 +226,7 @@ class Session:
         except Exception as error:  # onnxruntime's exceptions share no base class
             if on_gpu and not cpu and "fallback to CPU EP has been explicitly disabled" in str(error):
                 return self._create(source, graph=graph, cpu=True)
-            raise self._create_error(error) from error
+            raise creation_error(error, f"onnxruntime {ort.__version__} on {self.provider}") from error
         if session.get_providers()[0] != full:
             raise MachineError(f"Session: asked for {full}, onnxruntime created {session.get_providers()[0]}")
         return session
@@ -228,17 +242,6 @@ class Session:
             "enable_cuda_graph": str(int(graph)),
             "prefer_nhwc": "0",
         }
-
-    def _create_error(self, error: Exception) -> Exception:
-        text = " ".join(str(error).split())
-        who = f"onnxruntime {self._ort.__version__} on {self.provider}"
-        if any(
-            sign in text for sign in ("NOT_IMPLEMENTED", "under development", "max supported", "Unsupported model IR")
-        ):
-            return MachineError(f"Session: {who} has no kernel for this model, or is too old for it: {text}")
-        if "CUDA" in text or "allocate" in text:
-            return MachineError(f"Session: {who} failed: {text}")
-        return ModelFileError(f"Session: {who} refuses the model: {text}")
 
     def _check_placement(self, source: bytes | str, strict: bool) -> tuple[Placed, ...]:
         full = providers.PROVIDERS[self.provider]
@@ -290,11 +293,11 @@ class Session:
         device = next((where for where in map(tensors.device_of, feeds.values()) if where[0] == "cuda"), ("cpu", 0))
         if self.provider == "cpu":
             device = ("cpu", 0)
-        binding = self._bind(feeds, [output.name for output in self.outputs], device)
+        binding = self._bind(feeds, self._output_names, device)
         try:
             self.run_bound(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise _run_error(error) from error
+            raise run_error(error) from error
         return [tensors.to_library_of(example, value) for value in binding.get_outputs()]
 
     def _bind(self, feeds: Mapping[str, Any], outputs: Sequence[str], device: tuple[str, int]) -> Any:
@@ -312,7 +315,7 @@ class Session:
         except InputError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise _run_error(error) from error
+            raise run_error(error) from error
         return binding
 
     def _on_device(self, name: str, value: Any) -> Any:
@@ -361,8 +364,15 @@ def open_session(
     )
 
 
-def _source_of(model: Any) -> bytes | str:
-    """Return the bytes of a model, or its path where it is too large for one protobuf."""
+def source_of(model: Any) -> bytes | str:
+    """Return the bytes of a model, or its path where it is too large for one protobuf.
+
+    Args:
+        model: Path, `onnx.ModelProto`, `onnx_ir.Model`, or the bytes of a model.
+
+    Raises:
+        ModelFileError: The model cannot be read, or is too large and has no path.
+    """
     if isinstance(model, bytes):
         return model
     loaded = model if isinstance(model, ir.Model) else model_file.load(model)
@@ -372,10 +382,3 @@ def _source_of(model: Any) -> bytes | str:
         if isinstance(model, str | os.PathLike):
             return os.path.abspath(os.fspath(model))  # validated by `load` just now
         raise
-
-
-def _run_error(error: Exception) -> Exception:
-    text = " ".join(str(error).split())
-    if "CUDA" in text or "CUDNN" in text or "Failed to allocate" in text:
-        return MachineError(f"Session: running failed: {text}")
-    return InputError(f"Session: running failed: {text}")

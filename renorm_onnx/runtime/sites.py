@@ -22,6 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.model_file import collection_paused
 from renorm_onnx.runtime.deviation import ratio
 from renorm_onnx.runtime.estimate import inferred_shapes
 from renorm_onnx.runtime.reference import evaluate
@@ -30,6 +31,7 @@ Array = npt.NDArray[Any]
 
 _ROUNDINGS = 4
 _LARGEST_CUT = 400  # nodes
+_SHOWN = 5
 _CROP = 20  # elements per spatial axis
 
 # Evaluated on absolute values, these bound what they compute on signed ones.
@@ -125,8 +127,10 @@ class SiteReport:
     def __str__(self) -> str:
         most = max((site.used for site in self.sites), default=0.0)
         lines = [f"{len(self.sites)} rewritten places checked one by one: at most {most:.2g} of the rounding bound"]
-        lines += [f"  WRONG {site}" for site in self.wrong]
-        lines += [f"  not checked alone: {name!r}: {reason}" for name, reason in self.unchecked.items()]
+        lines += [f"  WRONG {site}" for site in self.wrong[:_SHOWN]]
+        lines += [f"  not checked alone: {n!r}: {reason}" for n, reason in list(self.unchecked.items())[:_SHOWN]]
+        hidden = max(0, len(self.wrong) - _SHOWN) + max(0, len(self.unchecked) - _SHOWN)
+        lines += [f"  and {hidden} more"] * bool(hidden)
         return "\n".join(lines)
 
 
@@ -142,10 +146,14 @@ def check_sites(reference: ir.Model, candidate: ir.Model, *, seed: int = 0) -> S
         One entry per place. Places that cannot be cut out (control flow, rounding on purpose, unknown shapes) are
         listed as unchecked.
     """
+    with collection_paused():
+        return _check_all(reference, candidate, seed)
+
+
+def _check_all(reference: ir.Model, candidate: ir.Model, seed: int) -> SiteReport:
     report = SiteReport()
     pair = (_Graph(reference), _Graph(candidate))
     common = pair[0].produced.keys() & pair[1].produced.keys()
-    common |= pair[0].fed & pair[1].fed
     shapes: dict[str, tuple[int, ...]] | None = None
     for name in pair[0].produced:
         if name not in common:
@@ -179,6 +187,7 @@ class _Graph:
         self.produced = {v.name: v for node in model.graph for v in node.outputs if v.name}
         self.fed = {v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers}
         self._order = {node: position for position, node in enumerate(model.graph)}
+        self._data = _data_names(model, self.fed)
 
     def cut(self, name: str, common: set[str]) -> "_Cut":
         """Return the nodes between a value and the nearest other common ones."""
@@ -196,12 +205,23 @@ class _Graph:
                     continue
                 if value.name in self.model.graph.initializers and value.name not in self.fed:
                     weights[value.name] = value
-                elif value.name in common or value.producer() is None:
+                elif value.producer() is None or (value.name in common and value.name in self._data):
                     inputs[value.name] = value
                 else:
                     pending.append(value.producer())
         ordered = sorted(nodes, key=lambda node: self._order[node])
         return _Cut(self.model, self.produced[name], ordered, inputs, weights)
+
+
+def _data_names(model: ir.Model, fed: set[str]) -> set[str]:
+    """Return the values that depend on what is fed by more than its shape: only they can take any numbers."""
+    data = set(fed)
+    for node in model.graph:
+        subgraphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        reads = any(value is not None and value.name in data for value in node.inputs)
+        if subgraphs or (reads and node.op_type not in ("Shape", "Size")):
+            data |= {value.name for value in node.outputs if value.name}
+    return data
 
 
 @dataclass(frozen=True)
