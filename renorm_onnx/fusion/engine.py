@@ -122,6 +122,8 @@ class _Engine:
         self._report = FusionReport(operators_before=count_operators(model))
         # A norm that absorbs another one takes over its output's name, so a node is the only lasting identity.
         self._entries: dict[ir.Node, NormReport] = {}
+        self._order: dict[ir.Node, float] = {}
+        self._touched: set[ir.Node] = set()
 
     def run(self) -> FusionReport:
         with model_file.collection_paused(), np.errstate(all="ignore"):
@@ -149,7 +151,9 @@ class _Engine:
         while True:
             nodes = list(graph)
             norms = list(find_norms(nodes, self._desk))
-            planner = Planner({n: float(i) for i, n in enumerate(nodes)}, self._desk, load_carriers(), self._limits)
+            self._touched.clear()
+            self._order = {n: float(i) for i, n in enumerate(nodes)}
+            planner = Planner(self._order, self._desk, load_carriers(), self._limits)
             folded = sum([self._try(norm, planner) for norm in (norms if forwards else reversed(norms))])
             if folded in (0, len(norms)):
                 return
@@ -158,17 +162,17 @@ class _Engine:
 
     def _entries_of(self, norm: Norm) -> list[NormReport]:
         """The entries of a norm's nodes: one, unless norms of the input model have become one chain."""
-        known = list(dict.fromkeys(id(e) for n in norm.nodes if (e := self._entries.get(n)) is not None))
+        known = {id(e): e for n in norm.nodes if (e := self._entries.get(n)) is not None}
         if not known:
             entry = NormReport(norm.name, norm.kind, norm.form, describe(norm))
             self._report.entries.append(entry)
             self._entries.update(dict.fromkeys(norm.nodes, entry))
             return [entry]
-        return [e for e in self._report.entries if id(e) in known]
+        return list(known.values())
 
     def _try(self, norm: Norm, planner: Planner) -> bool:
-        # Folded as a part of another norm, or reading another value since: the next round finds it anew.
-        if any(n.graph is None for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
+        # What an earlier plan of this round changed is no longer what was found: the next round finds it anew.
+        if any(n.graph is None or n in self._touched for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
             return False
         plan = planner.plan(norm)
         entries = self._entries_of(norm)
@@ -212,6 +216,7 @@ class _Engine:
         changed = list(plan.changed)
         source = plan.norm.input
         for edit in plan.edits:
+            self._touched.add(edit.node)
             if isinstance(edit, SetInput):
                 self._desk.pending[edit.node, edit.index] = edit.parameter
             elif isinstance(edit, SetAttribute):
@@ -240,6 +245,7 @@ class _Engine:
         value.name = self._fresh(value.name or "value")
         node = ir.Node("", "Add", [value, self._store(graph, edit.parameter, name)], outputs=[total], name=name)
         graph.insert_after(edit.node, node)
+        self._order[node] = self._order[edit.node] + 0.5
         self._desk.pending[node, 1] = edit.parameter
         return total
 

@@ -406,6 +406,17 @@ def test_three_thousand_operators_between_do_not_overflow_the_stack():
     assert len(report.kept) == 1
 
 
+def test_a_norm_that_took_up_another_one_is_planned_with_what_it_is_now():
+    b = Builder()
+    h = b.norm(b.norm(b.node("Sigmoid", "x"), 4), 4)
+    h = b.norm(b.node("Relu", b.node("Identity", b.norm(b.norm(h, 4), 4))), 4)
+    model = b.model(IMAGE, [b.node("Sigmoid", h), b.conv(b.norm("x", 4), 4, 2)])
+    fused, report = fuse(model, FuseOptions(allow_cancellation=True))
+    assert operators(fused).count("BatchNormalization") == 2
+    assert len(report.kept) == 2
+    assert_same(model, fused)
+
+
 def test_order_of_norms_in_a_deep_chain_does_not_matter():
     b = Builder()
     h = "x"
