@@ -201,7 +201,10 @@ def convolution() -> Iterator[Case]:
             yield Case("ConvTranspose", [x, weight],
                        {"strides": [2] * rank, "output_shape": shape, "auto_pad": auto}, first=11)  # fmt: skip
         for auto in ("SAME_UPPER", "SAME_LOWER", "VALID"):
-            yield Case("ConvTranspose", [x, weight], {"strides": [2] * rank, "auto_pad": auto}, first=11)
+            both = {"strides": [2] * rank, "auto_pad": auto}
+            yield Case("ConvTranspose", [x, weight], both, first=11)
+            yield Case("ConvTranspose", [x, weight], {**both, "output_padding": [1] * rank}, first=11)
+            yield Case("ConvTranspose", [x, weight], {**both, "dilations": [2] * rank}, first=11)
     yield Case("Conv", [normal(2, 3, 9, 9), normal(5, 3, 1, 1)], {"strides": [2, 2]}, first=6)
     yield Case("Conv", [normal(2, 3, 9, 9), normal(5, 3, 1, 1)], {"pads": [0, 1, 2, 0]}, first=6)
 
@@ -220,6 +223,13 @@ def pooling() -> Iterator[Case]:
             yield Case("LpPool", [x], {**shape, "p": 3}, first=18 if extra.get("ceil_mode") else 6)
         yield Case("MaxPool", [x], {"kernel_shape": [3] * rank, "dilations": [2] * rank, "pads": [1] * 2 * rank}, 10)
         yield Case("AveragePool", [x], {"kernel_shape": [3] * rank, "dilations": [2] * rank}, first=19)
+        for kernel, stride, pad in ((3, 2, 0), (2, 2, 1), (4, 3, 2), (2, 3, 0)):
+            hanging = {"kernel_shape": [kernel] * rank, "strides": [stride] * rank, "ceil_mode": 1}
+            hanging["pads"] = [0] * rank + [pad] * rank
+            yield Case("MaxPool", [x], hanging, first=10)
+            yield Case("AveragePool", [x], hanging, first=10)
+            yield Case("AveragePool", [x], {**hanging, "count_include_pad": 1}, first=10)
+            yield Case("AveragePool", [x], {**hanging, "dilations": [2] * rank}, first=19)
         yield Case("LpPool", [x], {"kernel_shape": [2] * rank, "dilations": [2] * rank, "p": 2}, first=18)
         for op in ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"):
             yield Case(op, [x], first=6)

@@ -194,3 +194,36 @@ def test_operands_of_different_shapes_are_refused_before_opset_7_without_broadca
 
 def test_no_two_families_define_the_same_operator():
     assert len(registry.OPERATORS) == sum(len(family) for family in registry.FAMILIES)
+
+
+_IMAGE = np.ones((1, 2, 8, 8), np.float32)
+_TWICE = {"kernel_shape": [3, 3], "strides": [2, 2]}
+REFUSED = [
+    (Case("MaxPool", [_IMAGE], {**_TWICE, "auto_pad": "VALID", "ceil_mode": 1}), 17, "has no last window"),
+    (Case("MaxPool", [_IMAGE], {**_TWICE, "auto_pad": "SAME_UPPER", "dilations": [2, 2]}), 17, "pads as if undilated"),
+    (Case("ConvTranspose", [_IMAGE, np.ones((2, 1, 2, 2), np.float32)], {"strides": [3, 3], "auto_pad": "SAME_LOWER"}),
+     17, r"windows that reach \(23, 23\) of \(24, 24\)"),
+    (Case("Squeeze", [_IMAGE, np.zeros(0, np.int64)]), 13, "all or none"),
+    (Case("Dropout", [_IMAGE, np.array(0.5, np.float32), np.array(True)]), 13, "draws random numbers"),
+    (Case("Mod", [_IMAGE, _IMAGE]), 13, "floating operands need fmod=1"),
+    (Case("Resize", [_IMAGE.astype(np.uint8), None, np.ones(4, np.float32)], {"mode": "linear"}), 13, "uint8"),
+    (Case("Cast", [_IMAGE], {"to": 8}), 13, "a cast from float64 to object is not covered"),
+    (Case("RandomNormalLike", [_IMAGE]), 13, "not covered by the float64 reference"),
+    (Case("LSTM", [np.ones((1, 1, 1), np.float32), *[np.ones((1, 4, 1), np.float32)] * 2],
+          {"hidden_size": 1, "activations": ["Sin", "Tanh", "Tanh"]}), 13, "activation 'sin'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "opset", "message"), REFUSED, ids=[f"{case.op}-{i}" for i, (case, *_) in enumerate(REFUSED)]
+)
+def test_what_has_no_sure_answer_is_refused(case, opset, message):
+    model, feeds = one_node_model(case, opset)
+    with pytest.raises(InputError, match=rf"operator '{case.op}' of domain '' at opset {opset}: .*{message}.*unusable"):
+        run_reference(model, feeds)
+
+
+def test_a_tensor_that_no_machine_can_hold_is_refused():
+    model, feeds = one_node_model(Case("ConstantOfShape", [np.array([2**40, 2**20])]), 13)
+    with pytest.raises(InputError, match="'ConstantOfShape' of domain '' at opset 13 failed"):
+        run_reference(model, feeds)

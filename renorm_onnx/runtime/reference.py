@@ -149,7 +149,7 @@ class _Evaluation:
             raise InputError(f"{who}: {error} (reference unusable)") from error
         except InputError as error:
             raise error if str(error).startswith("evaluate: node") else InputError(f"{who}: {error}") from error
-        except (ValueError, TypeError, IndexError, KeyError, ArithmeticError, AttributeError) as error:
+        except (ValueError, TypeError, IndexError, KeyError, ArithmeticError, AttributeError, MemoryError) as error:
             shapes = [getattr(value, "shape", None) for value in inputs]
             raise InputError(f"{who} failed on inputs of shapes {shapes}: {error}") from error
         return result if isinstance(result, tuple) else (result,)
@@ -169,7 +169,10 @@ class _Evaluation:
             return self._values[value]
         if not value.is_initializer() or value.const_value is None:
             raise InputError(f"evaluate: value {value.name!r} is read before it is computed")
-        self._values[value] = result = promote(value.const_value.numpy())
+        try:
+            self._values[value] = result = promote(value.const_value.numpy())
+        except OSError as error:
+            raise InputError(f"evaluate: initializer {value.name!r} cannot be read: {error}") from error
         return result
 
 

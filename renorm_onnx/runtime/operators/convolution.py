@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from renorm_onnx.runtime.operators.call import Array, Call, Kernel, Result
+from renorm_onnx.runtime.operators.call import Array, Call, Kernel, Result, UnusableError
 
 _PATCH_BYTES = 64 * 2**20  # patches in memory at once
 
@@ -102,7 +102,7 @@ def convolve(
                 patches[(*whole, *offset)] = offset_rows[(*whole, *where)]
         product = np.matmul(rows, patches.reshape(patches.shape[0], group, rows.shape[2], -1))
         result[block][(*whole, slice(here, here + tile))] = product.reshape(-1, group, rows.shape[1], *tile_sizes)
-    return result.reshape(batch, -1, *sizes)
+    return result.reshape(batch, weight.shape[0], *sizes)
 
 
 def _tiles(batch: int, sizes: Sequence[int], depth: int) -> Iterator[tuple[int, slice, int]]:
@@ -156,9 +156,11 @@ def _transposed_geometry(
     if shape is None:
         pads = (0,) * (2 * rank) if auto == "VALID" else call.integers("pads") or (0,) * (2 * rank)
         return list(pads[:rank]), [n - a - b for n, a, b in zip(full, pads[:rank], pads[rank:], strict=True)]
-    total = [max(n - wanted, 0) for n, wanted in zip(full, shape[-rank:], strict=True)]
+    if call.integers("output_shape") is None and any(n < wanted for n, wanted in zip(full, shape, strict=True)):
+        raise UnusableError(f"auto_pad={auto!r} with windows that reach {tuple(full)} of {shape}: runtimes disagree")
+    total = [max(n - wanted, 0) for n, wanted in zip(full, shape, strict=True)]
     before = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in total]
-    return before, list(shape[-rank:])
+    return before, list(shape)
 
 
 def _conv_transpose(call: Call) -> Result:
@@ -179,7 +181,7 @@ def _conv_transpose(call: Call) -> Result:
         for offset, where in window_slices(kernel, sizes, strides, dilations):
             result[sample][(*all_channels, *where)] += spread[(*all_channels, *offset)]
     inside = tuple(slice(b, b + out) for b, out in zip(before, out_sizes, strict=True))
-    result = result.reshape(batch, -1, *canvas)[(*all_channels, *inside)]
+    result = result.reshape(batch, group * out_per_group, *canvas)[(*all_channels, *inside)]
     return result if bias is None else result + bias.reshape(-1, *[1] * rank)
 
 

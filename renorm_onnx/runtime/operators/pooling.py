@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from renorm_onnx.runtime.operators.call import Array, Call, Kernel, Result, is_floating
+from renorm_onnx.runtime.operators.call import Array, Call, Kernel, Result, UnusableError, is_floating
 from renorm_onnx.runtime.operators.convolution import explicit_pads, window_slices
 
 
@@ -22,7 +22,10 @@ class _Windows:
         self.strides = call.integers("strides") or (1,) * rank
         self.dilations = call.integers("dilations") or (1,) * rank
         self.pads = explicit_pads(call, spatial, self.kernel, self.strides, self.dilations)
-        ceil = bool(call.integer("ceil_mode", 0)) and call.text("auto_pad", "NOTSET") in ("NOTSET", "")
+        auto = call.text("auto_pad", "NOTSET")
+        if auto.startswith("SAME") and max(self.dilations, default=1) > 1:
+            raise UnusableError(f"auto_pad={auto!r} with dilations {self.dilations}: onnxruntime pads as if undilated")
+        ceil = bool(call.integer("ceil_mode", 0)) and not auto.startswith("SAME")
         self.sizes: list[int] = []
         self.overhang: list[int] = []
         for n, k, s, d, (a, b) in zip(spatial, self.kernel, self.strides, self.dilations, self.pads, strict=True):
@@ -30,6 +33,8 @@ class _Windows:
             size = (math.ceil(span / s) if ceil else span // s) + 1
             if ceil and (size - 1) * s >= n + a:
                 size -= 1
+            if auto == "VALID" and size != span // s + 1:
+                raise UnusableError("auto_pad='VALID' with ceil_mode=1: the specification has no last window")
             self.sizes.append(size)
             self.overhang.append(max((size - 1) * s + (k - 1) * d + 1 - (n + a + b), 0))
         if min(self.sizes, default=1) < 1:

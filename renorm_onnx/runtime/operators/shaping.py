@@ -46,6 +46,8 @@ def _flatten(call: Call) -> Result:
 
 def _squeeze(call: Call) -> Result:
     x, axes = call.inputs[0], list_argument(call, 1, "axes", 13)
+    if axes == [] and 1 in x.shape:
+        raise UnusableError("Squeeze with an empty list of axes: runtimes disagree whether it means all or none")
     return np.squeeze(x, axis=None if axes is None else tuple(axes))
 
 
