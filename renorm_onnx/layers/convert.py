@@ -24,7 +24,13 @@ _RENORM_OF: dict[type[_BatchNorm], type[_BatchRenorm]] = {
     nn.BatchNorm2d: BatchRenorm2d,
     nn.BatchNorm3d: BatchRenorm3d,
     nn.SyncBatchNorm: SyncBatchRenorm,
+}  # torch's layer for the ranks of input that one of ours takes; where it takes more, only SyncBatchNorm does.
+_NORM_BY_RANKS: dict[tuple[int, ...], type[_BatchNorm]] = {
+    BatchRenorm1d.ranks: nn.BatchNorm1d,
+    BatchRenorm2d.ranks: nn.BatchNorm2d,
+    BatchRenorm3d.ranks: nn.BatchNorm3d,
 }
+
 # Beyond this step a schedule that still moves is taken to have no end.
 _FOREVER = 2**40
 
@@ -193,7 +199,7 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
         if reason:
             alone.append(f"{quoted(name)} ({reason})")
             return None
-        kind = next((theirs for theirs, ours in _RENORM_OF.items() if isinstance(old, ours)), nn.SyncBatchNorm)
+        kind = _NORM_BY_RANKS.get(old.ranks, nn.SyncBatchNorm)
         new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, device="meta")
         if isinstance(old, SyncBatchRenorm) and isinstance(new, nn.SyncBatchNorm):
             new.process_group = old.process_group
