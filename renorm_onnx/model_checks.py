@@ -165,7 +165,12 @@ def _check_attributes(node: NodeProto, scope: Scope, findings: Findings, budget:
             _note_tensor(attribute.t, findings)
         elif kind == AttributeProto.TENSORS:
             for tensor in attribute.tensors:
-                _note_tensor(tensor, findings)
+                if tensor.data_location == TensorProto.EXTERNAL:
+                    raise ModelFileError(
+                        f"{title(node)} in {scope.label}: attribute {quoted(name)} keeps tensors in a data file, "
+                        "which is not supported here"
+                    )
+                check_tensor(tensor)
         elif kind in (AttributeProto.UNDEFINED, AttributeProto.SPARSE_TENSOR, AttributeProto.SPARSE_TENSORS):
             raise ModelFileError(
                 f"{title(node)} in {scope.label}: attribute {quoted(name)} has type "

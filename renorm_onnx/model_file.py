@@ -9,14 +9,13 @@ so the pair that a reader finds on the disk always belongs together. No existing
 """
 
 import contextlib
-import copy
 import filecmp
 import gc
 import io
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import onnx
@@ -27,6 +26,7 @@ from renorm_onnx.errors import ModelFileError
 from renorm_onnx.external_data import BLOCK_BYTES, check_external, set_folder
 from renorm_onnx.file_writing import NewFile, check_output, explain
 from renorm_onnx.model_checks import check_model
+from renorm_onnx.model_tensors import all_tensors, in_memory, renamable, with_inner_tensors, with_tensors
 from renorm_onnx.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
 from renorm_onnx.tensor_checks import quoted
 
@@ -153,7 +153,7 @@ def _judged(proto: onnx.ModelProto, who: str, *, folder: str | None, allow_symli
         raise ModelFileError(f"{who}: {_reason(error)}") from error
     if findings.external:
         model.meta[_KEEP_EXTERNAL] = True
-        for tensor in _tensors(model):
+        for tensor in all_tensors(model):
             if isinstance(tensor, ir.ExternalTensor):
                 set_folder(tensor, folder or "")
     return model
@@ -168,9 +168,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _check_data(model: ir.Model, *, allow_symlinks: bool) -> None:
-    """Judge where the external tensors of a model in memory lie; onnx-ir checks nothing if it has no folder for them."""
+    """Judge where the external tensors of a model in memory lie; onnx-ir checks nothing if it knows no folder."""
     folders: dict[str, list[onnx.TensorProto]] = {}
-    for tensor in _tensors(model):
+    for tensor in all_tensors(model):
         # A location is absolute only where somebody meant it: `load` followed a link, or the caller built the tensor.
         if isinstance(tensor, ir.ExternalTensor) and not os.path.isabs(tensor.location):
             folders.setdefault(os.fspath(tensor.base_dir), []).append(ir.serde.serialize_tensor(tensor))
@@ -184,57 +184,12 @@ def _check_data(model: ir.Model, *, allow_symlinks: bool) -> None:
 def _copied(model: ir.Model) -> ir.Model:
     """A copy of `model` that shares only its tensors' data: to rename a value is to rename its tensor."""
     try:
-        fresh = _with_tensors(model, _renamable)
+        fresh = with_tensors(model, renamable)
     except (RuntimeError, ValueError) as error:
         raise ModelFileError(f"the model cannot be copied: {_reason(error)}") from error
     if model.meta.get(_KEEP_EXTERNAL):
         fresh.meta[_KEEP_EXTERNAL] = True
     return fresh
-
-
-def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return _lazy(tensor) if isinstance(tensor, ir.serde.TensorProtoTensor) else copy.copy(tensor)
-
-
-def _lazy(tensor: ir.TensorProtocol) -> ir.LazyTensor:
-    return ir.LazyTensor(
-        lambda: tensor,
-        dtype=tensor.dtype,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=tensor.name,
-        doc_string=tensor.doc_string,
-        metadata_props=dict(tensor.metadata_props),
-    )
-
-
-def _with_tensors(model: ir.Model, replace: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> ir.Model:
-    """A copy of `model` in which `replace` has been applied to the tensor of every initializer and attribute."""
-    fresh = model.clone()
-    for graph in fresh.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                value.const_value = replace(value.const_value)
-    for node, attribute in _tensor_attributes(fresh):
-        replaced = replace(attribute.as_tensor())
-        node.attributes[attribute.name] = ir.AttrTensor(attribute.name, replaced, doc_string=attribute.doc_string)
-    return fresh
-
-
-def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
-    for graph in model.graphs():
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
-    yield from (attribute.as_tensor() for _, attribute in _tensor_attributes(model))
-
-
-def _tensor_attributes(model: ir.Model) -> list[tuple[ir.Node, ir.Attr]]:
-    bodies = [model.graph, *(function.graph for function in model.functions.values())]
-    return [
-        (node, attribute)
-        for body in bodies
-        for node in body.all_nodes()
-        for attribute in node.attributes.values()
-        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
-    ]
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -259,20 +214,8 @@ def model_bytes(model: ir.Model) -> bytes:
     """
     buffer = io.BytesIO()
     with collection_paused():
-        write_model(_with_inner_tensors(model, _in_memory), buffer)
+        write_model(with_inner_tensors(model, in_memory), buffer)
     return buffer.getvalue()
-
-
-def _with_inner_tensors(model: ir.Model, replace: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> ir.Model:
-    """The model, or a copy where external tensors in inner graphs and attributes are replaced: onnx-ir writes those."""
-    top = {id(value.const_value) for value in model.graph.initializers.values()}
-    if any(isinstance(tensor, ir.ExternalTensor) and id(tensor) not in top for tensor in _tensors(model)):
-        return _with_tensors(model, lambda tensor: tensor if id(tensor) in top else replace(tensor))
-    return model
-
-
-def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    return _lazy(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) -> None:
@@ -290,20 +233,23 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
         ModelFileError: As `check_output`, or the disk is full, or the weights exceed what the file can hold.
     """
     path = os.fspath(path)
-    tensors = [tensor for tensor in _tensors(model) if tensor.dtype != ir.DataType.STRING]
+    tensors = [tensor for tensor in all_tensors(model) if tensor.dtype != ir.DataType.STRING]
     external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
     check_output(path, inputs={tensor.path for tensor in external}, force=force)
     with collection_paused(), contextlib.ExitStack() as files:
         place, data = None, None
         if external or model.meta.get(_KEEP_EXTERNAL) or sum(tensor.nbytes for tensor in tensors) > EXTERNAL_ABOVE:
             data = files.enter_context(NewFile(path, hashed=True))
-            place = _write_data(tensors, data, os.path.splitext(os.path.basename(path))[0])
+            # Inner graphs and attributes keep their tensors, unless those were in a data file before.
+            top = {id(value.const_value) for value in model.graph.initializers.values()}
+            movable = [tensor for tensor in tensors if id(tensor) in top or isinstance(tensor, ir.ExternalTensor)]
+            place = _write_data(movable, data, os.path.splitext(os.path.basename(path))[0])
         file = files.enter_context(NewFile(path))
         if place is None:
-            write_model(_with_inner_tensors(model, _in_memory), file)
+            write_model(with_inner_tensors(model, in_memory), file)
         else:
             placed = place
-            inner = _with_inner_tensors(model, lambda tensor: placed.get(id(tensor)) or _in_memory(tensor))
+            inner = with_inner_tensors(model, lambda tensor: placed.get(id(tensor)) or in_memory(tensor))
             write_model(inner, file, place=lambda tensor: placed.get(id(tensor)))
         file.sync()
         check_output(path, inputs={tensor.path for tensor in external}, force=force)

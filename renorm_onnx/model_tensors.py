@@ -1,0 +1,72 @@
+"""Every tensor of a model: walking over them, and copies of the model in which they are replaced.
+
+A copy made here shares the data of tensors, never the tensors themselves: in onnx-ir, to rename a value is to rename
+the tensor behind it, also where another model holds that tensor.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+
+Replacement = Callable[[ir.TensorProtocol], ir.TensorProtocol]
+
+
+def all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Give every tensor of `model`: of initializers and attributes, in inner graphs and functions too."""
+    for graph in model.graphs():
+        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
+    yield from (attribute.value for _, attribute in _tensor_attributes(model))
+
+
+def _tensor_attributes(model: ir.Model) -> list[tuple[ir.Node, ir.Attr]]:
+    bodies = [model.graph, *(function.graph for function in model.functions.values())]
+    return [
+        (node, attribute)
+        for body in bodies
+        for node in body.all_nodes()
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
+    ]
+
+
+def with_tensors(model: ir.Model, replace: Replacement) -> ir.Model:
+    """A copy of `model` in which `replace` has been applied to the tensor of every initializer and attribute."""
+    fresh = model.clone()
+    for graph in fresh.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = replace(value.const_value)
+    for node, attribute in _tensor_attributes(fresh):
+        replaced = replace(attribute.value)
+        node.attributes[attribute.name] = ir.AttrTensor(attribute.name, replaced, doc_string=attribute.doc_string)
+    return fresh
+
+
+def with_inner_tensors(model: ir.Model, replace: Replacement) -> ir.Model:
+    """The model, or a copy where external tensors in inner graphs and attributes are replaced: onnx-ir writes those."""
+    top = {id(value.const_value) for value in model.graph.initializers.values()}
+    if any(isinstance(tensor, ir.ExternalTensor) and id(tensor) not in top for tensor in all_tensors(model)):
+        return with_tensors(model, lambda tensor: tensor if id(tensor) in top else replace(tensor))
+    return model
+
+
+def renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor with the data of `tensor` and a name of its own."""
+    return _lazy(tensor) if isinstance(tensor, ir.serde.TensorProtoTensor) else copy.copy(tensor)
+
+
+def in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor that onnx-ir writes by value, even if `tensor` is external."""
+    return _lazy(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor
+
+
+def _lazy(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    return ir.LazyTensor(
+        lambda: tensor,
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
