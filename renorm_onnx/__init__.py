@@ -12,7 +12,11 @@ __version__ = "0.1.0"
 _NAMES = {
     "errors": ("InputError", "MachineError", "ModelFileError", "RenormError", "VerificationError"),
     "layers.modules": ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"),
+    "layers.distributed": ("SyncBatchRenorm", "convert_sync_batchrenorm"),
+    "layers.running_stats": ("sync_running_stats", "update_stats"),
     "layers.convert": ("convert_batchnorm", "to_batchnorm"),
+    "layers.adoption": ("adopt",),
+    "layers.keras_weights": ("load_keras",),
     "fusion.engine": ("FuseOptions", "fuse"),
     "fusion.report": ("FusionReport",),
     "runtime.parity": ("verify",),
@@ -39,11 +43,17 @@ if TYPE_CHECKING:
     from renorm_onnx.fusion.engine import fuse as fuse
     from renorm_onnx.fusion.report import FusionReport as FusionReport
     from renorm_onnx.inspection import inspect_model as inspect_model
+    from renorm_onnx.layers.adoption import adopt as adopt
     from renorm_onnx.layers.convert import convert_batchnorm as convert_batchnorm
     from renorm_onnx.layers.convert import to_batchnorm as to_batchnorm
+    from renorm_onnx.layers.distributed import SyncBatchRenorm as SyncBatchRenorm
+    from renorm_onnx.layers.distributed import convert_sync_batchrenorm as convert_sync_batchrenorm
+    from renorm_onnx.layers.keras_weights import load_keras as load_keras
     from renorm_onnx.layers.modules import BatchRenorm1d as BatchRenorm1d
     from renorm_onnx.layers.modules import BatchRenorm2d as BatchRenorm2d
     from renorm_onnx.layers.modules import BatchRenorm3d as BatchRenorm3d
+    from renorm_onnx.layers.running_stats import sync_running_stats as sync_running_stats
+    from renorm_onnx.layers.running_stats import update_stats as update_stats
     from renorm_onnx.runtime.parity import verify as verify
 
 
