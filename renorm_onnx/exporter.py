@@ -32,6 +32,7 @@ from renorm_onnx.exporter_checks import (
     modes_restored,
     quiet,
 )
+from renorm_onnx.exporter_training import WRAPPED, TrainingStep, open_statistics, set_defaults
 from renorm_onnx.exporter_verification import ExportReport, check_structure, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops
 from renorm_onnx.onnx_function import (
@@ -39,6 +40,7 @@ from renorm_onnx.onnx_function import (
     DOMAIN,
     INFERENCE,
     MODULE_KEY,
+    TRAINING_NAMES,
     VERSION,
     attach,
     calls_in,
@@ -132,7 +134,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         attach(program.model)                           # from renorm_onnx.onnx_function
         program.save("model.onnx")
     """
-    return {torch.ops.renorm_onnx.batch_renorm.default: _emit_inference}
+    return {
+        torch.ops.renorm_onnx.batch_renorm.default: _emit_inference,
+        torch.ops.renorm_onnx.batch_renorm_training.default: _emit_training,
+    }
 
 
 # The annotations decide: parameters of type float and str become attributes, and tensors must have no annotation.
@@ -153,7 +158,33 @@ def _emit_inference(  # type: ignore[no-untyped-def]
     return _emit(INFERENCE, inputs, epsilon=eps, momentum=momentum, r_max=r_max, d_max=d_max, stat=stat)[0]
 
 
-def _emit(op_type: str, inputs: Sequence[ir.Value], *, outputs: int = 1, **attributes: float | str) -> list[ir.Value]:
+def _emit_training(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    r_bound,
+    d_bound,
+    eps: float,
+    momentum: float,
+    r_max: float,
+    d_max: float,
+    stat: str,
+) -> list[ir.Value]:
+    """Emit one call of the training function, without a definition."""
+    inputs = [x, weight, bias, running_mean, running_var, r_bound, d_bound]
+    attributes: dict[str, float | str] = {
+        "epsilon": eps,
+        "momentum": momentum,
+        "r_max": r_max,
+        "d_max": d_max,
+        "stat": stat,
+    }
+    return _emit(TRAINING_NAMES[stat], inputs, 3, **attributes)
+
+
+def _emit(op_type: str, inputs: Sequence[ir.Value], outputs: int = 1, **attributes: float | str) -> list[ir.Value]:
     node = ir.node(
         op_type,
         inputs,
@@ -171,10 +202,11 @@ def _export(
 ) -> torch.onnx.ONNXProgram:
     """Run torch's exporter, quietly; on failure say in which layer."""
     live = module if isinstance(module, nn.Module) else None
+    stepping = live is not None and any(layer.training for layer in layers_of(live).values())
     try:
         with keep_ops(), quiet(), modes_restored(live or nn.Module()):
             program = torch.onnx.export(
-                module,
+                TrainingStep(live) if live is not None and stepping else module,
                 args,
                 kwargs=kwargs,
                 dynamo=True,
@@ -184,9 +216,12 @@ def _export(
                 **options,
             )
             assert program is not None
+            defaults = open_statistics(program.model, live) if live is not None and stepping else {}
             for call in calls_in(program.model):
-                call.metadata_props[MODULE_KEY] = module_of(call)
+                name = module_of(call)
+                call.metadata_props[MODULE_KEY] = name.removeprefix(WRAPPED) if stepping else name
             program.optimize()
+            set_defaults(program.model, defaults)
             return program
     except Exception as error:
         if live is None:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.modules import _BatchRenorm
+from renorm_onnx.layers.schedules import FromFunction
 
 #: The exporter's own default, and the range it reaches: below, its converter lacks adapters.
 DEFAULT_OPSET = 20
@@ -84,6 +85,12 @@ def check_modes(module: nn.Module, mode: str) -> None:
             f"to_onnx(mode='train'): no batch renorm layer of {type(module).__name__} is in training mode; "
             "call .train() first or pass mode='eval'"
         )
+    for name, layer in layers_of(module).items():
+        if layer.training and isinstance(layer.schedule, FromFunction):
+            raise InputError(
+                f"to_onnx(mode='train'): the schedule of module {name!r} is a Python function, which has no ONNX form; "
+                "use a Schedule, or None for bounds that hold from the first step"
+            )
     for name, m in module.named_modules():
         if isinstance(m, _BatchNorm) and m.training:
             raise InputError(

@@ -48,6 +48,8 @@ DEFAULTS: Final[dict[str, float | str | int]] = {
 
 #: Formal inputs of both functions; all but X are of shape (C,). In a file, a layer ``bn`` owns ``bn.weight`` etc.
 INPUTS: Final = ("X", "scale", "B", "input_mean", "input_var")
+#: Further inputs of a training step, 0-d: r_max and d_max as the schedule has them at this step.
+BOUNDS: Final = ("r_bound", "d_bound")
 PARAMETERS: Final = ("weight", "bias", "running_mean", "running_var")
 
 #: Node metadata: the path of the torch module that a call came from.
@@ -95,11 +97,9 @@ _STEP = """
     eps = CastLike (eps_f, input_mean)
     momentum_f = Constant <value_float: float = @momentum> ()
     alpha = CastLike (momentum_f, input_mean)
-    r_max_f = Constant <value_float: float = @r_max> ()
-    r_high = CastLike (r_max_f, input_mean)
+    r_high = CastLike (r_bound, input_mean)
     r_low = Reciprocal (r_high)
-    d_max_f = Constant <value_float: float = @d_max> ()
-    d_high = CastLike (d_max_f, input_mean)
+    d_high = CastLike (d_bound, input_mean)
     d_low = Neg (d_high)
     mean = Unsqueeze (input_mean, axes)
     var = Unsqueeze (input_var, axes)
@@ -169,16 +169,17 @@ _UPDATE = {
 
 
 def training_function(opset: int, *, stat: str = "sigma") -> ir.Function:
-    """Return one training step: (X, scale, B, input_mean, input_var) -> (Y, running_mean, running_var).
+    """Return one training step: (`INPUTS`, `BOUNDS`) -> (Y, running_mean, running_var).
 
     Source: Ioffe 2017 (arXiv:1702.03275), Algorithm 1; statistics are those *before* the update::
 
-        r = clip(sigma_B / sigma, 1/r_max, r_max)    d = clip((mu_B - mu) / sigma, -d_max, d_max)
+        r = clip(sigma_B / sigma, 1/r_bound, r_bound)    d = clip((mu_B - mu) / sigma, -d_bound, d_bound)
         Y = ((X - mu_B) / sigma_B * r + d) * scale + B
         running_mean = mu + momentum (mu_B - mu)
         running_var: sigma + momentum (sigma_B - sigma), squared, less epsilon        for stat="sigma"
 
-    Everything is computed in the type of the statistics, so float32 statistics keep float16 inputs accurate.
+    The bounds are inputs since they follow a schedule; the attributes r_max and d_max are what it ends at. Everything
+    is computed in the type of the statistics, so float32 statistics keep float16 inputs accurate.
 
     Args:
         opset: Of the body and of the model that calls it.
@@ -197,7 +198,7 @@ def training_function(opset: int, *, stat: str = "sigma") -> ir.Function:
         raise InputError(f"{TRAINING}: stat={stat!r} given; expected one of {tuple(TRAINING_NAMES)}")
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{TRAINING_NAMES[stat]} <epsilon, momentum, r_max, d_max> ({', '.join(INPUTS)})"
+        f"{TRAINING_NAMES[stat]} <epsilon, momentum> ({', '.join(INPUTS + BOUNDS)})"
         f" => (Y, running_mean, running_var)\n{{{_STEP}{_UPDATE[stat]}}}"
     )
     body = ir.serde.deserialize_function(onnx.parser.parse_function(text)).graph

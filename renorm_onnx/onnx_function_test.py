@@ -26,7 +26,8 @@ from renorm_onnx.onnx_function import (
 )
 
 SHAPES = {2: (6, 3), 3: (4, 3, 5), 4: (2, 3, 4, 5), 5: (2, 3, 2, 3, 2)}
-ATTRIBUTES = {**DEFAULTS, "epsilon": 0.02, "momentum": 0.1, "r_max": 1.5, "d_max": 0.25}
+ATTRIBUTES = {**DEFAULTS, "epsilon": 0.02, "momentum": 0.1}
+BOUNDS = (1.5, 0.25)  # of r and d, narrow enough to act
 
 
 def layer_model(op_type: str, rank: int, opset: int, *, dtype: type = np.float32, **attributes: object) -> ir.Model:
@@ -36,6 +37,8 @@ def layer_model(op_type: str, rank: int, opset: int, *, dtype: type = np.float32
     kind = ir.DataType.from_numpy(np.dtype(dtype))
     inputs = [ir.val(n, kind, shape if n == "x" else [3]) for n in ("x", "weight", "bias", "mean", "var")]
     outputs = 1 if op_type == INFERENCE else 3
+    if outputs == 3:
+        inputs += [ir.val(n, kind, []) for n in ("r_bound", "d_bound")]
     call = ir.node(op_type, inputs, domain=DOMAIN, num_outputs=outputs, attributes={**ATTRIBUTES, **attributes})
     for value, name in zip(call.outputs, ("y", "mean_new", "var_new"), strict=False):
         value.name, value.type, value.shape = name, ir.TensorType(kind), ir.Shape(shape if name == "y" else [3])
@@ -51,6 +54,8 @@ def layer_model(op_type: str, rank: int, opset: int, *, dtype: type = np.float32
         "mean": rng.normal(0.5, 1.0, 3).astype(dtype),
         "var": rng.uniform(0.2, 2.0, 3).astype(dtype),
     }
+    if outputs == 3:
+        model.meta["feeds"] |= {"r_bound": np.array(BOUNDS[0], dtype), "d_bound": np.array(BOUNDS[1], dtype)}
     return model
 
 
@@ -63,7 +68,8 @@ def run(model: ir.Model) -> list[np.ndarray]:
 def algorithm_1(feeds: dict[str, np.ndarray], stat: str) -> list[np.ndarray]:
     """One step in float64, written from the paper."""
     x, weight, bias, mean, var = (feeds[k].astype(np.float64) for k in ("x", "weight", "bias", "mean", "var"))
-    eps, momentum, r_max, d_max = (ATTRIBUTES[k] for k in ("epsilon", "momentum", "r_max", "d_max"))
+    eps, momentum = ATTRIBUTES["epsilon"], ATTRIBUTES["momentum"]
+    r_max, d_max = BOUNDS
     rows = np.moveaxis(x, 1, 0).reshape(3, -1)
     batch_mean, batch_var = rows.mean(1), rows.var(1)
     sigma_b, sigma = np.sqrt(batch_var + eps), np.sqrt(var + eps)

@@ -140,7 +140,7 @@ class _BatchRenorm(_NormBase):
         return take_step(self, x, mask) if self.training else self._forward(x)
 
     def _training_operator(self, x: Tensor) -> Tensor:
-        """Take one step, with the schedule at its end, as the single operator that an exporter translates."""
+        """Take one step as the single operator that an exporter translates; its bounds follow the schedule."""
         mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
         assert mean is not None
         assert var is not None
@@ -159,6 +159,7 @@ class _BatchRenorm(_NormBase):
             var,
             self.weight,
             self.bias,
+            self.schedule.bounds_on_device(step, self.r_max, self.d_max),
             self.eps,
             momentum=self.momentum,
             r_max=self.r_max,
@@ -184,8 +185,8 @@ class _BatchRenorm(_NormBase):
         return type(self)._batch_statistics is _BatchRenorm._batch_statistics
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if isinstance(input, torch.fx.Proxy):  # torch.fx cannot follow a question about a shape
-            return
+        if isinstance(input, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return  # neither can follow a question about a shape
         who = type(self).__name__
         if input.dim() not in self.ranks:
             wanted = " or ".join(f"{rank}D" for rank in self.ranks)

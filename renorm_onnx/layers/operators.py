@@ -14,15 +14,11 @@ from renorm_onnx.layers import functional
 
 
 class TrainingOutputs(NamedTuple):
-    """The seven outputs of `renorm_onnx::batch_renorm_training`, in order; all but y of shape (C,)."""
+    """The outputs of `renorm_onnx::batch_renorm_training`, in order; the last two of shape (C,)."""
 
     y: Tensor
     new_mean: Tensor
     new_var: Tensor
-    batch_mean: Tensor
-    batch_var: Tensor
-    r: Tensor
-    d: Tensor
 
 
 def training_operator(
@@ -31,6 +27,7 @@ def training_operator(
     running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    bounds: tuple[Tensor, Tensor],
     eps: float,
     *,
     momentum: float,
@@ -46,20 +43,21 @@ def training_operator(
         running_var: Shape (C,).
         weight: gamma, shape (C,), or None for 1.
         bias: beta, shape (C,), or None for 0.
+        bounds: r_max and d_max of this step, 0-d. Tensors, so that an exported graph can follow the schedule.
         eps: Added to variances.
         momentum: Share of the batch in the new statistics.
-        r_max: Bound on r.
-        d_max: Bound on d.
+        r_max: The layer's own bound on r, reached at the schedule's end; only written down.
+        d_max: The layer's own bound on d; only written down.
         stat: One of `STATS`.
 
     Returns:
-        y, the new running statistics, those of the batch, r and d.
+        y and the new running statistics.
     """
     weight = torch.ones_like(running_mean) if weight is None else weight
     bias = torch.zeros_like(running_mean) if bias is None else bias
     return TrainingOutputs(
         *torch.ops.renorm_onnx.batch_renorm_training(
-            x, weight, bias, running_mean, running_var, eps, momentum, r_max, d_max, stat
+            x, weight, bias, running_mean, running_var, *bounds, eps, momentum, r_max, d_max, stat
         )
     )
 
@@ -85,28 +83,34 @@ def _training_operator(
     bias: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
+    r_bound: Tensor,
+    d_bound: Tensor,
     eps: float,
     momentum: float,
     r_max: float,
     d_max: float,
     stat: str,
 ) -> tuple[Tensor, ...]:
-    y, batch, batch_sigma, r, d = functional.corrected(x, running_mean, running_var, weight, bias, eps, r_max, d_max)
+    batch = functional.batch_statistics(x)
+    batch_sigma, sigma = (
+        functional.deviation(batch.var, eps),
+        functional.deviation(running_var.to(batch.var.dtype), eps),
+    )
+    r, d = functional.corrections(batch.mean, batch_sigma, running_mean, sigma, r_bound, d_bound)
+    y = functional.normalize(x, weight, bias, batch, r, d, eps)
     new_mean, new_var = running_mean.clone(), running_var.clone()
     spread = functional.observed_spread(batch, batch_sigma, stat)
     functional.update_statistics(new_mean, new_var, batch.mean, spread, momentum=momentum, eps=eps, stat=stat)
-    return tuple(TrainingOutputs(y, new_mean, new_var, batch.mean, batch.var, r, d))
+    return tuple(TrainingOutputs(y, new_mean, new_var))
 
 
-_ARGUMENTS = (
-    "(Tensor x, Tensor weight, Tensor bias, Tensor running_mean, Tensor running_var, "
-    "float eps, float momentum, float r_max, float d_max, str stat)"
-)
+_TENSORS = "Tensor x, Tensor weight, Tensor bias, Tensor running_mean, Tensor running_var"
+_NUMBERS = "float eps, float momentum, float r_max, float d_max, str stat"
 _LIBRARY = torch.library.Library("renorm_onnx", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(f"batch_renorm{_ARGUMENTS} -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define(f"batch_renorm({_TENSORS}, {_NUMBERS}) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("batch_renorm", _inference_operator, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    f"batch_renorm_training{_ARGUMENTS} -> (Tensor y, Tensor new_mean, Tensor new_var, "
-    "Tensor batch_mean, Tensor batch_var, Tensor r, Tensor d)"
+    f"batch_renorm_training({_TENSORS}, Tensor r_bound, Tensor d_bound, {_NUMBERS})"
+    " -> (Tensor y, Tensor new_mean, Tensor new_var)"
 )
 _LIBRARY.impl("batch_renorm_training", _training_operator, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]

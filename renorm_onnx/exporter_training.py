@@ -1,0 +1,90 @@
+"""A module in training mode as a function: statistics in, updated statistics out.
+
+`torch.onnx.export` drops what a module writes into its buffers. So the module is wrapped in one that returns them, and
+in the model they are inputs with a default, named as in the module, and outputs ``{name}.updated``::
+
+    state = {}
+    for x in batches:
+        y, *rest = session.run(None, {"x": x, **state})
+        state = {name.removesuffix(".updated"): value for name, value in zip(updated_names, rest)}
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from renorm_onnx.exporter_checks import layers_of
+
+#: The buffers that one training step changes, in the order of the outputs.
+STATE = ("running_mean", "running_var", "num_batches_tracked")
+UPDATED = ".updated"
+#: What the wrapper puts before every path.
+WRAPPED = "module."
+
+
+class TrainingStep(nn.Module):
+    """The module to export: calls another, and returns the state of its training layers besides the result.
+
+    Args:
+        module: Has layers in training mode.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+
+        @functools.wraps(module.forward)  # the exporter reads the names of the arguments off the signature
+        def forward(*args: Any, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+            result = module(*args, **kwargs)
+            return result, [tensor.clone() for layer in training_layers(module).values() for tensor in _state_of(layer)]
+
+        self.forward = forward
+
+
+def training_layers(module: nn.Module) -> dict[str, Any]:
+    """Return our layers in training mode by path."""
+    return {name: layer for name, layer in layers_of(module).items() if layer.training}
+
+
+def _state_of(layer: nn.Module) -> list[torch.Tensor]:
+    return [getattr(layer, name) for name in STATE]
+
+
+def open_statistics(model: ir.Model, module: nn.Module) -> dict[str, ir.TensorProtocol]:
+    """Make the state of training layers inputs and named outputs, in place.
+
+    The prefix that the wrapper put before the names of parameters is taken off.
+
+    Args:
+        model: Exported from a `TrainingStep`, before any optimization.
+        module: What was wrapped.
+
+    Returns:
+        The values that `set_defaults` gives back afterwards: until then the optimizer would take them for constants.
+    """
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        if value.name is not None and value.name.startswith(WRAPPED):
+            value.name = value.name.removeprefix(WRAPPED)
+    names = [f"{path}.{name}" if path else name for path in training_layers(module) for name in STATE]
+    defaults = {}
+    for output, name in zip(graph.outputs[-len(names) :], names, strict=True):
+        output.name = f"{name}{UPDATED}"
+        value = graph.initializers.pop(name)
+        assert value.const_value is not None
+        defaults[name], value.const_value = value.const_value, None
+        graph.inputs.append(value)
+    return defaults
+
+
+def set_defaults(model: ir.Model, defaults: Mapping[str, ir.TensorProtocol]) -> None:
+    """Give inputs their default values, in place: whoever runs the model need not feed them the first time."""
+    for value in model.graph.inputs:
+        if value.name in defaults:
+            value.const_value = defaults[value.name]
+            model.graph.register_initializer(value)
