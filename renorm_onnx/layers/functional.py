@@ -25,6 +25,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers import kernels
+from renorm_onnx.layers.saving import save_for_backward
 
 Stat = Literal["sigma", "var", "var_unbiased"]
 STATS: tuple[str, ...] = get_args(Stat)
@@ -94,9 +95,7 @@ def corrections(
 ) -> tuple[Tensor, Tensor]:
     """Compute r and d of Algorithm 1 from the statistics before their update.
 
-    With tensors as bounds the clipping is by minimum and maximum, whose results the partitioner of torch.compile saves
-    for the backward pass. A clamp by numbers it may compute again there, from running statistics that the same graph
-    has updated since (pytorch/pytorch#197039).
+    Bounds are tensors in a compiled graph, which then serves every step.
 
     Args:
         mean: mu_B, shape (C,), detached, as the next three.
@@ -113,10 +112,9 @@ def corrections(
     d = torch.sub(mean, running_mean).div_(sigma)
     if isinstance(r_max, Tensor) and isinstance(d_max, Tensor):
         r_max, d_max = r_max.to(r.dtype), d_max.to(r.dtype)
-        return (
-            torch.minimum(torch.maximum(r, r_max.reciprocal()), r_max),
-            torch.minimum(torch.maximum(d, -d_max), d_max),
-        )
+        r = torch.minimum(torch.maximum(r, r_max.reciprocal()), r_max)
+        d = torch.minimum(torch.maximum(d, -d_max), d_max)
+        return save_for_backward(r, d)
     r_bound, d_bound = float(r_max), float(d_max)
     return r.clamp_(1 / r_bound, r_bound), d.clamp_(-d_bound, d_bound)
 

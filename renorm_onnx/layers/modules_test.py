@@ -6,45 +6,11 @@ import torch
 from torch import nn
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers.conftest import LAYERS, algorithm_1, make_batch, shaken
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.schedules import PAPER
 
-LAYERS = {2: BatchRenorm1d, 3: BatchRenorm1d, 4: BatchRenorm2d, 5: BatchRenorm3d}
 TORCH = {BatchRenorm1d: nn.BatchNorm1d, BatchRenorm2d: nn.BatchNorm2d, BatchRenorm3d: nn.BatchNorm3d}
-
-
-def algorithm_1(x, weight, bias, mu, sigma, eps, r_max, d_max, alpha):
-    """The paper's Algorithm 1 in float64 with autograd, written from its lines."""
-    axes = [0, *range(2, x.dim())]
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    mu_b = x.mean(axes)
-    sigma_b = torch.sqrt(((x - mu_b.view(shape)) ** 2).mean(axes) + eps)
-    r = torch.clamp(sigma_b.detach() / sigma, 1 / r_max, r_max)
-    d = torch.clamp((mu_b.detach() - mu) / sigma, -d_max, d_max)
-    x_hat = (x - mu_b.view(shape)) / sigma_b.view(shape) * r.view(shape) + d.view(shape)
-    y = weight.view(shape) * x_hat + bias.view(shape)
-    return y, mu + alpha * (mu_b.detach() - mu), sigma + alpha * (sigma_b.detach() - sigma)
-
-
-def shaken(layer, seed=0):
-    """Fill parameters and buffers with values far from their initial ones."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        if layer.affine:
-            layer.weight.copy_(torch.rand(layer.num_features, generator=g) + 0.5)
-            layer.bias.copy_(torch.randn(layer.num_features, generator=g))
-        if layer.track_running_stats:
-            layer.running_mean.copy_(torch.randn(layer.num_features, generator=g))
-            layer.running_var.copy_(torch.rand(layer.num_features, generator=g) * 3 + 0.2)
-    return layer
-
-
-def batch(rank, channels=3, seed=1, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    shape = {2: (16,), 3: (6, 5), 4: (4, 3, 5), 5: (2, 3, 2, 4)}[rank]
-    x = torch.randn(shape[0], channels, *shape[1:], generator=g, dtype=torch.float64)
-    scale = torch.linspace(0.3, 4.0, channels, dtype=torch.float64).view(1, -1, *[1] * (rank - 2))
-    return (x * scale + torch.linspace(-3, 2, channels).view_as(scale)).to(dtype)
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
@@ -52,7 +18,7 @@ def batch(rank, channels=3, seed=1, dtype=torch.float64):
 def test_a_training_step_is_algorithm_1_along_the_papers_schedule(rank, step):
     layer = shaken(LAYERS[rank](3, momentum=0.1, dtype=torch.float64))
     layer.num_batches_tracked.fill_(step)
-    x = batch(rank).requires_grad_()
+    x = make_batch(rank).requires_grad_()
     mu, sigma = layer.running_mean.clone(), (layer.running_var + layer.eps).sqrt()
     r_max, d_max = PAPER(step)
     weight, bias = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
@@ -76,7 +42,7 @@ def test_evaluation_is_bit_equal_to_torchs_batch_norm(rank):
     layer = shaken(LAYERS[rank](3)).eval()
     reference = TORCH[LAYERS[rank]](3).eval()
     reference.load_state_dict(layer.state_dict())
-    x = batch(rank, dtype=torch.float32)
+    x = make_batch(rank, dtype=torch.float32)
     assert torch.equal(layer(x), reference(x))
 
 
@@ -134,12 +100,12 @@ def test_one_value_per_channel_is_torchs_error_and_changes_nothing():
 
 def test_a_copy_and_a_pickle_go_on_like_the_original():
     layer = shaken(BatchRenorm2d(3, schedule=None))
-    layer(batch(4, dtype=torch.float32))
+    layer(make_batch(4, dtype=torch.float32))
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
     twins = [copy.deepcopy(layer), torch.load(buffer, weights_only=False)]
-    x = batch(4, seed=5, dtype=torch.float32)
+    x = make_batch(4, seed=5, dtype=torch.float32)
     want = layer(x)
     for twin in twins:
         assert torch.equal(twin(x), want)

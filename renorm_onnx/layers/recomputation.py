@@ -61,21 +61,27 @@ class Memory:
         """Return whether there are remembered runs, all of them plain batch norm."""
         return bool(self._runs) and all(run.r is None for run in self._runs)
 
-    def find(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Return r and d of the run whose batch mean was `mean`; of the nearest one, without asking the device.
+    def find(self, mean: Tensor) -> Corrections:
+        """Return the run whose batch mean was `mean`, or the nearest to it.
+
+        The device is asked for the choice only where runs of plain batch norm and corrected ones await repetition
+        together, since these differ in more than numbers; else the choice stays on the device.
 
         Args:
             mean: Batch mean of the repeated run, shape (C,).
         """
         self._repeated += 1
-        r = [torch.ones_like(run.mean) if run.r is None else run.r for run in self._runs]
-        d = [torch.zeros_like(run.mean) if run.d is None else run.d for run in self._runs]
-        if len(self._runs) == 1:
-            return r[0], d[0]
-        means = torch.stack([run.mean for run in self._runs])
-        distance = torch.nan_to_num(means - mean, posinf=0.0, neginf=0.0).square().sum(1)
-        index = distance.argmin().unsqueeze(0)
-        return torch.stack(r).index_select(0, index)[0], torch.stack(d).index_select(0, index)[0]
+        runs = self._runs
+        if len(runs) == 1:
+            return runs[0]
+        distance = torch.stack([run.mean for run in runs]) - mean  # (runs, C)
+        index = torch.nan_to_num(distance, posinf=0.0, neginf=0.0).square().sum(1).argmin()
+        r = [run.r for run in runs if run.r is not None]
+        d = [run.d for run in runs if run.d is not None]
+        if len(r) < len(runs):
+            return runs[int(index)]
+        chosen = index.unsqueeze(0)
+        return Corrections(mean, torch.stack(r).index_select(0, chosen)[0], torch.stack(d).index_select(0, chosen)[0])
 
     def passed(self) -> None:
         """Count a repeated run that needed nothing."""

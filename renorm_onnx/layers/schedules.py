@@ -24,8 +24,8 @@ from renorm_onnx.errors import InputError
 Bounds = tuple[float, float]
 
 
-def _double(step: Tensor) -> Tensor:
-    """The step in float64, where the device has it."""
+def float64(step: Tensor) -> Tensor:
+    """Return the step in float64, or in float32 where the device has no other."""
     return step.to(torch.float32 if step.device.type == "mps" else torch.float64)
 
 
@@ -122,7 +122,7 @@ class Constant(Schedule):
 
     def bounds_on_device(self, step: Tensor, r_max: float, d_max: float) -> tuple[Tensor, Tensor]:
         """Return the layer's own bounds."""
-        t = _double(step)
+        t = float64(step)
         return torch.full_like(t, r_max), torch.full_like(t, d_max)
 
 
@@ -168,7 +168,7 @@ class Ramp(Schedule):
 
     def bounds_on_device(self, step: Tensor, r_max: float, d_max: float) -> tuple[Tensor, Tensor]:
         """Return the point of each line at `step`."""
-        since = _double(step) - self.start
+        since = float64(step) - self.start
         r = (since / (self.r_end - self.start)).clamp(0, 1)
         d = (since / (self.d_end - self.start)).clamp(0, 1)
         return 1 + (r_max - 1) * r, d_max * d
@@ -199,7 +199,7 @@ class HardSwitch(Schedule):
 
     def bounds_on_device(self, step: Tensor, r_max: float, d_max: float) -> tuple[Tensor, Tensor]:
         """Return (1, 0) before the switch, the layer's bounds after it."""
-        on = _double(step >= self.at)
+        on = float64(step >= self.at)
         return 1 + (r_max - 1) * on, d_max * on
 
 
@@ -237,7 +237,7 @@ class Sigmoid(Schedule):
 
     def bounds_on_device(self, step: Tensor, r_max: float, d_max: float) -> tuple[Tensor, Tensor]:
         """Return the point of each curve at `step`."""
-        t = (_double(step) - 1).clamp(min=0) * self.t_delta
+        t = (float64(step) - 1).clamp(min=0) * self.t_delta
         d_now = d_max / (1 + (d_max / 1e-3 - 1) * torch.exp(-2 * t))
         return r_max / (1 + (r_max - 1) * torch.exp(-t)), torch.where(step > 0, d_now, 0.0)
 
@@ -289,12 +289,12 @@ class FromFunction(Schedule):
 @torch.library.custom_op("renorm_onnx::scheduled_bounds", mutates_args=())
 def _scheduled_bounds(step: Tensor, key: int) -> Tensor:
     found = _FUNCTIONS[key].checked(int(step), 1.0, 0.0, "batch renorm layer")
-    return torch.tensor(found, dtype=_double(step[None][:0]).dtype, device=step.device)
+    return torch.tensor(found, dtype=float64(step[None][:0]).dtype, device=step.device)
 
 
 @_scheduled_bounds.register_fake
 def _(step: Tensor, key: int) -> Tensor:
-    return torch.empty(2, dtype=_double(step[None][:0]).dtype, device=step.device)
+    return torch.empty(2, dtype=float64(step[None][:0]).dtype, device=step.device)
 
 
 PAPER = Ramp()

@@ -17,7 +17,7 @@ from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.functional import BatchStatistics
 from renorm_onnx.layers.masked import masked_statistics, normalize_masked
 from renorm_onnx.layers.recomputation import Corrections, Memory
-from renorm_onnx.layers.schedules import Schedule
+from renorm_onnx.layers.schedules import Schedule, float64
 
 _PLAIN = (1.0, 0.0)
 
@@ -103,10 +103,15 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
             layer._memory.keep(part.run)
     step.add_(1)
     layer._clock.advanced(step)
-    average: float | Tensor = step.reciprocal() if now is None else 1 / (now + 1)
-    momentum = average if layer.momentum is None else layer.momentum
-    _learn(layer, done, reference, momentum, masked=mask is not None)
+    _learn(layer, done, reference, _momentum(layer, step, now), masked=mask is not None)
     return _joined([part.y for part in done])
+
+
+def _momentum(layer: Layer, step: Tensor, now: int | None) -> float | Tensor:
+    """The share of this batch: a cumulative average gives the n-th batch 1/n."""
+    if layer.momentum is not None:
+        return layer.momentum
+    return 1 / (now + 1) if now is not None else float64(step).reciprocal()
 
 
 def _split(layer: Layer, x: Tensor, mask: Tensor | None) -> Sequence[tuple[Tensor, Tensor | None]]:
@@ -170,11 +175,15 @@ def _is_plain(reference: Reference) -> bool:
 
 def _repeat(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
     """Apply again what the run under repetition applied; learn nothing."""
-    if mask is None and layer._memory.plain() and layer._statistics_are_its_own():
+    own = mask is None and layer._statistics_are_its_own()
+    if own and layer._memory.plain():
         layer._memory.passed()
         return kernels.plain(x, layer.weight, layer.bias, layer.eps)[0]
     batch = layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
-    return _normalized(layer, x, mask, batch, *layer._memory.find(batch.mean))
+    run = layer._memory.find(batch.mean)
+    if run.r is None or run.d is None:
+        return kernels.plain(x, layer.weight, layer.bias, layer.eps)[0]
+    return _normalized(layer, x, mask, batch, run.r, run.d)
 
 
 def _normalized(layer: Layer, x: Tensor, mask: Tensor | None, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
