@@ -214,10 +214,59 @@ def detection() -> Iterator[Case]:
     yield Case("TensorScatter", [normal(2, 4, 5), normal(2, 1, 5), ints(1, 3)], {"axis": 1}, first=24)
 
 
+def contributed() -> Iterator[Case]:
+    """Operators of onnxruntime's own domain."""
+
+    def own(op: str, inputs: list[Any], attributes: dict[str, Any] | None = None, **more: Any) -> Case:
+        return Case(op, inputs, attributes or {}, domain="com.microsoft", **more)
+
+    yield own("Gelu", [normal(3, 8)])
+    yield own("BiasGelu", [normal(3, 8), normal(8)])
+    yield own("FastGelu", [normal(3, 8), normal(8)])
+    yield own("QuickGelu", [normal(3, 8)], {"alpha": 1.5})
+    x, weight, bias = normal(2, 4, 6, 6), normal(6, 2, 3, 3), normal(6)
+    for activation, parameters in (("Relu", []), ("LeakyRelu", [0.2]), ("Clip", [-0.5, 0.8]), ("Tanh", [])):
+        attributes = {"group": 2, "activation": activation, "pads": [1, 1, 1, 1]}
+        attributes |= {"activation_params": parameters} if parameters else {}
+        yield own("FusedConv", [x, weight, bias], attributes)
+    yield own("FusedConv", [x, weight, bias, normal(2, 6, 4, 4)], {"group": 2, "activation": "Relu"})
+    leaky = {"transB": 1, "alpha": 0.7, "activation": "LeakyRelu", "activation_alpha": 0.3}
+    yield own("FusedGemm", [normal(3, 4), normal(5, 4), normal(5)], leaky)
+    yield own("FusedMatMul", [normal(2, 4, 3), normal(2, 5, 4)], {"transA": 1, "transB": 1, "alpha": 0.3})
+    rows = [normal(2, 3, 8), normal(2, 3, 8), positive(8)]
+    yield own("SkipLayerNormalization", [*rows, normal(8), normal(8)], {"epsilon": 1e-3})
+    yield own("SkipSimplifiedLayerNormalization", [*rows, normal(8)], {"epsilon": 1e-3})
+    scale, zero = np.array(0.05, np.float32), np.array(120, np.uint8)
+    yield own("QuantizeLinear", [3 * normal(4, 5), scale, zero], steps=1)
+    yield own("DequantizeLinear", [whole(0, 255, 4, 5, dtype=np.uint8), scale, zero])
+    pixels = [whole(0, 255, 2, 3, 6, 6, dtype=np.uint8), scale, zero]
+    result = [np.array(0.07, np.float32), np.array(99, np.uint8)]
+    yield own("QLinearAdd", [*pixels, whole(0, 255, 3, 1, 1, dtype=np.uint8), scale, zero, *result], steps=1)
+    yield own("QLinearMul", [*pixels, whole(0, 255, 3, 1, 1, dtype=np.uint8), scale, zero, *result], steps=1)
+    yield own("QLinearSigmoid", [*pixels, np.array(0.004, np.float32), np.array(3, np.uint8)], steps=1)
+    yield own("QLinearLeakyRelu", [*pixels, *result], {"alpha": 0.2}, steps=1)
+    yield own("QLinearAveragePool", [*pixels, *result], {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}, steps=1)
+    yield own("QLinearGlobalAveragePool", [*pixels, *result], steps=1)
+    yield own("QLinearConcat", [*result, *pixels, pixels[0][:, :2], scale, zero], {"axis": 1}, steps=1)
+    left, right = whole(0, 255, 3, 4, dtype=np.uint8), whole(-60, 60, 5, 4, dtype=np.int8)
+    matrices = [left, scale, zero, right, positive(5) / 100, whole(-3, 3, 5, dtype=np.int8)]
+    gemm = {"transB": 1, "alpha": 0.9}
+    yield own("QGemm", [*matrices, whole(-99, 99, 5, dtype=np.int32), *result], gemm, steps=1)
+    yield own("QGemm", [*matrices, whole(-99, 99, 5, dtype=np.int32)], gemm)
+    yield own("MatMulIntegerToFloat", [left, right.T.copy(), scale, positive(5), zero, matrices[5], normal(5)])
+
+
 def _boxes(batch: int, count: int) -> tuple[Any, Any]:
     """Lower corners and sizes of random boxes."""
     return 4 * unit(batch, count, 2), 2 * positive(batch, count, 2)
 
 
-FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (shaping, reduction, resizing, quantization, detection)
+FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
+    shaping,
+    reduction,
+    resizing,
+    quantization,
+    detection,
+    contributed,
+)
 """Generators of cases."""

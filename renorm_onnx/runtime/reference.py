@@ -138,20 +138,20 @@ class _Evaluation:
             return self._run_graph(graph, inner)
 
         domain, opset = _domain_and_opset(node, frame)
-        who = f"evaluate: node {node.name!r}, operator {node.op_type!r} of domain {domain!r} at opset {opset}"
         kernel = registry.find(domain, node.op_type, opset)
-        if kernel is None:
-            raise InputError(f"{who}: not covered by the float64 reference (reference unusable)")
         names = [output.name or "" for output in node.outputs]
         try:
+            if kernel is None:
+                raise UnusableError("not covered by the float64 reference")
             result = kernel(Call(node.op_type, opset, inputs, names, attributes, run_body))
         except UnusableError as error:
-            raise InputError(f"{who}: {error} (reference unusable)") from error
+            raise InputError(f"{_who(node, domain, opset)}: {error} (reference unusable)") from error
         except InputError as error:
-            raise error if str(error).startswith("evaluate: node") else InputError(f"{who}: {error}") from error
+            inner = str(error).startswith("evaluate: node")  # a node of a body has said so already
+            raise error if inner else InputError(f"{_who(node, domain, opset)}: {error}") from error
         except (ValueError, TypeError, IndexError, KeyError, ArithmeticError, AttributeError, MemoryError) as error:
             shapes = [getattr(value, "shape", None) for value in inputs]
-            raise InputError(f"{who} failed on inputs of shapes {shapes}: {error}") from error
+            raise InputError(f"{_who(node, domain, opset)} failed on inputs of shapes {shapes}: {error}") from error
         return result if isinstance(result, tuple) else (result,)
 
     def _run_graph(self, graph: ir.Graph | ir.Function, frame: _Frame) -> list[Any]:
@@ -208,6 +208,10 @@ def _reads(node: ir.Node) -> list[ir.Value]:
                 values.extend(body.outputs)
                 pending.extend(body)
     return values
+
+
+def _who(node: ir.Node, domain: str, opset: int) -> str:
+    return f"evaluate: node {node.name!r}, operator {node.op_type!r} of domain {domain!r} at opset {opset}"
 
 
 def _domain_and_opset(node: ir.Node, frame: _Frame) -> tuple[str, int]:

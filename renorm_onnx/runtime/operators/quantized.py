@@ -45,7 +45,7 @@ def _is_integer(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "iu" or dtype.name in ("int4", "uint4", "int2", "uint2")
 
 
-def _rounded(x: Array, zero: Array | None, dtype: np.dtype[Any], *, saturate: bool = True) -> Array:
+def rounded(x: Array, zero: Array | None, dtype: np.dtype[Any], *, saturate: bool = True) -> Array:
     """`x`, already divided by the scale, as `dtype`."""
     offset = 0.0 if zero is None else zero.astype(np.float64)
     if not _is_integer(dtype):
@@ -59,7 +59,7 @@ def _quantize(call: Call) -> Result:
     code = call.integer("output_dtype", 0)
     dtype = zero.dtype if zero is not None else promoted_onnx_type(code) if code else np.dtype(np.uint8)
     saturate = bool(call.integer("saturate", 1))
-    return _rounded(
+    return rounded(
         x / _spread(scale, x, call).astype(np.float64),
         None if zero is None else _spread(zero, x, call),
         dtype,
@@ -79,7 +79,7 @@ def _dynamic_quantize(call: Call) -> Result:
     low, high = min(0.0, float(x.min(initial=0.0))), max(0.0, float(x.max(initial=0.0)))
     scale = (high - low) / 255
     zero = np.uint8(np.clip(np.rint(-low / scale), 0, 255)) if scale else np.uint8(0)
-    quantized = _rounded(x / scale if scale else x, np.asarray(zero), np.dtype(np.uint8))
+    quantized = rounded(x / scale if scale else x, np.asarray(zero), np.dtype(np.uint8))
     return quantized, np.asarray(scale), np.asarray(zero)
 
 
@@ -107,7 +107,7 @@ def _qlinear_conv(call: Call) -> Result:
     if call.input(8) is not None:
         total = total + call.inputs[8].astype(np.float64).reshape(per_channel)
     factor = x_scale.reshape(()) * np.broadcast_to(w_scale, (weight.shape[0],)) / y_scale.reshape(())
-    return _rounded(total * factor.reshape(per_channel), y_zero.reshape(()), y_zero.dtype)
+    return rounded(total * factor.reshape(per_channel), y_zero.reshape(()), y_zero.dtype)
 
 
 def _rowwise(parameter: Array, rank: int) -> Array:
@@ -115,7 +115,8 @@ def _rowwise(parameter: Array, rank: int) -> Array:
     return parameter[:, None] if parameter.ndim == 1 and parameter.size > 1 and rank > 1 else parameter
 
 
-def _matmul_integers(left: Array, left_zero: Array | None, right: Array, right_zero: Array | None) -> Array:
+def matmul_integers(left: Array, left_zero: Array | None, right: Array, right_zero: Array | None) -> Array:
+    """The product of two integer matrices minus their zero points, exact in float64."""
     a, b = left.astype(np.float64), right.astype(np.float64)
     a = a if left_zero is None else a - _rowwise(left_zero, a.ndim).astype(np.float64)
     b = b if right_zero is None else b - right_zero.astype(np.float64)
@@ -123,15 +124,15 @@ def _matmul_integers(left: Array, left_zero: Array | None, right: Array, right_z
 
 
 def _matmul_integer(call: Call) -> Result:
-    product = _matmul_integers(call.inputs[0], call.input(2), call.inputs[1], call.input(3))
+    product = matmul_integers(call.inputs[0], call.input(2), call.inputs[1], call.input(3))
     return product.astype(np.int64).astype(np.int32)
 
 
 def _qlinear_matmul(call: Call) -> Result:
     a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = call.inputs
-    product = _matmul_integers(a, a_zero, b, b_zero)
+    product = matmul_integers(a, a_zero, b, b_zero)
     factor = _rowwise(a_scale, a.ndim) * b_scale
-    return _rounded(product * factor / _rowwise(y_scale, a.ndim), _rowwise(y_zero, a.ndim), y_zero.dtype)
+    return rounded(product * factor / _rowwise(y_scale, a.ndim), _rowwise(y_zero, a.ndim), y_zero.dtype)
 
 
 OPERATORS: Mapping[str, Kernel] = {

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from renorm_onnx.runtime.operators import (
     borrowed,
+    contrib,
     control,
     convolution,
     detection,
@@ -50,6 +51,8 @@ def find(domain: str, op_type: str, opset: int) -> Kernel | None:
 
     Beyond `NEWEST_OPSET` an operator still counts as known if it has not changed since.
     """
+    if domain == "com.microsoft":
+        return contrib.OPERATORS.get(op_type)
     kernel = OPERATORS.get(op_type) if domain == "" else None
     if kernel is None or opset <= NEWEST_OPSET:
         return kernel
