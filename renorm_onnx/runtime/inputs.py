@@ -243,20 +243,17 @@ def _data_files(path: Path) -> list[Path]:
 
 def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, Array]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            if len(specs) != 1:
-                names = [spec.name for spec in specs]
-                raise InputError(
-                    f"verify: {str(path)!r} holds one array, the model has inputs {names}; use a .npz file"
-                )
-            return {specs[0].name: loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except InputError:
-        raise
+        # Opened here, since numpy leaves a damaged archive open.
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets first
         raise InputError(f"verify: inputs {str(path)!r} cannot be read as numpy data: {error}") from error
+    if len(specs) != 1:
+        names = [spec.name for spec in specs]
+        raise InputError(f"verify: {str(path)!r} holds one array, the model has inputs {names}; use a .npz file")
+    return {specs[0].name: loaded}
 
 
 def _split(specs: Sequence[InputSpec], arrays: Mapping[str, Any], source: str) -> list[Trial]:

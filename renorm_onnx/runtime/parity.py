@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx import model_file
-from renorm_onnx.errors import InputError, MachineError, ModelFileError
+from renorm_onnx.errors import InputError, MachineError, ModelFileError, RenormError
 from renorm_onnx.runtime.comparison import TOLERANCES, Comparison, Tolerance, compare
 from renorm_onnx.runtime.deviation import errors_of
 from renorm_onnx.runtime.estimate import LIMIT, Cost, estimate
@@ -76,7 +76,9 @@ def verify(
         seed: Of the generated inputs.
         layers: Compare every value whose name is in both models, and name the first that diverges.
         sizes: Values for named sizes that vary, in generated inputs.
-        limit: Skip running the models, and say so, if one run costs more.
+        limit: Skip running the models, and say so, if one run costs more. With a limit, on the CPU and on generated
+            inputs, whatever else prevents running them is a skip too: onnxruntime is absent or lacks a kernel, the
+            reference evaluation lacks an operator, no generated input fits. None: such things are errors.
         sites: Check every rewritten place by itself too (`check_sites`), which also decides. It takes a candidate in
             which a name means the same value as in the reference; None: if `verify` fused it itself.
 
@@ -171,18 +173,30 @@ class _Comparison:
     def __init__(self, sides: _Sides, seed: int, sizes: dict[str, int]) -> None:
         self._sides, self._seed, self._sizes = sides, seed, sizes
         self._skipped: list[str] = []
-        self._first: Trial | None = None
+        self._first: tuple[Trial, Mapping[str, Array]] | None = None
+        self._uncovered = False
 
     def run(self, providers: Sequence[str], inputs: Any, limit: Cost | None, layers: bool) -> Verdict:
-        sides, precision = self._sides, self._sides.precision
-        base = Verdict("no", "", precision=precision.name)
+        sides = self._sides
+        base = Verdict("no", "", precision=sides.precision.name)
         if sides.problems:
             return replace(base, reason=f"The interface differs: {sides.problems[0]}", problems=tuple(sides.problems))
         cost = estimate(sides.model, self._sizes)
-        base = replace(base, cost=cost, environment=_environment(providers))
+        base = replace(base, cost=cost)
         if limit is not None and (cost.flops > limit.flops or cost.bytes > limit.bytes):
-            reason = f"one run takes {cost}, the limit is {limit}"
-            return replace(base, outcome="skipped", reason=f"Not run end to end: {reason}", skipped=(reason,))
+            return _skipped(base, f"one run takes {cost}, the limit is {limit}")
+        try:
+            verdict = self._run(base, providers, inputs, cost, layers)
+        except RenormError as error:
+            asked_for = limit is None or tuple(providers) != ("cpu",) or not isinstance(inputs, int | None)
+            if asked_for:
+                raise
+            return _skipped(base, str(error))
+        return _skipped(base, verdict.reason) if limit is not None and self._uncovered else verdict
+
+    def _run(self, base: Verdict, providers: Sequence[str], inputs: Any, cost: Cost, layers: bool) -> Verdict:
+        sides, precision = self._sides, self._sides.precision
+        base = replace(base, environment=_environment(providers))
         runners = []
         for provider in providers:
             unfused = sides.torch or open_session(sides.sources[0], provider)
@@ -197,10 +211,11 @@ class _Comparison:
                 for one in runners:
                     self._run_trial(one, trial, want)
         except ReferenceUnusableError as error:
+            self._uncovered = True
             return replace(base, outcome="unusable", reason=str(error))
         verdict = self._conclude(base, runners)
         if layers and self._first is not None:
-            first = self._first
+            first, _ = self._first
             compared = [compare_layers(sides.model, sides.candidate, one.provider, first, precision) for one in runners]
             verdict = replace(verdict, layers=tuple(compared))
         return verdict
@@ -217,7 +232,7 @@ class _Comparison:
             one.failures.append(f"on {one.provider}, inputs {trial.label}: the candidate fails: {error}")
             return
         if self._first is None and trial.ordinary:
-            self._first = trial
+            self._first = trial, want
         for name, array in unfused.items():
             one.judge.add(trial, name, errors_of(want[name], array, fused[name]))
 
@@ -244,8 +259,7 @@ class _Comparison:
         """Add what decides nothing: the optimized models, and whether a second session gives the same."""
         if self._first is None:
             return base
-        trial, rows, repeats = self._first, [], []
-        want = self._sides.evaluate(trial.feeds)
+        (trial, want), rows, repeats = self._first, [], []
         for one in runners:
             again = open_session(self._sides.sources[1], one.provider).run(trial.feeds)
             once = one.fused.run(trial.feeds)
@@ -271,6 +285,10 @@ class _Comparison:
         return [
             replace(row, optimize="all", decides=False, ok=True) for row in judge.rows() if row.inputs == trial.label
         ]
+
+
+def _skipped(base: Verdict, why: str) -> Verdict:
+    return replace(base, outcome="skipped", reason=f"Not run end to end: {why}", skipped=(why,))
 
 
 def _difference(once: Array, again: Array) -> float:

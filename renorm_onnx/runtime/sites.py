@@ -23,29 +23,17 @@ import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.model_file import collection_paused
+from renorm_onnx.runtime.cuts import UNIT_ROUNDOFF, Cut, GraphByNames
 from renorm_onnx.runtime.deviation import ratio
 from renorm_onnx.runtime.estimate import inferred_shapes
-from renorm_onnx.runtime.reference import evaluate
 
 Array = npt.NDArray[Any]
 
 _ROUNDINGS = 4
-_LARGEST_CUT = 400  # nodes
 _SHOWN = 5
-_CROP = 20  # elements per spatial axis
+_CROPS = (8, 20, None)  # elements per spatial axis, tried in this order; None: all
 
-# Evaluated on absolute values, these bound what they compute on signed ones.
-_MONOTONE = frozenset(
-    {
-        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sum", "Mul", "Div", "Concat", "Identity", "Relu", "Pad"),
-        *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Expand", "Tile"),
-        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Dropout", "Constant", "DequantizeLinear"),
-        *("DepthToSpace", "SpaceToDepth", "Einsum", "ReduceSum", "ReduceMean", "Cast", "Shape"),
-    }
-)
-_UNIT = {"FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8, "FLOAT": 2.0**-24, "DOUBLE": 2.0**-53}
 _SMALLEST = {"FLOAT16": 2.0**-24, "BFLOAT16": 2.0**-133, "FLOAT": 2.0**-149, "DOUBLE": 0.0}
-_ROUNDED_ON_PURPOSE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
 
 
 @dataclass(frozen=True)
@@ -152,7 +140,7 @@ def check_sites(reference: ir.Model, candidate: ir.Model, *, seed: int = 0) -> S
 
 def _check_all(reference: ir.Model, candidate: ir.Model, seed: int) -> SiteReport:
     report = SiteReport()
-    pair = (_Graph(reference), _Graph(candidate))
+    pair = (GraphByNames(reference), GraphByNames(candidate))
     common = pair[0].produced.keys() & pair[1].produced.keys()
     shapes: dict[str, tuple[int, ...]] | None = None
     for name in pair[0].produced:
@@ -179,127 +167,10 @@ class _UncheckableError(Exception):
     pass
 
 
-class _Graph:
-    """The main graph of a model, by names."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
-        self.produced = {v.name: v for node in model.graph for v in node.outputs if v.name}
-        self.fed = {v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers}
-        self._order = {node: position for position, node in enumerate(model.graph)}
-        self._data = _data_names(model, self.fed)
-
-    def cut(self, name: str, common: set[str]) -> "_Cut":
-        """Return the nodes between a value and the nearest other common ones."""
-        nodes: set[ir.Node] = set()
-        inputs: dict[str, ir.Value] = {}
-        weights: dict[str, ir.Value] = {}
-        pending = [self.produced[name].producer()]
-        while pending and len(nodes) <= _LARGEST_CUT:
-            node = pending.pop()
-            if node is None or node in nodes:
-                continue
-            nodes.add(node)
-            for value in node.inputs:
-                if value is None or not value.name:
-                    continue
-                if value.name in self.model.graph.initializers and value.name not in self.fed:
-                    weights[value.name] = value
-                elif value.producer() is None or (value.name in common and value.name in self._data):
-                    inputs[value.name] = value
-                else:
-                    pending.append(value.producer())
-        ordered = sorted(nodes, key=lambda node: self._order[node])
-        return _Cut(self.model, self.produced[name], ordered, inputs, weights)
-
-
-def _data_names(model: ir.Model, fed: set[str]) -> set[str]:
-    """Return the values that depend on what is fed by more than its shape: only they can take any numbers."""
-    data = set(fed)
-    for node in model.graph:
-        subgraphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
-        reads = any(value is not None and value.name in data for value in node.inputs)
-        if subgraphs or (reads and node.op_type not in ("Shape", "Size")):
-            data |= {value.name for value in node.outputs if value.name}
-    return data
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A piece of a model that computes one value."""
-
-    model: ir.Model
-    output: ir.Value
-    nodes: list[ir.Node]
-    inputs: Mapping[str, ir.Value]
-    weights: Mapping[str, ir.Value]
-
-    @property
-    def operators(self) -> tuple[str, ...]:
-        return tuple(node.op_type for node in self.nodes if node.op_type != "Constant")
-
-    def signature(self) -> tuple[Any, ...]:
-        """Return a value that is equal for equal pieces."""
-        weights = {value: ("weight", *_fingerprint(value)) for value in self.weights.values()}
-        inner = {v: ("inner", p, i) for p, node in enumerate(self.nodes) for i, v in enumerate(node.outputs)}
-        parts = []
-        for node in self.nodes:
-            inputs = tuple(
-                None if v is None else inner.get(v) or weights.get(v) or ("name", v.name) for v in node.inputs
-            )
-            attributes = tuple(sorted((name, _attribute(attr)) for name, attr in node.attributes.items()))
-            parts.append((node.op_identifier(), inputs, attributes, len(node.outputs)))
-        return (*parts, inner[self.output])
-
-    def obstacle(self) -> str:
-        """Return why the piece cannot be run by itself, or nothing."""
-        if len(self.nodes) > _LARGEST_CUT:
-            return f"more than {_LARGEST_CUT} nodes lie between it and the next common value"
-        for node in self.nodes:
-            if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()):
-                return f"{node.op_type} holds a subgraph"
-            if node.op_type in _ROUNDED_ON_PURPOSE:
-                return f"{node.op_type} rounds on purpose, whole steps may flip"
-        return ""
-
-    def monotone(self) -> bool:
-        return all(node.op_type in _MONOTONE for node in self.nodes)
-
-    def element_type(self) -> str:
-        """Return the name of the coarsest float type among the weights."""
-        names = {value.dtype.name for value in self.weights.values() if value.dtype is not None}
-        return max(names & _UNIT.keys(), key=lambda name: _UNIT[name], default="FLOAT")
-
-    def fan_in(self) -> int:
-        shapes = [_shape_of(value) for value in self.weights.values()]
-        return max((math.prod(shape) // max(1, min(shape[:2])) for shape in shapes if len(shape) > 1), default=1)
-
-    def run(self, feeds: Mapping[str, Array], *, absolute: bool = False) -> Array:
-        view = ir.GraphView(
-            list(self.inputs.values()),
-            [self.output],
-            nodes=self.nodes,
-            initializers=list(self.weights.values()),
-            opset_imports=self.model.graph.opset_imports,
-            name="place",
-        )
-        graph = view.clone()
-        if absolute:
-            for value in graph.initializers.values():
-                value.const_value = _absolute(value.const_value)
-            for node in graph:
-                _make_absolute(node)
-        model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
-        name = self.output.name or ""
-        return np.asarray(evaluate(model, {k: v for k, v in feeds.items() if k in self.inputs})[name])
-
-
-def _check(
-    name: str, before: _Cut, after: _Cut, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator
-) -> Site:
+def _check(name: str, before: Cut, after: Cut, shapes: Mapping[str, tuple[int, ...]], rng: np.random.Generator) -> Site:
     values = {**before.inputs, **after.inputs}
     last: Exception | None = None
-    for crop in (_CROP, None):
+    for crop in _CROPS:
         try:
             feeds = {key: _numbers(rng, value, shapes.get(key), crop) for key, value in values.items()}
             want, got = before.run(feeds), after.run(feeds)
@@ -313,8 +184,8 @@ def _check(
     raise _UncheckableError(str(last))
 
 
-def _bound(after: _Cut, feeds: Mapping[str, Array], want: Array) -> Array:
-    u = _UNIT[after.element_type()]
+def _bound(after: Cut, feeds: Mapping[str, Array], want: Array) -> Array:
+    u = UNIT_ROUNDOFF[after.element_type()]
     gamma = _ROUNDINGS * u / (1 - _ROUNDINGS * u)
     largest = max((float(np.abs(x).max()) for x in feeds.values() if x.dtype.kind == "f" and x.size), default=1.0)
     underflow = _SMALLEST[after.element_type()] * after.fan_in() * max(1.0, largest)
@@ -326,7 +197,7 @@ def _bound(after: _Cut, feeds: Mapping[str, Array], want: Array) -> Array:
     return np.asarray(gamma * magnitude + underflow)
 
 
-def _site(name: str, before: _Cut, after: _Cut, want: Array, got: Array, bound: Array) -> Site:
+def _site(name: str, before: Cut, after: Cut, want: Array, got: Array, bound: Array) -> Site:
     operators = before.operators, after.operators
     if want.shape != got.shape:
         problem = f"shape {got.shape}, expected {want.shape}"
@@ -355,42 +226,6 @@ def _numbers(rng: np.random.Generator, value: ir.Value, shape: tuple[int, ...] |
         raise InputError(f"the shape of {value.name!r} is unknown")
     if value.dtype is not None and not value.dtype.is_floating_point():
         raise InputError(f"{value.name!r} is {value.dtype.name}, for which no numbers can be made up")
-    # (N, C, *spatial): two samples of which only the spatial axes may be cut.
+    # (N, C, *spatial): only the spatial axes may be cut.
     sizes = [size if crop is None or axis < 2 else min(size, crop) for axis, size in enumerate(shape)]
     return rng.normal(0.25, 1.0, sizes)
-
-
-def _attribute(attr: ir.Attr) -> str:
-    if attr.type is ir.AttributeType.TENSOR:
-        return repr(_digest(attr.as_tensor().numpy()))
-    return repr(attr.value)
-
-
-def _fingerprint(value: ir.Value) -> tuple[Any, ...]:
-    tensor = value.const_value
-    return ("absent",) if tensor is None else _digest(tensor.numpy())
-
-
-def _digest(array: Array) -> tuple[Any, ...]:
-    return array.shape, str(array.dtype), hash(np.ascontiguousarray(array).tobytes())
-
-
-def _shape_of(value: ir.Value) -> tuple[int, ...]:
-    return tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
-
-
-def _absolute(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
-    if tensor is None or not tensor.dtype.is_floating_point():
-        return tensor
-    return ir.tensor(np.abs(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
-
-
-def _make_absolute(node: ir.Node) -> None:
-    """Take the absolute value of constants and factors of a node, in place."""
-    for name, attr in list(node.attributes.items()):
-        if attr.type is ir.AttributeType.FLOAT and name in ("alpha", "beta", "value_float"):
-            node.attributes[name] = ir.AttrFloat32(name, abs(attr.as_float()))
-        elif attr.type is ir.AttributeType.TENSOR and name == "value":
-            absolute = _absolute(attr.as_tensor())
-            if absolute is not None:
-                node.attributes[name] = ir.AttrTensor(name, absolute)

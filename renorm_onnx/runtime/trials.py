@@ -24,6 +24,7 @@ _FEWEST = 3
 
 # Kinds of which a model with few output elements gets more sets.
 _REPEATED = ("normal", "large", "mixed")
+_LARGE = 2e9  # operations of one run from which one set of inputs fewer has to do
 _SUITE_FLOPS = 6e9  # what the reference evaluates in a few seconds
 
 # Size of a varying batch -> up to how many operations per sample.
@@ -58,7 +59,8 @@ def trials(
     if inputs is not None and inputs < 1:
         raise InputError(f"verify: inputs={inputs!r}, expected at least 1, or there is nothing to compare")
     batch = next((size for size, flops in _BATCHES if cost.flops < flops), 1)
-    count = inputs or int(np.clip(_SUITE_FLOPS / max(cost.flops * batch, 1.0), _FEWEST, len(_SUITE)))
+    fewest = _FEWEST if cost.flops < _LARGE else _FEWEST - 1
+    count = inputs or int(np.clip(_SUITE_FLOPS / max(cost.flops * batch, 1.0), fewest, len(_SUITE)))
     plans = _accepted(run, specs, size_plans(specs, batch, sizes), seed)
     first, trial, want = next(plans)
     yield trial, want

@@ -1,0 +1,222 @@
+"""Pieces of a model between named values, cut out so that they can be run by themselves."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from renorm_onnx.runtime.reference import evaluate
+
+Array = npt.NDArray[Any]
+
+_LARGEST_CUT = 400  # nodes
+_LARGEST_WEIGHTS = 30_000_000  # elements, in float64 240 MB
+
+# Evaluated on absolute values, these bound what they compute on signed ones.
+_MONOTONE = frozenset(
+    {
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sum", "Mul", "Div", "Concat", "Identity", "Relu", "Pad"),
+        *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Expand", "Tile"),
+        *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Dropout", "Constant", "DequantizeLinear"),
+        *("DepthToSpace", "SpaceToDepth", "Einsum", "ReduceSum", "ReduceMean", "Cast", "Shape"),
+    }
+)
+
+UNIT_ROUNDOFF = {"FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8, "FLOAT": 2.0**-24, "DOUBLE": 2.0**-53}
+"""Of each floating type, relative."""
+
+_ROUNDED_ON_PURPOSE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
+
+
+class GraphByNames:
+    """The main graph of a model, by names.
+
+    Args:
+        model: Not changed.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.produced = {v.name: v for node in model.graph for v in node.outputs if v.name}
+        self.fed = {v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers}
+        self._order = {node: position for position, node in enumerate(model.graph)}
+        self._data = _data_names(model, self.fed)
+
+    def cut(self, name: str, common: set[str]) -> "Cut":
+        """Return the nodes between a value and the nearest other common ones.
+
+        Args:
+            name: A value that a node of the main graph computes.
+            common: Names at which to stop; those that depend on shapes alone are no place to stop.
+        """
+        nodes: set[ir.Node] = set()
+        inputs: dict[str, ir.Value] = {}
+        weights: dict[str, ir.Value] = {}
+        pending = [self.produced[name].producer()]
+        while pending and len(nodes) <= _LARGEST_CUT:
+            node = pending.pop()
+            if node is None or node in nodes:
+                continue
+            nodes.add(node)
+            for value in node.inputs:
+                if value is None or not value.name:
+                    continue
+                if value.name in self.model.graph.initializers and value.name not in self.fed:
+                    weights[value.name] = value
+                elif value.producer() is None or (value.name in common and value.name in self._data):
+                    inputs[value.name] = value
+                else:
+                    pending.append(value.producer())
+        ordered = sorted(nodes, key=lambda node: self._order[node])
+        return Cut(self.model, self.produced[name], ordered, inputs, weights)
+
+
+def _data_names(model: ir.Model, fed: set[str]) -> set[str]:
+    """Return the values that depend on what is fed by more than its shape: only they can take any numbers."""
+    data = set(fed)
+    for node in model.graph:
+        subgraphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        reads = any(value is not None and value.name in data for value in node.inputs)
+        if subgraphs or (reads and node.op_type not in ("Shape", "Size")):
+            data |= {value.name for value in node.outputs if value.name}
+    return data
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A piece of a model that computes one value.
+
+    Attributes:
+        model: Where it is from.
+        output: The value.
+        nodes: In graph order.
+        inputs: Values that come from outside the piece.
+        weights: Initializers that it reads.
+    """
+
+    model: ir.Model
+    output: ir.Value
+    nodes: list[ir.Node]
+    inputs: Mapping[str, ir.Value]
+    weights: Mapping[str, ir.Value]
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The operators in it, without constants."""
+        return tuple(node.op_type for node in self.nodes if node.op_type != "Constant")
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return a value that is equal for equal pieces."""
+        weights = {value: ("weight", *_fingerprint(value)) for value in self.weights.values()}
+        inner = {v: ("inner", p, i) for p, node in enumerate(self.nodes) for i, v in enumerate(node.outputs)}
+        parts = []
+        for node in self.nodes:
+            inputs = tuple(
+                None if v is None else inner.get(v) or weights.get(v) or ("name", v.name) for v in node.inputs
+            )
+            attributes = tuple(sorted((name, _attribute(attr)) for name, attr in node.attributes.items()))
+            parts.append((node.op_identifier(), inputs, attributes, len(node.outputs)))
+        return (*parts, inner[self.output])
+
+    def obstacle(self) -> str:
+        """Return why the piece cannot be run by itself, or nothing."""
+        if len(self.nodes) > _LARGEST_CUT:
+            return f"more than {_LARGEST_CUT} nodes lie between it and the next common value"
+        for node in self.nodes:
+            if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()):
+                return f"{node.op_type} holds a subgraph"
+            if node.op_type in _ROUNDED_ON_PURPOSE:
+                return f"{node.op_type} rounds on purpose, whole steps may flip"
+        weights = sum(math.prod(_shape_of(value)) for value in self.weights.values())
+        return f"its weights have {weights:,} elements" if weights > _LARGEST_WEIGHTS else ""
+
+    def monotone(self) -> bool:
+        """Tell whether evaluating it on absolute values bounds what it computes on signed ones."""
+        return all(node.op_type in _MONOTONE for node in self.nodes)
+
+    def element_type(self) -> str:
+        """Return the name of the coarsest float type among the weights."""
+        names = {value.dtype.name for value in self.weights.values() if value.dtype is not None}
+        return max(names & UNIT_ROUNDOFF.keys(), key=lambda name: UNIT_ROUNDOFF[name], default="FLOAT")
+
+    def fan_in(self) -> int:
+        """Return how many products its largest weight sums up for one output."""
+        shapes = [_shape_of(value) for value in self.weights.values()]
+        return max((math.prod(shape) // max(1, min(shape[:2])) for shape in shapes if len(shape) > 1), default=1)
+
+    def run(self, feeds: Mapping[str, Array], *, absolute: bool = False) -> Array:
+        """Evaluate it in float64.
+
+        Args:
+            feeds: At least its inputs.
+            absolute: Take absolute values of its weights.
+
+        Raises:
+            InputError: It cannot be evaluated on these.
+        """
+        view = ir.GraphView(
+            list(self.inputs.values()),
+            [self.output],
+            nodes=self.nodes,
+            initializers=list(self.weights.values()),
+            opset_imports=self.model.graph.opset_imports,
+            name="place",
+        )
+        graph = view.clone()
+        if absolute:
+            for value in graph.initializers.values():
+                value.const_value = _absolute(value.const_value)
+            for node in graph:
+                _make_absolute(node)
+        model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
+        name = self.output.name or ""
+        return np.asarray(evaluate(model, {k: v for k, v in feeds.items() if k in self.inputs})[name])
+
+
+def _attribute(attr: ir.Attr) -> str:
+    if attr.type is ir.AttributeType.TENSOR:
+        return repr(_digest(attr.as_tensor().numpy()))
+    graphs = {ir.AttributeType.GRAPH: lambda: [attr.as_graph()], ir.AttributeType.GRAPHS: attr.as_graphs}.get(attr.type)
+    if graphs is None:
+        return repr(attr.value)
+    # A body may read weights of the graphs around it, which are not in its own bytes.
+    read = [value for graph in graphs() for node in graph.all_nodes() for value in node.inputs if value is not None]
+    weights = {value.name: _fingerprint(value) for value in read if value.is_initializer()}
+    return repr((ir.to_proto(attr).SerializeToString(deterministic=True), sorted(weights.items(), key=str)))
+
+
+def _fingerprint(value: ir.Value) -> tuple[Any, ...]:
+    tensor = value.const_value
+    return ("absent",) if tensor is None else _digest(tensor.numpy())
+
+
+def _digest(array: Array) -> tuple[Any, ...]:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    content = repr(flat.tolist()).encode() if flat.dtype.hasobject else flat.view(np.uint8).data
+    return array.shape, str(array.dtype), hashlib.blake2b(content).digest()
+
+
+def _shape_of(value: ir.Value) -> tuple[int, ...]:
+    return tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
+
+
+def _absolute(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    if tensor is None or not tensor.dtype.is_floating_point():
+        return tensor
+    return ir.tensor(np.abs(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+
+
+def _make_absolute(node: ir.Node) -> None:
+    """Take the absolute value of constants and factors of a node, in place."""
+    for name, attr in list(node.attributes.items()):
+        if attr.type is ir.AttributeType.FLOAT and name in ("alpha", "beta", "value_float"):
+            node.attributes[name] = ir.AttrFloat32(name, abs(attr.as_float()))
+        elif attr.type is ir.AttributeType.TENSOR and name == "value":
+            absolute = _absolute(attr.as_tensor())
+            if absolute is not None:
+                node.attributes[name] = ir.AttrTensor(name, absolute)

@@ -1,0 +1,137 @@
+import json
+
+import numpy as np
+import onnx.helper as oh
+import onnx.numpy_helper as onh
+import onnx_ir as ir
+import pytest
+
+from renorm_onnx.runtime.parity import verify
+from renorm_onnx.runtime.parity_networks_test import NETWORKS, Builder, build, info, make_norm
+from renorm_onnx.runtime.parity_test import edit
+from renorm_onnx.runtime.sites import check_sites
+
+
+def load(model):
+    return ir.from_proto(model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_each_folded_place_stays_under_the_bound_of_rounding_its_weights(name, dtype):
+    report = check_sites(load(build(name, dtype=dtype)), load(build(name, fold=True, dtype=dtype)))
+    assert report.ok, report
+    assert [site.name for site in report.sites] == ["h"]
+    (site,) = report.sites
+    assert 0 < site.used < 1
+    assert site.elements > 0
+    assert "rewritten places checked one by one" in str(report)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_unchanged_model_has_no_rewritten_place(name):
+    report = check_sites(load(build(name)), load(build(name)))
+    assert report.sites == []
+    assert report.unchecked == {}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("size", [1e-4, 3e-5])
+def test_a_bias_moved_in_the_fifth_digit_is_found_where_it_is(name, size):
+    def change(array):
+        array.reshape(-1)[-1] += size
+
+    report = check_sites(load(build(name)), load(edit(build(name, fold=True), "h_b", change)))
+    assert [site.name for site in report.wrong] == ["h"], report
+    assert "WRONG 'h'" in str(report)
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["ok"] is False
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_weight_off_in_the_fourth_digit_is_found(name):
+    def change(array):
+        array.reshape(-1)[np.abs(array).argmax()] *= 1.0003
+
+    assert not check_sites(load(build(name)), load(edit(build(name, fold=True), "h_w", change))).ok
+
+
+def test_a_place_is_checked_even_where_the_output_hides_it():
+    """The wrong channel dies in a Relu at every input, so that no output shows it."""
+
+    def network(shift):
+        b = Builder(True, 0.0, False, np.float32)
+        rng = np.random.default_rng(0)
+        norm = make_norm(4)
+        norm.beta[0] = -1e3 + shift
+        b.normed("Gemm", "x", rng.normal(size=(3, 4)), np.zeros(4), norm, "h", channel_axis=1)
+        b.add("Relu", ["h"], "y")
+        return b.model([info("x", ["N", 3])], [info("y", ["N", 4])])
+
+    assert verify(network(0), network(100.0)).rows[-1].fused == pytest.approx(0, abs=1e-3)
+    verdict = verify(network(0), network(100.0), sites=True)
+    assert verdict.outcome == "no"
+    assert "1 rewritten place(s) compute something else, the first is 'h'" in verdict.reason
+
+
+def test_values_that_only_follow_from_shapes_are_no_places_to_cut():
+    """torch writes a missing bias as Expand of zero to a computed shape; that value takes no other numbers."""
+
+    def network(fold):
+        b = Builder(fold, 1e-3, False, np.float32)
+        rng = np.random.default_rng(0)
+        b.nodes.append(oh.make_node("Shape", ["w_raw"], ["s"], "s"))
+        b.nodes.append(oh.make_node("Slice", ["s", "zero", "one"], ["c"], "c"))
+        b.nodes.append(oh.make_node("Expand", ["nothing", "c"], ["bias"], "bias"))
+        weight, norm = rng.normal(size=(4, 2, 3)), make_norm(4)
+        b.weight("w_raw", weight)
+        b.weight("nothing", np.zeros(1))
+        scale, shift = norm.affine(1e-3)
+        if fold:
+            b.weight("w", weight * scale[:, None, None])
+            b.weight("b", shift)
+            b.add("Conv", ["x", "w", "b"], "y")
+        else:
+            b.add("Conv", ["x", "w_raw", "bias"], "raw")
+            names = [b.weight(f"y_{k}", getattr(norm, k)) for k in ("gamma", "beta", "mean", "var")]
+            b.add("BatchNormalization", ["raw", *names], "y", epsilon=1e-3)
+        built = oh.make_model(
+            oh.make_graph(
+                b.nodes,
+                "g",
+                [info("x", [1, 2, 9])],
+                [info("y", [1, 4, 7])],
+                [onh.from_array(a, n) for n, a in b.weights.items()]
+                + [onh.from_array(np.array([i]), n) for i, n in enumerate(("zero", "one"))],
+            ),
+            opset_imports=[oh.make_opsetid("", 17)],
+            ir_version=8,
+        )
+        return load(built)
+
+    report = check_sites(network(False), network(True))
+    assert report.ok, report
+    assert [site.name for site in report.sites] == ["y"]
+    assert report.sites[0].before == ("Shape", "Slice", "Expand", "Conv", "BatchNormalization")
+
+
+def test_control_flow_is_listed_as_unchecked_with_the_reason():
+    def network(bias):
+        text = f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2] x, bool c) => (float[2] y) {{
+          y = If(c) <
+            then_branch = t () => (float[2] a) {{ one = Constant<value_floats=[{bias}, 2.0]>() a = Add(x, one) }},
+            else_branch = e () => (float[2] b) {{ b = Identity(x) }}
+          >
+        }}"""
+        return load(onnx_parse(text))
+
+    report = check_sites(network(1.0), network(1.5))
+    assert report.sites == []
+    assert report.unchecked == {"y": "If holds a subgraph"}
+    assert "not checked alone: 'y': If holds a subgraph" in str(report)
+
+
+def onnx_parse(text):
+    import onnx.parser
+
+    return onnx.parser.parse_model(text)
