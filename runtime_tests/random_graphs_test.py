@@ -1,0 +1,27 @@
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from renorm_onnx.fusion.affine import AffineMap
+from runtime_tests.random_graphs import SHAPES, STEPS, Step, check
+
+folded: Counter[str] = Counter()
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(STEPS, SHAPES, st.integers(1, 3))
+def test_random_graphs_compute_the_same_after_fusing(steps, shape, outputs):
+    folded.update(check(steps, shape, outputs))
+
+
+def test_random_graphs_do_fold():
+    assert folded["folded"] > 200
+
+
+def test_a_map_that_loses_its_shift_is_seen(monkeypatch):
+    monkeypatch.setattr(AffineMap, "has_shift", property(lambda self: False))
+    steps = [Step("conv", 0, 0, s) for s in range(3)] + [Step("norm", 0, 0, s) for s in range(1, 4)]
+    with pytest.raises(AssertionError, match="is off by"):
+        check(steps, (2, 4, 9, 9), 1)
