@@ -64,8 +64,26 @@ def _conv_transpose(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         return [UNKNOWN]
     group, per_group = int(attribute(node, "group", 1)), weight[1]
     channels = per_group * group if isinstance(per_group, int) else Dimension()
-    batch = dims[0] if dims else Dimension()
-    return [Fact((batch, channels, *(Dimension() for _ in weight[2:])), dtype=inputs[0].dtype)]
+    if dims is None or len(dims) != len(weight) or not all(isinstance(k, int) for k in weight[2:]):
+        return [Fact((Dimension(), channels, *(Dimension() for _ in weight[2:])), dtype=inputs[0].dtype)]
+    return [Fact((dims[0], channels, *_unwound(node, dims[2:], weight[2:])), dtype=inputs[0].dtype)]  # type: ignore[arg-type]
+
+
+def _unwound(node: ir.Node, sizes: Dims, kernel: Sequence[int]) -> list[int | Dimension]:
+    """Output sizes of a transposed convolution, one for each spatial size."""
+    n = len(kernel)
+    strides = attribute(node, "strides") or [1] * n
+    dilations = attribute(node, "dilations") or [1] * n
+    pads = attribute(node, "pads") or [0] * (2 * n)
+    extra = attribute(node, "output_padding") or [0] * n
+    if attribute(node, "output_shape") or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        return [Dimension() for _ in sizes]
+    return [
+        (size - 1) * strides[i] + (kernel[i] - 1) * dilations[i] + 1 + extra[i] - pads[i] - pads[n + i]
+        if isinstance(size, int)
+        else Dimension()
+        for i, size in enumerate(sizes)
+    ]
 
 
 def _pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:

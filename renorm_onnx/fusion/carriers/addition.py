@@ -7,8 +7,9 @@ After:
 Formula:
     y = sum of k_i x_i with k = 1, 1 (Add, Sum), 1, -1 (Sub) or 1/n (Mean). At the output every x_i takes the scale;
     one of them, x, takes the shift t / (sum of the k_i at which x stands). At the inputs the scales must be one and
-    the same, and the shifts add up; a shift alone ends in a constant operand. Constants are widened to vary along
-    the map. Source: ONNX Add, Sub, Sum, Mean in all versions.
+    the same, and the shifts add up; a shift alone ends in a constant operand, and a scale goes past a constant c
+    along the same axis: s x + t + c = s (x + c) + (t + c - s c). Constants are widened to vary along the map.
+    Source: ONNX Add, Sub, Sum, Mean in all versions.
 Refuses when:
     a per-channel scale meets a computed operand that is not proven to have all the channels, or whose rank is
     unknown; no operand can take the shift; at the inputs, an operand that does not come from the norm would need
@@ -27,6 +28,7 @@ from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, refu
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
+from renorm_onnx.fusion.sources import constant_operator
 
 ABSORBING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "DequantizeLinear")
 PASSING = (
@@ -163,7 +165,7 @@ class Addition(Carrier):
                 return refuse(Reason.CONFLICT, node, "gets operands that lack different scales")
         assert total is not None, "some operand brought the node here"
         if len(maps) < len(node.inputs) and total.has_scale:
-            return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
+            return _commuted(node, total, desk)
         for index in () if total.has_scale or not total.has_shift else range(len(node.inputs)):
             parameter = desk.parameter(node, index)
             share = AffineMap(total.scale, total.shift / coefficient(node, index), total.axis)
@@ -191,6 +193,15 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
     if not fits:
         return refuse(Reason.SHAPE, node, "has no operand that is proven to take a shift along the map")
     return next((f for f in fits if absorbs_soon(node.inputs[f[0]])), fits[0])
+
+
+def _commuted(node: ir.Node, total: AffineMap, desk: Desk) -> Step | Refusal:
+    """``s x + t + c = s (x + c) + (t + c - s c)``: a scale goes past a constant that runs along the same axis."""
+    link = constant_operator(node, desk)
+    if link is None or (None not in (total.axis, link.map.axis) and total.axis != link.map.axis):
+        return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
+    shift = total.shift + link.map.shift - total.scale * link.map.shift
+    return Step((), {0: AffineMap.of(total.scale, shift, total.axis if total.axis is not None else link.map.axis)})
 
 
 def _sum(one: AffineMap, two: AffineMap) -> AffineMap | None:

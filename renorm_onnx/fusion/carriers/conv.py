@@ -71,7 +71,7 @@ class Conv(Carrier):
             return bias
         edits, onward = bias
         if full.has_scale:
-            onward[1] = AffineMap.of(full.scale, 0.0, 0)
+            onward[1] = full.without_shift().on_axis(0)
         return Step(tuple(edits), onward)
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:

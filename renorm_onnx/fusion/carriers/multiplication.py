@@ -5,10 +5,10 @@ Before:
 After:
     ``y = (s * a) b``              ``y = s * (a b)``, ``y = (s c) a + t c``       ``y = -(s * x - t)``
 Formula:
-    At the output the scale goes to one factor (to the numerator of a quotient), a constant one first. At the inputs
-    the scales of all factors multiply (one of a divisor is turned over); a shift meets only constants: (s x + t) c
-    is (s c) x + t c, which goes on if c runs along the same axis, and (s x + t) / c likewise. Source: ONNX Mul,
-    Div, Neg in all versions.
+    At the output the scale goes to one factor (to the numerator of a quotient), a constant one first. At the inputs the
+    scales of all factors multiply (one of a divisor is turned over) and end in a constant factor, widened to vary along
+    the map. A shift only goes past a constant c along the same axis: (s x + t) c = s (c x) + t c.
+    Source: ONNX Mul, Div, Neg in all versions.
 Refuses when:
     a shift arrives at the output of a product, or at an input that is multiplied by something computed, or is
     divided by; a computed factor is not proven to vary along the map; a divisor lacks a scale of zero.
@@ -80,22 +80,16 @@ class Multiplication(Carrier):
         return Step((), {0: total})
 
     def _shifted(self, node: ir.Node, maps: Mapping[int, AffineMap], rank: int | None, desk: Desk) -> Step | Refusal:
-        """``(s x + t) c``: the product by c goes on together with the map, c becomes s c."""
+        """``(s x + t) c = s (c x) + t c``: the map goes past the constant."""
         link = constant_operator(node, desk)
         if link is None or len(maps) != 1 or node.inputs[next(iter(maps))] is not link.data:
             return refuse(Reason.SHIFT, node, "multiplies a shift by something that is not a constant along one axis")
-        [(index, given)] = maps.items()
+        [given] = maps.values()
         seen = outward(given, desk.fact(link.data).rank, rank)
-        own = desk.parameter(node, 1 - index)
-        if seen is None or own is None or (None not in (seen.axis, link.map.axis) and seen.axis != link.map.axis):
+        if seen is None or (None not in (seen.axis, link.map.axis) and seen.axis != link.map.axis):
             return refuse(Reason.AXIS, node, "multiplies by a constant that runs along another axis than the map")
-        gain = seen.then(link.map)
-        if node.op_type == "Div":
-            return Step((), {0: AffineMap.of(seen.scale, gain.shift, gain.axis)})
-        changed = widened(own, seen.without_shift(), rank, desk)
-        if changed is None:
-            return refuse(Reason.SHAPE, node, f"has operand {1 - index} of shape {own.shape}, which is not widened")
-        return Step((SetInput(node, 1 - index, changed),), {0: AffineMap.of(1.0, gain.shift, gain.axis)})
+        shift = link.map.scale * seen.shift
+        return Step((), {0: AffineMap.of(seen.scale, shift, seen.axis if seen.axis is not None else link.map.axis)})
 
 
 class Negation(Carrier):

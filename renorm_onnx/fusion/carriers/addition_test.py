@@ -1,0 +1,92 @@
+"""Sums: a scale goes to every operand, a shift to one; constants absorb what reaches them."""
+
+from __future__ import annotations
+
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    backward,
+    bn,
+    build,
+    forward,
+    norm,
+    operators,
+    quarters,
+)
+from renorm_onnx.fusion.report import Reason
+
+WEIGHTS = {"W": quarters([4, 3, 1, 1]), "V": quarters([4, 3, 1, 1], 1), "U": quarters([4, 3, 1, 1], 2)}
+
+
+@pytest.mark.parametrize("body", ["Add(a, b)", "Sub(a, b)", "Sum(a, b, c)", "Mean(a, b, c)", "Sum(a)"])
+def test_a_norm_behind_a_sum_of_branches_goes_into_all_of_them(body: str) -> None:
+    text = f"a = Conv(x, W) b = Conv<strides=[1,1]>(x, V) c = Conv(x, U) d = {body} y = {bn('d')}"
+    fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", **WEIGHTS, **norm(4)))
+    assert operators(fused)["BatchNormalization"] == 0
+
+
+def test_an_operand_that_appears_twice_takes_the_shift_once() -> None:
+    fused = backward("d = Sum(c, c)", 4)
+    assert operators(fused) == {"Conv": 1, "Sum": 1}
+    backward("d = Sub(c, c)", 4, [Reason.SHAPE])
+
+
+def test_a_shift_does_not_enter_a_branch_that_meets_itself_again() -> None:
+    """Scaling each path by itself would be right, shifting one would not."""
+    lines = "p = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(c) d = Add(c, p)"
+    backward(lines, 4, [Reason.CONFLICT], positive=True)
+    backward(lines, 4, positive=True, shift=False)
+
+
+def test_another_reader_of_a_branch_keeps_the_norm() -> None:
+    text = f"a = Conv(x, W) b = Conv(x, V) d = Add(a, b) y = {bn('d')} z = Abs(b)"
+    assert_fuses(build(text, "double[N,3,H,W] x", "y, z", **WEIGHTS, **norm(4)), [Reason.CONSUMER])
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1, 1), (5,), (4, 5), (1,), (4, 4, 5), (2, 1, 4, 1)])
+@pytest.mark.parametrize("order", ["Add(c, k)", "Add(k, c)", "Sub(c, k)", "Sub(k, c)", "Sum(c, k, c)"])
+def test_a_constant_operand_takes_the_shift_and_is_widened(shape: tuple[int, ...], order: str) -> None:
+    backward(f"d = {order}", 4, k=quarters(shape, 3))
+
+
+@pytest.mark.parametrize("dims", ["1,1,1,1", "N,1,H,W", "W"])
+def test_a_computed_operand_that_broadcasts_takes_no_map(dims: str) -> None:
+    text = f"a = Conv(x, W) b = Abs(z) d = Add(a, b) y = {bn('d')}"
+    assert_fuses(build(text, f"double[N,3,H,W] x, double[{dims}] z", "y", **WEIGHTS, **norm(4)), [Reason.SHAPE])
+
+
+def test_an_open_channel_dimension_is_no_proof() -> None:
+    text = f"a = Conv(x, W) b = Relu(z) d = Add(a, b) y = {bn('d')}"
+    assert_fuses(build(text, "double[N,3,H,W] x, double[N,H,H,W] z", "y", **WEIGHTS, **norm(4)), [Reason.SHAPE])
+
+
+def test_a_uniform_scale_enters_operands_of_any_shape() -> None:
+    text = "a = Conv(x, W) b = Conv(x, V) m = ReduceMean<keepdims=0>(b) d = Add(a, m) y = Mul(d, k)"
+    fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", k=quarters([1], 5), **WEIGHTS))
+    assert operators(fused)["Mul"] == 0
+
+
+def test_a_norm_read_twice_by_a_sum_goes_forward() -> None:
+    forward("d = Add(c, c)", 4)
+    forward("d = Sub(c, c)", 4)
+    fused = forward("e = Neg(c) d = Sub(c, e)", 4, [Reason.SCALE])
+    assert operators(fused) == {"Neg": 1, "Sub": 1, "Conv": 1}
+
+
+def test_a_shift_alone_goes_forward_into_a_constant_operand() -> None:
+    text = "c = Add(x, k) e = Add(c, z) d = Add(p, e) y = Conv(d, W)"
+    constants = {"k": quarters([3, 1, 1]), "p": quarters([4, 5], 1), "W": quarters([4, 3, 2, 2])}
+    fused = assert_fuses(build(text, "double[N,3,H,W] x, double[N,3,H,W] z", "y", **constants))
+    assert operators(fused) == {"Add": 2, "Conv": 1}
+
+
+def test_a_scale_does_not_go_forward_past_an_operand_that_lacks_it() -> None:
+    text = f"c = {bn('x')} d = Add(c, z) y = Conv(d, W)"
+    assert_fuses(build(text, "double[N,3,H,W] x, double[N,3,H,W] z", "y", W=WEIGHTS["W"], **norm(3)), [Reason.SCALE])
+
+
+def test_different_scales_do_not_go_forward_through_one_sum() -> None:
+    text = f"c = {bn('x')} m = MaxPool<kernel_shape=[1,1]>(c) n = Neg(c) t = Mul(n, k) d = Add(m, t) y = Conv(d, W)"
+    model = build(text, "double[N,3,H,W] x", "y", k=quarters([4, 5]), W=WEIGHTS["W"], **norm(3, positive=True))
+    assert_fuses(model, [Reason.SHIFT])

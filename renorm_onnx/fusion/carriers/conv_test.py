@@ -1,0 +1,87 @@
+"""Convolutions absorb a map at their output, and at their input unless zeros of the padding are not shifted."""
+
+from __future__ import annotations
+
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.report import Reason
+
+GEOMETRIES = ["", "pads=[1,0,0,1]", "strides=[2,1], dilations=[1,2]", 'auto_pad="SAME_UPPER"']
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_behind_a_convolution_is_absorbed(geometry: str, group: int, bias: bool) -> None:
+    weights = {"W": quarters([8, 4 // group, 2, 2])} | ({"b": quarters([8], 2)} if bias else {})
+    attributes = ", ".join(a for a in (f"group={group}", geometry) if a)
+    body = f"c = Conv<{attributes}>(x, W{', b' if bias else ''}) y = {bn('c')}"
+    fused = assert_fuses(build(body, "double[N,4,H,W] x", "y", **weights, **norm(8)))
+    assert operators(fused) == {"Conv": 1}
+
+
+@pytest.mark.parametrize("sizes", ["L", "L,H", "L,2,2"])
+def test_convolutions_of_one_to_three_dimensions_absorb_on_both_sides(sizes: str) -> None:
+    rank = sizes.count(",") + 1
+    weights = {"W": quarters([4, 4, *[1] * rank])}
+    body = f"a = {bn('x', 'p')} c = Conv(a, W) y = {bn('c')}"
+    model = build(body, f"double[N,4,{sizes}] x", "y", **weights, **norm(4), **norm(4, "p", seed=5))
+    assert operators(assert_fuses(model)) == {"Conv": 1}
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_before_an_unpadded_convolution_is_absorbed(group: int, bias: bool) -> None:
+    weights = {"W": quarters([8, 4 // group, 3, 2])} | ({"b": quarters([8], 2)} if bias else {})
+    body = f"c = {bn('x')} y = Conv<group={group}, strides=[1,2]>(c, W{', b' if bias else ''})"
+    assert operators(assert_fuses(build(body, "double[N,4,H,W] x", "y", **weights, **norm(4)))) == {"Conv": 1}
+
+
+@pytest.mark.parametrize("pads", ["pads=[0,0,0,1]", 'auto_pad="SAME_LOWER"'])
+def test_a_shift_before_a_padded_convolution_is_refused(pads: str) -> None:
+    body = f"c = {bn('x')} y = Conv<{pads}>(c, W)"
+    model = build(body, "double[N,4,H,W] x", "y", W=quarters([8, 4, 2, 2]), **norm(4))
+    assert_fuses(model, [Reason.PADDING])
+
+
+@pytest.mark.parametrize("pads", ["pads=[1,1,1,1]", 'auto_pad="SAME_LOWER"'])
+def test_a_scale_alone_before_a_padded_convolution_is_absorbed(pads: str) -> None:
+    body = f"c = {bn('x')} y = Conv<{pads}>(c, W)"
+    assert_fuses(build(body, "double[N,4,H,W] x", "y", W=quarters([8, 4, 3, 3]), **norm(4, shift=False)))
+
+
+def test_a_norm_is_absorbed_by_all_its_readers_or_by_none() -> None:
+    body = f"c = {bn('x')} y = Conv(c, W) z = Conv(c, V, b)"
+    weights = {"W": quarters([8, 4, 2, 2]), "V": quarters([3, 4, 1, 1], 3), "b": quarters([3], 4)}
+    assert_fuses(build(body, "double[N,4,H,W] x", "y, z", **weights, **norm(4)))
+    body = f"c = {bn('x')} y = Conv(c, W) z = Abs(c)"
+    assert_fuses(build(body, "double[N,4,H,W] x", "y, z", W=weights["W"], **norm(4)), [Reason.OPERATOR])
+
+
+def test_a_weight_that_two_convolutions_share_is_copied_before_it_changes() -> None:
+    body = f"c = Conv(x, W) y = {bn('c')} z = Conv(x, W)"
+    fused = assert_fuses(build(body, "double[N,4,H,W] x", "y, z", W=quarters([4, 4, 2, 2]), **norm(4)))
+    assert len(fused.graph.initializer) == 3
+
+
+def test_a_convolution_that_is_read_elsewhere_is_left_alone() -> None:
+    body = f"c = Conv(x, W) y = {bn('c')} z = Relu(c)"
+    model = build(body, "double[N,4,H,W] x", "y, z", W=quarters([4, 4, 2, 2]), **norm(4))
+    assert_fuses(model, [Reason.CONSUMER])
+    body = f"c = Conv(x, W) y = {bn('c')}"
+    model = build(body, "double[N,4,H,W] x", "y, c", W=quarters([4, 4, 2, 2]), **norm(4))
+    assert_fuses(model, [Reason.GRAPH_OUTPUT])
+
+
+def test_a_computed_weight_is_refused() -> None:
+    body = f"c = Conv(x, w) y = {bn('c')}"
+    assert_fuses(build(body, "double[N,4,H,W] x, double[4,4,1,1] w", "y", **norm(4)), [Reason.GRAPH_INPUT])
+    body = f"c = {bn('x')} y = Conv(c, w)"
+    assert_fuses(build(body, "double[N,4,H,W] x, double[4,4,1,1] w", "y", **norm(4)), [Reason.WEIGHT])
+
+
+def test_a_map_along_another_axis_is_refused_even_where_the_sizes_agree() -> None:
+    body = "c = Conv(x, W) y = Mul(c, k)"
+    model = build(body, "double[N,4,5,5] x", "y", W=quarters([4, 4, 2, 2]), k=quarters([4]))
+    assert_fuses(model, [Reason.AXIS])

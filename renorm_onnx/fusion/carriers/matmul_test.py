@@ -1,0 +1,101 @@
+"""MatMul absorbs a scale into its constant factor, whichever side that is on, and a shift as an Add behind it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.report import Reason
+
+
+def test_a_norm_behind_matmul_becomes_its_bias() -> None:
+    fused = assert_fuses(build(f"a = MatMul(x, B) y = {bn('a')}", "double[5,3] x", "y", B=quarters([3, 6]), **norm(6)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+
+
+@pytest.mark.parametrize("add", ["Add(a, c)", "Add(c, a)"])
+@pytest.mark.parametrize("shape", [(6,), (1, 6), (1,), (), (5, 6), (5, 1)])
+def test_a_norm_behind_matmul_and_add_meets_the_add_first(add: str, shape: tuple[int, ...]) -> None:
+    body = f"a = MatMul(x, B) e = {add} y = {bn('e')}"
+    fused = assert_fuses(build(body, "double[5,3] x", "y", B=quarters([3, 6]), c=quarters(shape, 3), **norm(6)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+
+
+@pytest.mark.parametrize("left", ["3", "2,3", "N,2,3", "H,1,2,3"])
+@pytest.mark.parametrize("right", [(3,), (3, 6), (2, 3, 6)])
+def test_a_channel_map_on_the_last_axis_is_absorbed_by_the_right_factor(left: str, right: tuple[int, ...]) -> None:
+    if left == "N,2,3" and right == (2, 3, 6):
+        left = "2,2,3"
+    body = "a = MatMul(x, B) e = Mul(a, k) y = Add(l, e)"
+    width = 1 if len(right) == 1 else 6
+    model = build(body, f"double[{left}] x", "y", B=quarters(right), k=quarters([width]), l=quarters([width], 1))
+    if left == "3" and len(right) == 1:
+        model = build(body, f"double[{left}] x", "y", B=quarters(right), k=quarters([]), l=quarters([], 1))
+    assert operators(assert_fuses(model)) == {"MatMul": 1, "Add": 1}
+
+
+@pytest.mark.parametrize("right", ["3", "3,2", "N,3,2"])
+def test_a_map_along_the_rows_is_absorbed_by_a_constant_left_factor(right: str) -> None:
+    shape = (6,) if right == "3" else (6, 1)
+    body = "a = MatMul(A, x) e = Mul(a, k) y = Sub(e, l)"
+    model = build(body, f"double[{right}] x", "y", A=quarters([6, 3]), k=quarters(shape), l=quarters(shape, 1))
+    assert operators(assert_fuses(model)) == {"MatMul": 1, "Add": 1}
+
+
+def test_a_map_along_a_leading_axis_goes_to_the_factor_that_has_it() -> None:
+    body = "a = MatMul(x, B) y = Mul(a, k)"
+    fused = assert_fuses(build(body, "double[N,2,5,3] x", "y", B=quarters([2, 3, 6]), k=quarters([2, 1, 1])))
+    assert operators(fused) == {"MatMul": 1}
+    assert_fuses(
+        build(body, "double[N,2,5,3] x", "y", B=quarters([1, 3, 6]), k=quarters([2, 1, 1])), [Reason.GRAPH_INPUT]
+    )
+
+
+@pytest.mark.parametrize("right", [(4, 6), (4,), (2, 4, 6)])
+def test_a_norm_before_matmul_scales_the_rows_of_its_weight(right: tuple[int, ...]) -> None:
+    body = f"n = {bn('x')} y = MatMul(n, B)"
+    fused = assert_fuses(build(body, "double[5,4] x", "y", B=quarters(right), **norm(4)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+
+
+@pytest.mark.parametrize("left", [(6, 5), (5,), (2, 6, 5)])
+def test_a_map_before_matmul_scales_the_columns_of_a_constant_left_factor(left: tuple[int, ...]) -> None:
+    body = "e = Mul(x, k) n = Add(e, l) y = MatMul(A, n)"
+    model = build(body, "double[N,5,4] x", "y", A=quarters(left), k=quarters([5, 1]), l=quarters([5, 1], 1))
+    assert operators(assert_fuses(model)) == {"MatMul": 1, "Add": 1}
+
+
+def test_a_shift_before_matmul_is_taken_by_the_add_that_follows() -> None:
+    body = f"n = {bn('x')} a = MatMul(n, B) y = Add(a, c)"
+    fused = assert_fuses(build(body, "double[5,4] x", "y", B=quarters([4, 6]), c=quarters([6], 2), **norm(4)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+
+
+def test_one_norm_before_three_products_goes_into_all_of_them() -> None:
+    body = f"n = {bn('x')} q = MatMul(n, Q) k = MatMul(n, K) v0 = MatMul(n, V) v = Add(v0, c)"
+    weights = {"Q": quarters([4, 2]), "K": quarters([4, 2], 1), "V": quarters([4, 2], 2), "c": quarters([2], 3)}
+    fused = assert_fuses(build(body, "double[5,4] x", "q, k, v", **weights, **norm(4)))
+    assert operators(fused) == {"MatMul": 3, "Add": 3}
+
+
+def test_a_shift_along_an_axis_that_is_not_summed_is_refused() -> None:
+    body = "n = Add(x, k) y = MatMul(n, B)"
+    assert_fuses(build(body, "double[5,4] x", "y", B=quarters([4, 6]), k=quarters([5, 1])), [Reason.AXIS])
+
+
+def test_a_number_passes_a_product_of_two_computed_factors() -> None:
+    body = "a = MatMul(x, B) b = MatMul(x, C) s = Mul(a, k) y0 = MatMul(s, b) y1 = MatMul(y0, D) y = Abs(y1)"
+    weights = {n: quarters([4, 4], i) for i, n in enumerate("BCD")}
+    assert operators(assert_fuses(build(body, "double[4,4] x", "y", k=np.array(2.5), **weights)))["Mul"] == 0
+
+
+def test_a_shift_behind_two_computed_factors_stays_an_add() -> None:
+    body = "a = MatMul(x, z) y = Add(a, k)"
+    assert_fuses(build(body, "double[5,4] x, double[4,6] z", "y", k=quarters([6])), [Reason.SHIFT])
+
+
+def test_the_axis_of_a_square_product_is_not_mixed_up() -> None:
+    """onnxruntime 1.31.1 folds this BatchNormalization along the wrong axis."""
+    body = f"a = MatMul(x, B) t = Transpose<perm=[1,0]>(a) y = {bn('t')}"
+    assert_fuses(build(body, "double[6,6] x", "y", B=quarters([6, 6]), **norm(6)), [Reason.OPERATOR])

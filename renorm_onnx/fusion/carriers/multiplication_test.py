@@ -1,0 +1,63 @@
+"""Products: a scale goes to one factor, a shift only through constants."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    backward,
+    bn,
+    build,
+    forward,
+    norm,
+    operators,
+    quarters,
+)
+from renorm_onnx.fusion.report import Reason
+
+WEIGHTS = {"W": quarters([4, 3, 1, 1]), "V": quarters([4, 3, 1, 1], 1)}
+
+
+@pytest.mark.parametrize("body", ["Mul(a, g)", "Mul(g, a)", "Div(a, g)"])
+def test_a_scale_behind_a_gate_goes_to_the_branch_that_absorbs(body: str) -> None:
+    text = f"a = Conv(x, W) h = Conv(x, V) g = Clip(h, lo) d = {body} y = {bn('d')}"
+    model = build(text, "double[N,3,H,W] x", "y", lo=np.array(0.5), **WEIGHTS, **norm(4, shift=False))
+    assert operators(assert_fuses(model))["BatchNormalization"] == 0
+
+
+def test_a_shift_behind_a_product_is_refused() -> None:
+    text = f"a = Conv(x, W) g = Conv(x, V) d = Mul(a, g) y = {bn('d')}"
+    assert_fuses(build(text, "double[N,3,H,W] x", "y", **WEIGHTS, **norm(4)), [Reason.SHIFT])
+
+
+def test_a_square_is_refused() -> None:
+    backward("d = Mul(c, c)", 4, [Reason.SCALE], shift=False)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 4, 5), (1, 4, 1, 5), (2, 1, 4, 1)])
+def test_a_constant_factor_over_positions_absorbs_the_scale(shape: tuple[int, ...]) -> None:
+    fused = backward("d = Mul(k, c)", 4, shift=False, k=quarters(shape, 3))
+    assert operators(fused) == {"Conv": 1, "Mul": 1}
+    fused = forward("d = Mul(c, k)", 4, shift=False, k=quarters(shape, 3))
+    assert operators(fused) == {"Conv": 1, "Mul": 1}
+
+
+def test_the_divisor_takes_no_scale() -> None:
+    text = f"a = Abs(z) h = Conv(x, V) g = Clip(h, lo) d = Div(a, g) y = {bn('d')}"
+    constants = {"lo": np.array(0.5)} | WEIGHTS | norm(4, shift=False)
+    model = build(text, "double[N,3,4,5] x, double[N,4,4,5] z", "y", **constants)
+    assert_fuses(model, [Reason.OPERATOR])
+
+
+@pytest.mark.parametrize("lines", ["n = Neg(c) d = Neg(n)", "d = Neg(c)", "m = Neg(c) d = Mul(m, k)"])
+def test_signs_and_numbers_pass_on_both_sides(lines: str) -> None:
+    backward(lines, 4, k=quarters([]))
+    forward(lines, 4, k=quarters([]))
+
+
+def test_a_scale_goes_forward_through_a_gate() -> None:
+    forward("g = Abs(x) d = Mul(g, c)", 4, shift=False)
+    forward("g = Abs(x) d = Mul(g, c)", 4, [Reason.SHIFT])
+    forward("g = Clip(x, lo) d = Div(c, g)", 4, shift=False, lo=np.array(0.5))

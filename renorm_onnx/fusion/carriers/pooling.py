@@ -1,0 +1,136 @@
+"""Pools and reductions: a map along an axis that is not pooled passes, under conditions on its sign and the padding.
+
+Before:
+    ``y = s * pool(x) + t``
+After:
+    ``y = pool(s * x + t)``
+Formula:
+    A maximum or minimum commutes with s x + t for s > 0 (at s = 0 both are t); its padding never wins, so it never
+    sees t, and where the maximum lies (Indices) does not change. A mean is linear; its weights sum to one where the
+    padding is not counted (count_include_pad = 0) or absent, and then a shift passes. A sum of n elements gives s
+    sum(x) + t for sum(s x + t / n): n must be fixed. A norm (LpPool, ReduceL1, ReduceL2) passes s >= 0 without t.
+    At the input the same holds the other way round, a sum turning t into n t. Reductions may drop axes, and the
+    map's axis moves with them. Source: ONNX MaxPool, AveragePool, LpPool, Global*Pool,
+    Reduce{Max,Min,Mean,Sum,L1,L2} in all versions.
+Refuses when:
+    the map runs along a pooled axis; a maximum, minimum or norm meets a negative scale; a mean that counts its
+    padding, or a norm, meets a shift; Indices are read and a scale is zero; axes or rank are not known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.carrier import Carrier, Desk, Step, refuse
+from renorm_onnx.fusion.fact_layout import axes_of
+from renorm_onnx.fusion.fact_rules import attribute
+from renorm_onnx.fusion.report import Reason, Refusal
+
+ORDER = ("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin")
+NORMS = ("LpPool", "GlobalLpPool", "ReduceL1", "ReduceL2")
+
+
+class Pooling(Carrier):
+    """Operators that make one number of many."""
+
+    operators = (
+        *("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"),
+        *("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2"),
+    )
+
+    def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Ask for the map at the input."""
+        return self._pass(node, maps, desk, backward=True)
+
+    def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Hand the map on to the output."""
+        return self._pass(node, maps, desk, backward=False)
+
+    def _pass(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk, *, backward: bool) -> Step | Refusal:
+        if set(maps) != {0}:
+            return refuse(Reason.OUTPUTS, node, "is reached by its Indices, which are no such values")
+        given = maps[0]
+        pooled = self._pooled(node, desk)
+        if isinstance(pooled, Refusal):
+            return pooled
+        if refusal := _unfit(node, given):
+            return refusal
+        moved = self._moved(node, given, pooled, desk, backward=backward)
+        if isinstance(moved, Refusal):
+            return moved
+        if given.has_shift and node.op_type == "ReduceSum":
+            count = self._count(node, pooled, desk)
+            if not count:
+                return refuse(Reason.SHIFT, node, "sums a number of elements that is not fixed")
+            moved = AffineMap(moved.scale, moved.shift / count if backward else moved.shift * count, moved.axis)
+        return Step((), {0: moved})
+
+    def _pooled(self, node: ir.Node, desk: Desk) -> set[int] | Refusal | None:
+        """The axes that are pooled; None where the rank is unknown but the operator keeps axes 0 and 1."""
+        rank = desk.fact(node.inputs[0]).rank
+        if not node.op_type.startswith("Reduce"):
+            return None if rank is None else set(range(2, rank))
+        facts = desk.inputs(node)
+        axes = axes_of(node, facts)
+        given = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+        if rank is None or (given and axes is None):
+            return refuse(Reason.SHAPE, node, "reduces over axes that are not known", structural=True)
+        if not axes:
+            return set() if attribute(node, "noop_with_empty_axes", 0) else set(range(rank))
+        return {a % rank for a in axes}
+
+    def _moved(
+        self, node: ir.Node, given: AffineMap, pooled: set[int] | None, desk: Desk, *, backward: bool
+    ) -> AffineMap | Refusal:
+        """The map along the axis that is the same one on the other side."""
+        if given.axis is None or (pooled is None and given.axis < 2):
+            return given
+        rank = desk.fact(node.inputs[0]).rank
+        if rank is None or pooled is None:
+            return refuse(Reason.AXIS, node, f"pools axis {given.axis}, along which the map runs")
+        gone = pooled if node.op_type.startswith("Reduce") and not attribute(node, "keepdims", 1) else set()
+        left = [i for i in range(rank) if i not in gone]
+        axis = left[given.axis] if backward else given.axis
+        if axis in pooled:
+            return refuse(Reason.AXIS, node, f"pools axis {axis}, along which the map runs")
+        return given.on_axis(axis if backward else left.index(axis))
+
+    def _count(self, node: ir.Node, pooled: set[int] | None, desk: Desk) -> int:
+        """How many elements are summed; 0 where that is not fixed."""
+        dims = desk.dims(node.inputs[0])
+        sizes = [] if dims is None or pooled is None else [dims[i] for i in pooled]
+        fixed = [s for s in sizes if isinstance(s, int)]
+        return math.prod(fixed) if dims is not None and len(fixed) == len(sizes) else 0
+
+
+def _unfit(node: ir.Node, given: AffineMap) -> Refusal | None:
+    """Why the numbers of the map do not pass, wherever its axis lies."""
+    if node.op_type in (*ORDER, *NORMS) and not given.is_monotone:
+        return refuse(Reason.SIGN, node, "keeps the largest, smallest or absolute values: a negative scale cannot pass")
+    if node.op_type in NORMS and given.has_shift:
+        return refuse(Reason.SHIFT, node, "sums absolute values, so a shift does not pass")
+    indices = len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
+    if indices and bool((given.scale == 0).any()):
+        return refuse(Reason.SIGN, node, "has Indices in use, and a scale of zero makes all elements equal")
+    if node.op_type == "AveragePool" and given.has_shift and (why := _counts_padding(node)):
+        return refuse(Reason.PADDING, node, f"{why}, and the zeros must not be shifted")
+    return None
+
+
+def _counts_padding(node: ir.Node) -> str:
+    """Why zeros enter the mean, as the end of a sentence; empty if none do."""
+    if not attribute(node, "count_include_pad", 0):
+        return ""
+    auto, pads = attribute(node, "auto_pad", "NOTSET"), attribute(node, "pads")
+    if attribute(node, "ceil_mode", 0):
+        return "counts what lies beyond the end (ceil_mode=1)"
+    if auto in ("SAME_UPPER", "SAME_LOWER") and any(k != 1 for k in attribute(node, "kernel_shape") or ()):
+        return f"counts its padding (auto_pad={auto})"
+    return f"counts its padding (pads={list(pads)})" if auto == "NOTSET" and pads and any(pads) else ""
+
+
+CARRIERS = (Pooling(),)
