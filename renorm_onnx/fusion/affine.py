@@ -34,8 +34,10 @@ class AffineMap:
     @classmethod
     def of(cls, scale: npt.ArrayLike, shift: npt.ArrayLike, axis: int | None) -> AffineMap:
         """Broadcast `scale` and `shift` to one vector each; equal entries do not make a map uniform."""
-        pair = np.broadcast_arrays(np.atleast_1d(np.asarray(scale, np.float64)), np.asarray(shift, np.float64))
-        return cls(pair[0].reshape(-1), pair[1].reshape(-1), axis)
+        one, two = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
+        if one.shape != two.shape or one.ndim != 1:
+            one, two = np.broadcast_arrays(np.atleast_1d(one), two)
+        return cls(one.reshape(-1), two.reshape(-1), axis)
 
     @property
     def channels(self) -> int:

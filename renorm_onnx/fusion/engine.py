@@ -132,11 +132,7 @@ class _Engine:
     def _run(self) -> FusionReport:
         open_calls(self._model)
         self._names = Names(names_in(self._model))
-        graphs = list(graphs_of(self._model))
-        for graph in graphs:
-            for norm in find_norms(list(graph), self._desk):
-                self._entries_of(norm)
-        for graph in graphs:
+        for graph in list(graphs_of(self._model)):
             self._fold(graph)
             while self._options.merge_branches and self._merge_branches(graph):
                 self._fold(graph)
@@ -151,6 +147,8 @@ class _Engine:
         while True:
             nodes = list(graph)
             norms = list(find_norms(nodes, self._desk))
+            for norm in norms:
+                self._entries_of(norm)
             self._touched.clear()
             self._order = {n: float(i) for i, n in enumerate(nodes)}
             planner = Planner(self._order, self._desk, load_carriers(), self._limits)
@@ -253,7 +251,8 @@ class _Engine:
         """Let `new` stand where `old` stood and bear its name, since it holds the same."""
         name = old.name
         old.replace_all_uses_with(new, replace_graph_outputs=True)
-        new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
+        new.name, new.type = name, old.type or new.type
+        new.shape = new.shape if old.shape is None else old.shape
 
     def _delete(self, nodes: Sequence[ir.Node]) -> None:
         """Take nodes out of their graph, and whatever only they read."""

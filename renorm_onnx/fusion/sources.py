@@ -103,9 +103,10 @@ def _batch_normalization_map(node: ir.Node, desk: Desk) -> tuple[AffineMap, floa
     if (var < 0).any():
         return refuse(Reason.NEGATIVE_VARIANCE, node, f"has a negative variance in channel {int(np.argmin(var))}")
     with np.errstate(all="ignore"):
-        gain = scale / np.sqrt(var + epsilon)
+        sigma = np.sqrt(var + epsilon)
+        gain = scale / sigma
         result = AffineMap.of(gain, bias - mean * gain, 1)
-        kappa = float(np.max(np.abs(mean) / np.sqrt(var + epsilon), initial=0.0))
+        kappa = float(np.max(np.abs(mean / sigma), initial=0.0))
     if not result.is_finite:
         channel = int(np.argmin(np.isfinite(result.scale) & np.isfinite(result.shift)))
         return refuse(Reason.NON_FINITE, node, f"has parameters that are not finite in channel {channel}")
