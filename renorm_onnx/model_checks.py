@@ -142,6 +142,20 @@ def _graphs(node: NodeProto) -> Iterator[GraphProto]:
             yield from attribute.graphs
 
 
+def _check_reference(attribute: AttributeProto, node: NodeProto, scope: Scope) -> None:
+    """Refuse an attribute that takes its value from the function's caller where there is none, or if it is a graph."""
+    root = scope
+    while root.parent is not None:
+        root = root.parent
+    is_graph = attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+    if is_graph or isinstance(root.proto, GraphProto) or attribute.type == AttributeProto.UNDEFINED:
+        raise ModelFileError(
+            f"{title(node)} in {scope.label}: attribute {quoted(attribute.name)} of type "
+            f"{AttributeProto.AttributeType.Name(attribute.type)} refers to {quoted(attribute.ref_attr_name)}; "
+            "expected that only in a function, with a type, and not for graphs"
+        )
+
+
 def _check_attributes(node: NodeProto, scope: Scope, findings: Findings, budget: int) -> int:
     """Judge a node's attributes, make a Constant's sparse value dense in place, return what is left of `budget`."""
     seen = set()
@@ -156,6 +170,7 @@ def _check_attributes(node: NodeProto, scope: Scope, findings: Findings, budget:
             )
         seen.add(name)
         if attribute.ref_attr_name:
+            _check_reference(attribute, node, scope)
             continue
         if kind == AttributeProto.SPARSE_TENSOR and node.op_type == "Constant" and name == "sparse_value":
             dense = densified(attribute.sparse_tensor, budget=budget)

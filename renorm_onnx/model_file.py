@@ -150,7 +150,7 @@ def _judged(proto: onnx.ModelProto, who: str, *, folder: str | None, allow_symli
     except ModelFileError as error:
         raise ModelFileError(f"{who}: {error}") from None
     except (ir.serde.SerdeError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{who}: {_reason(error)}") from error
+        raise ModelFileError(f"{who} cannot be represented: {_reason(error)}") from error
     if findings.external:
         model.meta[_KEEP_EXTERNAL] = True
         for tensor in all_tensors(model):

@@ -106,7 +106,7 @@ def test_every_conformance_model_is_loaded_and_written_unchanged() -> None:
         before = proto.SerializeToString()
         model = model_file.load(proto)
         assert differences(proto, model_file.to_proto(model)) == [], name
-        if len(proto.graph.node) < 100:
+        if count % 5 == 0:
             assert differences(proto, model_file.to_proto(model_file.load(model))) == [], name
         assert proto.SerializeToString() == before, name
         count += 1

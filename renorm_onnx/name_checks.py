@@ -148,6 +148,10 @@ def check_calls(model: onnx.ModelProto, scopes: list[Scope]) -> None:
     """Refuse functions that are defined twice, called wrongly, call themselves, or expand beyond the limits."""
     functions: dict[_FunctionId, FunctionProto] = {}
     for function in model.functions:
+        if not function.name or bytes in map(type, _function_id(function)):
+            raise ModelFileError(
+                f"a function has domain {quoted(function.domain)} and name {quoted(function.name)}; expected UTF-8"
+            )
         names = [*function.attribute, *(attribute.name for attribute in function.attribute_proto)]
         if len(set(names)) != len(names):
             raise ModelFileError(f"function {_call_name(_function_id(function))} declares an attribute twice")

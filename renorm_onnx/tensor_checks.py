@@ -79,6 +79,8 @@ def check_tensor(tensor: TensorProto) -> int:
     Raises:
         ModelFileError: As `tensor_bytes`, or the values are not exactly as many as the dims say, or in a wrong field.
     """
+    if tensor.HasField("segment"):
+        raise ModelFileError(f"tensor {quoted(tensor.name)} is one segment of a larger one; expected whole tensors")
     size = tensor_bytes(tensor)
     kind = tensor.data_type
     field = _FIELDS.get(kind, "int32_data")
@@ -102,8 +104,6 @@ def check_tensor(tensor: TensorProto) -> int:
             f"tensor {quoted(tensor.name)} of type {ir.DataType(kind).name} and shape {tuple(tensor.dims)} has "
             f"{values:,} values in {field}; expected {expected:,}"
         )
-    if tensor.HasField("segment"):
-        raise ModelFileError(f"tensor {quoted(tensor.name)} is one segment of a larger one; expected whole tensors")
     return size
 
 
