@@ -250,9 +250,9 @@ def _merged(found: list[tuple[Trial, Errors]]) -> list[tuple[Trial, Errors]]:
             small.setdefault(trial.kind, []).append((trial, e))
     for kind, group in small.items():
         members = [e for _, e in group]
-        first = group[0][0]
-        label = first.label if len(group) == 1 else f"{kind}, {len(group)} sets"
-        result.append((Trial(kind, first.feeds, label), members[0] if len(members) == 1 else together(members)))
+        worst = max(group, key=lambda pair: ratio(pair[1].fused_max, pair[1].size_max))[0]
+        label = worst.label if len(group) == 1 else f"{worst.label} and {len(group) - 1} more"
+        result.append((Trial(kind, worst.feeds, label), members[0] if len(members) == 1 else together(members)))
     return result
 
 
