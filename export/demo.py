@@ -34,6 +34,9 @@ from renorm_onnx.runtime.bench import bench
 # Share of the steps after which r_max and d_max are fully relaxed: the paper's 40,000 of 50,000 steps.
 RELAXED_AFTER = 0.8
 
+# Below so many pixels x squared width per step, torch's threads wait for each other longer than they work.
+_WORTH_THREADS = 2**14
+
 _JUDGED_IMAGES = 256
 _TIMED_BATCHES = (1, 64)
 _TIMING_ROUNDS = 20
@@ -76,7 +79,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--depth", type=int, default=16, help="d of WRN-d-k, 6 N + 4")
     parser.add_argument("--width", type=int, default=1, help="k of WRN-d-k")
-    parser.add_argument("--steps", type=int, default=3000, help="updates of the weights, for each of the two trainings")
+    parser.add_argument("--steps", type=int, default=2500, help="updates of the weights, for each of the two trainings")
     parser.add_argument("--batch-size", type=int, default=2, help="images per step")
     parser.add_argument("--learning-rate", type=float, default=0.02, help="at the start; falls along a cosine")
     parser.add_argument("--data", choices=DATA_SETS, default="digits", help="what to train on")
@@ -157,7 +160,9 @@ def _train_both(
         "BatchNorm": partial(nn.BatchNorm2d, momentum=0.01),
         "BatchRenorm": partial(BatchRenorm2d, momentum=0.01, schedule=stretched(RELAXED_AFTER * recipe.steps)),
     }
-    trained = []
+    trained, threads = [], torch.get_num_threads()
+    if recipe.batch_size * (data.size * options.width) ** 2 < _WORTH_THREADS:
+        torch.set_num_threads(1)
     for label, norm in norms.items():
         torch.manual_seed(recipe.seed)
         network = wide_resnet(options.depth, options.width, data.num_classes, data.channels, norm)
@@ -166,6 +171,7 @@ def _train_both(
         seconds = time.perf_counter() - started
         answers = predict(network, data.test_images, device).argmax(1).numpy()
         trained.append(Trained(network, curves, seconds, float((answers == data.test_labels).mean())))
+    torch.set_num_threads(threads)
     return trained[0], trained[1]
 
 
