@@ -124,6 +124,7 @@ class _Engine:
         self._entries: dict[ir.Node, NormReport] = {}
         self._order: dict[ir.Node, float] = {}
         self._touched: set[ir.Node] = set()
+        self._added: set[ir.Node] = set()
 
     def run(self) -> FusionReport:
         with model_file.collection_paused(), np.errstate(all="ignore"):
@@ -152,8 +153,9 @@ class _Engine:
             self._touched.clear()
             self._order = {n: float(i) for i, n in enumerate(nodes)}
             planner = Planner(self._order, self._desk, load_carriers(), self._limits)
+            count = len(self._added)
             folded = sum([self._try(norm, planner) for norm in (norms if forwards else reversed(norms))])
-            if folded in (0, len(norms)):
+            if not folded or (folded == len(norms) and len(self._added) == count):
                 return
             self._desk.facts.forget()
             forwards = not forwards
@@ -163,7 +165,8 @@ class _Engine:
         known = {id(e): e for n in norm.nodes if (e := self._entries.get(n)) is not None}
         if not known:
             entry = NormReport(norm.name, norm.kind, norm.form, describe(norm))
-            self._report.entries.append(entry)
+            if not self._added.issuperset(norm.nodes):
+                self._report.entries.append(entry)
             self._entries.update(dict.fromkeys(norm.nodes, entry))
             return [entry]
         return list(known.values())
@@ -244,6 +247,7 @@ class _Engine:
         node = ir.Node("", "Add", [value, self._store(graph, edit.parameter, name)], outputs=[total], name=name)
         graph.insert_after(edit.node, node)
         self._order[node] = self._order[edit.node] + 0.5
+        self._added.add(node)
         self._desk.pending[node, 1] = edit.parameter
         return total
 
