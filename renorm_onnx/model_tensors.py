@@ -14,20 +14,23 @@ Replacement = Callable[[ir.TensorProtocol], ir.TensorProtocol]
 
 def all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """Give every tensor of `model`: of initializers and attributes, in inner graphs and functions too."""
-    for graph in model.graphs():
-        yield from (value.const_value for value in graph.initializers.values() if value.const_value is not None)
-    yield from (attribute.value for _, attribute in _tensor_attributes(model))
+    yield from _constants(model.graph)
+    for body in (model.graph, *(function.graph for function in model.functions.values())):
+        for node in body.all_nodes():
+            for attribute in node.attributes.values():
+                if attribute.is_ref():
+                    continue
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield attribute.value
+                elif attribute.type == ir.AttributeType.GRAPH:
+                    yield from _constants(attribute.value)
+                elif attribute.type == ir.AttributeType.GRAPHS:
+                    for graph in attribute.value:
+                        yield from _constants(graph)
 
 
-def _tensor_attributes(model: ir.Model) -> list[tuple[ir.Node, ir.Attr]]:
-    bodies = [model.graph, *(function.graph for function in model.functions.values())]
-    return [
-        (node, attribute)
-        for body in bodies
-        for node in body.all_nodes()
-        for attribute in node.attributes.values()
-        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
-    ]
+def _constants(graph: ir.Graph) -> list[ir.TensorProtocol]:
+    return [value.const_value for value in graph.initializers.values() if value.const_value is not None]
 
 
 def with_tensors(model: ir.Model, replace: Replacement) -> ir.Model:
@@ -37,15 +40,18 @@ def with_tensors(model: ir.Model, replace: Replacement) -> ir.Model:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = replace(value.const_value)
-    for node, attribute in _tensor_attributes(fresh):
-        replaced = replace(attribute.value)
-        node.attributes[attribute.name] = ir.AttrTensor(attribute.name, replaced, doc_string=attribute.doc_string)
+    for body in (fresh.graph, *(function.graph for function in fresh.functions.values())):
+        for node in body.all_nodes():
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    replaced = replace(attribute.value)
+                    node.attributes[name] = ir.AttrTensor(name, replaced, doc_string=attribute.doc_string)
     return fresh
 
 
 def with_inner_tensors(model: ir.Model, replace: Replacement) -> ir.Model:
     """The model, or a copy where external tensors in inner graphs and attributes are replaced: onnx-ir writes those."""
-    top = {id(value.const_value) for value in model.graph.initializers.values()}
+    top = set(map(id, _constants(model.graph)))
     if any(isinstance(tensor, ir.ExternalTensor) and id(tensor) not in top for tensor in all_tensors(model)):
         return with_tensors(model, lambda tensor: tensor if id(tensor) in top else replace(tensor))
     return model

@@ -50,6 +50,9 @@ def tensor_bytes(tensor: TensorProto) -> int:
     """
     dims: tuple[int, ...] = tuple(tensor.dims)
     bits = _BITS.get(tensor.data_type, 0)
+    size = math.prod(dims) * bits
+    if bits and len(dims) < 8 and 0 < size <= _MAX_BITS and min(dims, default=0) >= 0:
+        return (size + 7) // 8
     if not bits and tensor.data_type != TensorProto.STRING:
         raise ModelFileError(
             f"tensor {quoted(tensor.name)} has data type {tensor.data_type}, which onnx {onnx.__version__} does not "
@@ -62,7 +65,7 @@ def tensor_bytes(tensor: TensorProto) -> int:
             f"tensor {quoted(tensor.name)} has {len(dims)} dims {quoted(dims)}; "
             f"expected at most {_MAX_RANK} dims and {_MAX_BITS // 8:,} bytes"
         )
-    return (math.prod(dims) * bits + 7) // 8
+    return (size + 7) // 8
 
 
 def check_tensor(tensor: TensorProto) -> int:
