@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -257,3 +260,9 @@ def test_a_session_on_the_wrong_provider_is_never_returned(fake_cuda, monkeypatc
     monkeypatch.setattr(FakeSession, "get_providers", lambda self: ["CPUExecutionProvider"])
     with pytest.raises(MachineError, match="asked for CUDAExecutionProvider, onnxruntime created CPUExecutionProvider"):
         open_session(model(), "cuda")
+
+
+def test_importing_the_package_of_the_session_is_cheap():
+    code = "import sys, renorm_onnx.runtime; print({'numpy', 'onnx', 'onnxruntime', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -14,7 +14,9 @@ The factors 1.5 and 4 are calibrated on WRN-16-4, DenseNet-40, MobileNetV2 and a
 folds reach 1.11 pooled, 1.6 in one batch and 2.1 at the worst element, and so does an unchanged model when
 onnxruntime's optimizer reorders it. A single small set of inputs says little about the size of U's rounding error, so
 the error relative to R that U showed over all ordinary inputs is a further lower bound on the right-hand side; for
-inputs that are not larger than ordinary ones, so is its absolute error there.
+inputs that are not larger than ordinary ones, so is its absolute error there. Sets of one kind with fewer than 64
+elements of an output are judged together, and while there are n < 64 of them the last two limits widen by 1 + 2 /
+sqrt(n).
 """
 
 import math
@@ -185,10 +187,10 @@ class Judge:
             typical = worst = 0.0
         elif not note and not self._passes_gate(e):
             decides, note = False, "set aside: the unfused model itself is off by more than its type explains"
-        elif not note and typical > SINGLE:
-            note = f"RMS error is {typical:.3g} x its yardstick, allowed {SINGLE:g}"
-        elif not note and worst > WORST:
-            note = f"largest error is {worst:.3g} x its yardstick, allowed {WORST:g}"
+        elif not note and typical > SINGLE * _slack(e.elements):
+            note = f"RMS error is {typical:.3g} x its yardstick, allowed {SINGLE * _slack(e.elements):.3g}"
+        elif not note and worst > WORST * _slack(e.elements):
+            note = f"largest error is {worst:.3g} x its yardstick, allowed {WORST * _slack(e.elements):.3g}"
         return self._row(output, trial, e, e.elements, (typical, worst), decides, note)
 
     def _pooled(self, output: str, ordinary: list[Errors]) -> Row:
@@ -254,6 +256,11 @@ def _merged(found: list[tuple[Trial, Errors]]) -> list[tuple[Trial, Errors]]:
         label = worst.label if len(group) == 1 else f"{worst.label} and {len(group) - 1} more"
         result.append((Trial(kind, worst.feeds, label), members[0] if len(members) == 1 else together(members)))
     return result
+
+
+def _slack(elements: int) -> float:
+    """Return by how much the limits widen for a set too small for its error to be typical."""
+    return 1.0 if elements >= ENOUGH or elements == 0 else 1.0 + 2.0 / math.sqrt(elements)
 
 
 class _Seen:

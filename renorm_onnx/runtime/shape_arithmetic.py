@@ -1,0 +1,91 @@
+"""Which values are sizes: computed from shapes and constants alone, on the way to another shape.
+
+Exporters write ``floor(float(shape) * 0.7)``. In float32, 10 * 0.7 rounds to 7; in float64, with the stored
+0.699999988, it is 6.9999999 and its floor 6: another size than any runtime's. So the few numbers of such a computation
+are kept in float32 while everything that a network's data or weights reach is float64.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from renorm_onnx.runtime.operators.call import Call, Kernel, Result, promote
+
+_MAX_ELEMENTS = 16  # more than a shape has; grids and position encodings, made of shapes too, are data
+
+_WIDE = {ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+class Origin(enum.Enum):
+    """What a value was computed from."""
+
+    DATA = enum.auto()
+    CONSTANT = enum.auto()
+    SHAPE = enum.auto()
+
+
+class Origins:
+    """The origin of every value seen so far."""
+
+    def __init__(self) -> None:
+        self._known: dict[ir.Value, Origin] = {}
+
+    def of(self, value: ir.Value) -> Origin:
+        """Where `value` comes from; an initializer that the caller may override is data."""
+        known = self._known.get(value)
+        if known is not None:
+            return known
+        constant = value.is_initializer() and not value.is_graph_input()
+        return Origin.CONSTANT if constant else Origin.DATA
+
+    def pass_on(self, sources: Sequence[ir.Value | None], targets: Sequence[ir.Value]) -> None:
+        """Give each target the origin of its source, as at the border of a function."""
+        for position, target in enumerate(targets):
+            source = sources[position] if position < len(sources) else None
+            self._known[target] = Origin.CONSTANT if source is None else self.of(source)
+
+    def note(self, node: ir.Node) -> Origin:
+        """Find and remember the origin of the node's outputs.
+
+        It is a shape's if every input is a shape's or a constant, and one is a shape's. A cast to a type other than
+        float32 makes data of it, and so does a body.
+        """
+        origin = self._after(node)
+        for output in node.outputs:
+            self._known[output] = origin
+        return origin
+
+    def _after(self, node: ir.Node) -> Origin:
+        if node.op_type in ("Shape", "Size"):
+            return Origin.SHAPE
+        if node.op_type in ("If", "Loop", "Scan", "CastLike"):
+            return Origin.DATA
+        if node.op_type == "Cast":
+            to = node.attributes.get("to")
+            if to is None or to.is_ref() or to.as_int() in _WIDE:
+                return Origin.DATA
+        found = {self.of(value) for value in node.inputs if value is not None}
+        if Origin.DATA in found:
+            return Origin.DATA
+        return Origin.SHAPE if Origin.SHAPE in found else Origin.CONSTANT
+
+
+def in_float32(kernel: Kernel, call: Call) -> Result:
+    """The kernel's results computed in float32, then promoted; in float64 where more than a shape goes in."""
+    arrays = [value for value in call.inputs if isinstance(value, np.ndarray)]
+    if not any(a.dtype == np.float64 for a in arrays) or any(a.size > _MAX_ELEMENTS for a in arrays):
+        return kernel(call)
+    result = kernel(replace(call, inputs=[_narrow(value) for value in call.inputs]))
+    return tuple(map(_widen, result)) if isinstance(result, tuple) else _widen(result)
+
+
+def _narrow(value: Any) -> Any:
+    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == np.float64 else value
+
+
+def _widen(value: Any) -> Any:
+    return promote(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value

@@ -1,0 +1,64 @@
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from renorm_onnx.runtime.reference import evaluate
+
+SCALED = """<ir_version: 8, opset_import: ["": 17]> g (float[n, c, h, w] x) => (float[a, b, i, j] y) {
+    shape = Shape<start: int = 2>(x)  real = Cast<to: int = 1>(shape)
+    factor = Constant<value_float: float = FACTOR>()  product = Mul(real, factor)
+    floor = Floor(product)  size = Cast<to: int = 7>(floor)
+    front = Shape<start: int = 0, end: int = 2>(x)  sizes = Concat<axis: int = 0>(front, size)
+    y = Resize<mode = "linear">(x, , , sizes)
+}"""
+
+
+def run_both(text: str, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    proto = onnx.parser.parse_model(text)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return evaluate(ir.serde.deserialize_model(proto), feeds)["y"], session.run(None, feeds)[0]
+
+
+@pytest.mark.parametrize("factor", [0.7, 0.6, 1.1, 2.0, 1.4285714, 0.3333333])
+@pytest.mark.parametrize("length", [10, 15, 30, 33, 70, 110])
+def test_sizes_are_those_of_onnxruntime(factor, length):
+    x = np.random.default_rng(0).standard_normal((1, 1, length, length + 10)).astype(np.float32)
+    got, want = run_both(SCALED.replace("FACTOR", str(factor)), {"x": x})
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, atol=2e-4)  # onnxruntime computes where to read in float32
+
+
+def test_sizes_are_followed_through_functions():
+    text = """<ir_version: 8, opset_import: ["": 17, "f": 1]> g (float[h] x) => (float[k] y) {
+            shape = Shape(x)  size = f.scaled<by = 0.7>(shape)  y = ConstantOfShape(size) }
+        <domain: "f", opset_import: ["": 17]> scaled<by>(shape) => (size) {
+            real = Cast<to: int = 1>(shape)  factor = Constant<value_float: float = @by>()
+            product = Mul(real, factor)  floor = Floor(product)  size = Cast<to: int = 7>(floor) }"""
+    got, want = run_both(text, {"x": np.ones(10, np.float32)})
+    assert got.shape == want.shape == (7,)
+
+
+def test_constants_alone_and_data_stay_in_float64():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y)
+        <float[2] a = {0.7, 0.3}, float[2] b = {10.0, 3.0}> { w = Mul(a, b)  y = Mul(w, x) }"""
+    got, _ = run_both(text, {"x": np.ones(2, np.float32)})
+    assert np.array_equal(got, np.array([0.7, 0.3], np.float32).astype(float) * [10.0, 3.0])
+
+
+def test_what_is_cast_to_double_stays_double():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[h] x) => (double[k] y) {
+        shape = Shape(x)  real = Cast<to: int = 11>(shape)  tenth = Constant<value = double[1] {0.1}>()
+        y = Mul(real, tenth) }"""
+    got, want = run_both(text, {"x": np.ones(7, np.float32)})
+    assert np.array_equal(got, want)
+    assert got.tolist() == [7 * 0.1]
+
+
+def test_a_mean_over_positions_divides_by_the_exact_count():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[h] x) => (float y) {
+        n = Size(x)  real = Cast<to: int = 1>(n)  total = ReduceSum<keepdims: int = 0>(x)  y = Div(total, real) }"""
+    x = np.random.default_rng(0).standard_normal(7).astype(np.float32)
+    got, _ = run_both(text, {"x": x})
+    assert got == x.astype(float).sum() / 7

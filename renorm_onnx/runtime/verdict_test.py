@@ -1,0 +1,144 @@
+import math
+
+import numpy as np
+import pytest
+
+from renorm_onnx.runtime.deviation import errors_of, rms
+from renorm_onnx.runtime.inputs import Trial
+from renorm_onnx.runtime.verdict import POOLED, PRECISIONS, Judge
+
+RNG = np.random.default_rng(0)
+R = RNG.normal(size=(32, 8))
+
+
+def noisy(scale, seed, shape=R.shape):
+    return np.random.default_rng(seed).normal(size=shape) * scale
+
+
+def judge_of(*pairs, kind="normal", want=R):
+    """Pairs of errors of U and F; the outputs are float32 so that types agree."""
+    judge = Judge("cpu", PRECISIONS["float32"])
+    for number, (unfused, fused) in enumerate(pairs):
+        trial = Trial(kind if number == 0 else "normal", {}, f"{kind} {number}")
+        judge.add(trial, "y", errors_of(want, want + unfused, want + fused))
+    return judge
+
+
+def failures(judge):
+    return [row for row in judge.rows() if row.decides and not row.ok]
+
+
+def test_errors_of_the_same_size_are_accepted_and_larger_ones_are_not():
+    u = noisy(1e-6, 1)
+    assert failures(judge_of((u, noisy(1e-6, 2)))) == []
+    assert failures(judge_of((u, noisy(0, 2)))) == []
+    assert [row.inputs for row in failures(judge_of((u, noisy(2e-6, 2))))] == [POOLED]
+    assert len(failures(judge_of((u, noisy(1e-5, 2))))) == 2
+
+
+def test_one_bad_element_among_many_good_ones_is_found():
+    fused = noisy(1e-6, 2)
+    fused[3, 4] = 2e-5
+    (row, *_) = failures(judge_of((noisy(1e-6, 1), fused)))
+    assert row.index == (3, 4)
+    assert "largest error is" in row.note
+    assert row.values[2] - row.values[0] == pytest.approx(2e-5)
+
+
+def test_an_error_below_the_rounding_of_the_type_is_no_error():
+    """U may be exact by luck; F then may still be off by what float32 rounds."""
+    assert failures(judge_of((0 * R, noisy(1e-7, 2)))) == []
+    assert failures(judge_of((0 * R, noisy(1e-6, 2)))) != []
+
+
+def test_one_bad_set_is_not_averaged_away_by_many_good_ones():
+    good = [(noisy(1e-6, n), noisy(1e-6, 50 + n)) for n in range(40)]
+    bad = (noisy(1e-6, 98), noisy(6e-6, 99))
+    assert failures(judge_of(*good)) == []
+    assert [row.inputs for row in failures(judge_of(*good, bad))] == ["normal 40"]
+
+
+def test_large_inputs_are_judged_by_their_own_errors():
+    big = 1e4 * R
+    judge = judge_of((noisy(1e-2, 1), noisy(1e-2, 2)), kind="large", want=big)
+    judge.add(Trial("normal", {}, "normal"), "y", errors_of(R, R + noisy(1e-6, 3), R + noisy(1e-6, 4)))
+    assert failures(judge) == []
+    judge.add(Trial("normal", {}, "again"), "y", errors_of(R, R + noisy(1e-6, 5), R + noisy(1e-4, 6)))
+    assert "again" in {row.inputs for row in failures(judge)}
+
+
+def test_inputs_no_larger_than_ordinary_ones_are_forgiven_ordinary_errors():
+    judge = judge_of((noisy(1e-6, 1), noisy(1e-6, 2)))
+    quiet = 1e-3 * R
+    judge.add(Trial("zeros", {}, "zeros"), "y", errors_of(quiet, quiet + 0 * R, quiet + noisy(1e-6, 3)))
+    assert failures(judge) == []
+    judge.add(Trial("zeros", {}, "more zeros"), "y", errors_of(quiet, quiet + 0 * R, quiet + noisy(1e-5, 3)))
+    assert [row.inputs for row in failures(judge)] == ["more zeros"]
+
+
+def test_the_gate_refuses_to_judge_by_a_reference_that_u_does_not_reach():
+    judge = judge_of((noisy(1e-2, 1), noisy(1e-2, 2)))
+    assert "reference unusable" in judge.unusable()
+    assert judge_of((noisy(1e-4, 1), noisy(1e-4, 2))).unusable() == ""
+    half = Judge("cpu", PRECISIONS["float16"])
+    half.add(Trial("normal", {}, "normal"), "y", errors_of(R, R + noisy(1e-2, 1), R + noisy(1e-2, 2)))
+    assert half.unusable() == ""
+
+
+def test_a_set_that_even_u_gets_wrong_is_set_aside_if_it_is_not_ordinary():
+    judge = judge_of((noisy(1e-6, 1), noisy(1e-6, 2)))
+    judge.add(Trial("large", {}, "large"), "y", errors_of(R, R + noisy(0.1, 1), R + noisy(0.5, 2)))
+    (row,) = [row for row in judge.rows() if row.inputs == "large"]
+    assert not row.decides
+    assert "set aside" in row.note
+    assert judge.unusable() == ""
+
+
+@pytest.mark.parametrize(
+    ("r", "u", "f", "ok"),
+    [
+        (1.0, 1.0, np.nan, False),
+        (1.0, 1.0, np.inf, False),
+        (np.inf, np.inf, np.inf, True),
+        (np.inf, np.inf, -np.inf, False),
+        (np.nan, np.nan, np.nan, True),
+        (np.nan, np.nan, 1.0, False),
+        (1e6, np.inf, np.inf, True),
+        (1e6, np.inf, 1e6, True),
+        (1e6, np.inf, np.nan, False),
+    ],
+)
+def test_values_that_are_not_finite_are_where_they_should_be(r, u, f, ok):
+    want, unfused, fused = (np.array([value, 1.0, 2.0]) for value in (r, u, f))
+    found = errors_of(want, unfused, fused)
+    assert (found.problem == "") is ok
+    assert found.elements == 2 + (np.isfinite(r) and np.isfinite(u) and np.isfinite(f))
+    if not ok:
+        assert found.index == (0,)
+
+
+def test_shapes_and_types_come_before_values():
+    assert "shape (2,)" in errors_of(np.zeros(3), np.zeros(3), np.zeros(2)).problem
+    assert "type float32" in errors_of(np.zeros(3), np.zeros(3), np.zeros(3, np.float32)).problem
+
+
+def test_the_root_mean_square_survives_extreme_values():
+    assert rms(np.full(4, 1e-200)) == pytest.approx(1e-200)
+    assert rms(np.full(4, 1e200)) == pytest.approx(1e200)
+    assert rms(np.zeros(0)) == rms(np.zeros(3)) == 0.0
+
+
+def test_small_sets_of_one_kind_are_judged_together():
+    judge = Judge("cpu", PRECISIONS["float32"])
+    for n in range(64):
+        want = np.array([R.flat[n]])
+        judge.add(
+            Trial("normal", {}, f"normal {n}"),
+            "y",
+            errors_of(want, want + noisy(1e-6, n, 1), want + noisy(1e-6, n + 99, 1)),
+        )
+    rows = judge.rows()
+    assert [row.elements for row in rows] == [64, 64]
+    assert "and 63 more" in rows[0].inputs
+    assert failures(judge) == []
+    assert all(math.isfinite(row.typical) for row in rows)
