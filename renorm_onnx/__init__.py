@@ -22,7 +22,9 @@ _NAMES = {
     "runtime.parity": ("verify",),
     "delivery": ("fuse_file",),
     "inspection": ("inspect_model",),
-    "exporter": ("keep_ops", "restore", "to_onnx", "translation_table"),
+    "exporter": ("keep_ops", "to_onnx", "translation_table"),
+    "onnx_function": ("attach",),
+    "restoring": ("restore",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from renorm_onnx.errors import RenormError as RenormError
     from renorm_onnx.errors import VerificationError as VerificationError
     from renorm_onnx.exporter import keep_ops as keep_ops
-    from renorm_onnx.exporter import restore as restore
     from renorm_onnx.exporter import to_onnx as to_onnx
     from renorm_onnx.exporter import translation_table as translation_table
     from renorm_onnx.fusion.engine import FuseOptions as FuseOptions
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from renorm_onnx.layers.modules import BatchRenorm3d as BatchRenorm3d
     from renorm_onnx.layers.running_stats import sync_running_stats as sync_running_stats
     from renorm_onnx.layers.running_stats import update_stats as update_stats
+    from renorm_onnx.restoring import restore as restore
     from renorm_onnx.runtime.parity import verify as verify
 
 

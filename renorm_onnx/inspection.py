@@ -68,7 +68,7 @@ class Inspection:
         norms = self.report.norms
         lines += ["", f"{len(norms)} norms, {len(self.report.folded)} of them can be folded"]
         if self.explain and norms:
-            rows = [(n.name, n.form, n.outcome if n.outcome == "kept" else "folds", n.detail) for n in norms]
+            rows = [(n.label, n.form, n.outcome if n.outcome == "kept" else "folds", n.detail) for n in norms]
             lines += ["", *text_table(("norm", "form", "", "where, or why not"), rows)]
         return "\n".join(lines)
 

@@ -32,6 +32,7 @@ from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
 from renorm_onnx.inlining import Names, names_in
+from renorm_onnx.onnx_function import MODULE_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,12 @@ class _Engine:
             return self._run()
 
     def _run(self) -> FusionReport:
+        self._forms = {
+            v.name: f"{n.domain}::{n.op_type}"
+            for n in self._model.graph.all_nodes()
+            if n.op_identifier() in self._model.functions
+            for v in n.outputs
+        }
         open_calls(self._model)
         self._names = Names(names_in(self._model))
         for graph in list(graphs_of(self._model)):
@@ -164,7 +171,9 @@ class _Engine:
         """The entries of a norm's nodes: one, unless norms of the input model have become one chain."""
         known = {id(e): e for n in norm.nodes if (e := self._entries.get(n)) is not None}
         if not known:
-            entry = NormReport(norm.name, norm.kind, norm.form, describe(norm))
+            form = self._forms.get(norm.name, norm.form)
+            module = norm.nodes[-1].metadata_props.get(MODULE_KEY, "")
+            entry = NormReport(norm.name, norm.kind, form, describe(norm), module)
             if not self._added.issuperset(norm.nodes):
                 self._report.entries.append(entry)
             self._entries.update(dict.fromkeys(norm.nodes, entry))

@@ -72,6 +72,7 @@ class NormReport:
         name: Name of its output value in the input model (a value name is unique, a node name need not be).
         kind: "norm", or "affine" for a constant Mul, Add, Sub, Div or Neg that is no normalization by itself.
         form: How the model spells it: "BatchNormalization", "chain", or a function's "domain::name".
+        module: The path of the torch module it came from, where the exporter left it; else empty.
         nodes: Names of its nodes, or of their outputs where they have none.
         outcome: "folded" or "kept".
         into: Names of the operators that took it up.
@@ -84,11 +85,17 @@ class NormReport:
     kind: str
     form: str
     nodes: tuple[str, ...] = ()
+    module: str = ""
     outcome: str = "kept"
     into: tuple[str, ...] = ()
     way: str = ""
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: its module, or the name of its output."""
+        return self.module or self.name
 
     @property
     def reason(self) -> Reason | None:
@@ -113,6 +120,7 @@ class NormReport:
             "name": self.name,
             "kind": self.kind,
             "form": self.form,
+            "module": self.module,
             "nodes": list(self.nodes),
             "outcome": self.outcome,
         }
@@ -194,7 +202,8 @@ class FusionReport:
         if self.branches_merged:
             yield f"{self.branches_merged} parallel branches merged"
         for norm in self.kept:
-            yield f"  kept {norm.name!r} ({norm.form}): {norm.reason.value if norm.reason else ''}: {norm.detail}"
+            codes = ", ".join(dict.fromkeys(r.reason.value for r in norm.refusals))
+            yield f"  kept {norm.label!r} [{codes}]: {norm.detail}"
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -7,11 +7,13 @@ Formulas::
 
 Every batch-renorm layer of today is exported as such a chain. A constant belongs to a chain only if it varies along one
 axis of x at most, and x is proven to have that many elements there: a constant that broadcasts x, or raises its rank,
-is no map of channels. kappa = max |mean| / sigma measures how much of the input cancels in ``x - mean``.
+is no map of channels. kappa measures how much of the input cancels in ``x - mean``: |mean| / sigma, as the root mean
+square over channels weighted by their gain, which is what the rounding of a fold adds to the next operator's sum.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +38,8 @@ class Norm:
         nodes: In graph order; each reads the one before and nobody else does.
         input: The value it maps.
         map: What it computes, or why that is not known.
-        kappa: How many times larger than its spread the input may be: error of a fold that moves x before the mean.
+        kappa: How many standard deviations the input lies from zero: the factor by which a forward fold may multiply
+            the rounding error of the operator that absorbs it.
         kind: "norm", or "affine" for a constant operator that normalizes nothing by itself.
         form: "BatchNormalization" or "chain".
     """
@@ -106,7 +109,7 @@ def _batch_normalization_map(node: ir.Node, desk: Desk) -> tuple[AffineMap, floa
         sigma = np.sqrt(var + epsilon)
         gain = scale / sigma
         result = AffineMap.of(gain, bias - mean * gain, 1)
-        kappa = float(np.max(np.abs(mean / sigma), initial=0.0))
+        kappa = _weighted(mean / sigma, scale)
     if not result.is_finite:
         channel = int(np.argmin(np.isfinite(result.scale) & np.isfinite(result.shift)))
         return refuse(Reason.NON_FINITE, node, f"has parameters that are not finite in channel {channel}")
@@ -160,13 +163,21 @@ def _as_norm(links: Sequence[_Link], total: AffineMap) -> Norm:
 
 
 def _kappa(links: Sequence[_Link]) -> float:
-    """``max |mean| / sigma`` of a chain that subtracts before it divides; zero where the input is scaled first."""
-    shift = IDENTITY
-    for link in links:
-        if link.map.has_scale and not (link.map.scale == -1).all():
-            return float(np.max(np.abs(shift.shift * link.map.scale), initial=0.0)) if shift.has_shift else 0.0
-        shift = shift.then(link.map)
-    return 0.0
+    """``|mean| / sigma`` of a chain that subtracts before it divides; zero where the input is scaled first."""
+    shift, rest = IDENTITY, [link.map for link in links]
+    while rest and (not rest[0].has_scale or (rest[0].scale == -1).all()):
+        shift = shift.then(rest.pop(0))
+    if not rest or not shift.has_shift:
+        return 0.0
+    gain = functools.reduce(AffineMap.then, rest[1:], IDENTITY)
+    return _weighted(shift.shift * rest[0].scale, gain.scale)
+
+
+def _weighted(ratios: np.ndarray, gains: np.ndarray) -> float:
+    """Root mean square of the ratios, weighted by the squares of the gains."""
+    ratios, gains = np.broadcast_arrays(ratios, gains)
+    total = float(np.sum(gains**2))
+    return float(np.sqrt(np.sum((ratios * gains) ** 2) / total)) if total > 0 else 0.0
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
