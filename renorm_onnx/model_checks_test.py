@@ -196,6 +196,20 @@ def test_too_many_nodes_are_refused() -> None:
         model_checks.check_model(proto)
 
 
+def test_a_file_of_countless_empty_entries_is_refused_before_it_is_parsed() -> None:
+    graph = b"\x6a\x00" * (model_checks.MAX_ENTRIES + 1)
+    length = len(graph)
+    data = b"\x08\x0a\x3a" + bytes(
+        [length & 127 | 128, length >> 7 & 127 | 128, length >> 14 & 127 | 128, length >> 21]
+    )
+    with pytest.raises(ModelFileError, match=r"it has more than 200,000 nodes or 2,000,000 values"):
+        model_checks.check_entries(data + graph)
+    model_checks.check_entries(data + graph[:-4])
+    model_checks.check_entries(model([RELU]).SerializeToString())
+    for damage in (b"\xff" * 30, b"\x3a", b"\x07", b"\x3a\xff\xff\xff\xff\x0f\x0a"):
+        model_checks.check_entries(damage)
+
+
 def test_nodes_out_of_order_are_sorted() -> None:
     proto = model([node("Relu", ["a"], ["y"]), node("Abs", ["x"], ["a"])])
     loaded = model_file.load(proto)

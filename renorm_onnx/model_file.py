@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from renorm_onnx.errors import ModelFileError
 from renorm_onnx.external_data import BLOCK_BYTES, check_external, set_folder
 from renorm_onnx.file_writing import NewFile, check_output, explain
-from renorm_onnx.model_checks import check_model
+from renorm_onnx.model_checks import check_entries, check_model
 from renorm_onnx.model_tensors import all_tensors, in_memory, renamable, with_inner_tensors, with_tensors
 from renorm_onnx.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
 from renorm_onnx.tensor_checks import quoted, tensor_bytes
@@ -122,7 +122,10 @@ def _read(path: str) -> bytes:
 def _parsed(data: bytes, path: str) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
+        check_entries(data)
         proto.ParseFromString(data)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path!r}: {error}") from None
     except DecodeError as error:
         kind = next((kind for signature, kind in _SIGNATURES if data.startswith(signature)), None)
         if kind is None and "depth" in str(error).lower():
@@ -316,8 +319,9 @@ def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str], *,
     check_output(target, inputs=[source], force=force)
     content = _read(source)
     folder, new_folder = os.path.dirname(os.path.abspath(source)), os.path.dirname(os.path.abspath(target))
+    proto = _parsed(content, source)
     try:
-        findings = check_model(_parsed(content, source))
+        findings = check_model(proto)
         locations = check_external(findings.external, folder, follow_links=True)
     except ModelFileError as error:
         raise ModelFileError(f"{source!r}: {error}") from None

@@ -320,3 +320,13 @@ def test_garbage_collection_is_paused_only_while_a_model_is_built() -> None:
             pass
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_a_damaged_model_is_not_copied(path: Path) -> None:
+    path.write_bytes(b"\x08\x07\x12\xff\xff")
+    with pytest.raises(ModelFileError, match=r"^'[^']*model\.onnx' cannot be read as protobuf"):
+        model_file.copy_file(path, path.with_name("copy.onnx"))
+    path.write_bytes(b"\x08\x07")
+    with pytest.raises(ModelFileError, match=r"^'[^']*model\.onnx': it has no graph"):
+        model_file.copy_file(path, path.with_name("copy.onnx"))
+    assert os.listdir(path.parent) == ["model.onnx"]
