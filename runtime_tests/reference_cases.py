@@ -4,6 +4,7 @@ A `Case` says at which opsets it is valid as written: a Squeeze with ``axes`` as
 ``axes`` as an input begins at 13. Inputs are seeded and far from trivial; the file is a table, so that a gap shows.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,6 @@ class Case:
         units: Allowed difference in units of 2**-24 times the largest value of an output.
         steps: Allowed difference of integer outputs (a float32 quotient may round to the other side of a half).
         domain: Of the operator; versions of domains other than ONNX's own are not listed, 1 is used.
-        scale: What `units` is relative to where values cancel: the size of the terms instead of that of the result.
     """
 
     op: str
@@ -40,7 +40,6 @@ class Case:
     outputs: int = 1
     units: float = 64
     steps: int = 0
-    scale: float = 0.0
     domain: str = ""
 
     def __str__(self) -> str:
@@ -51,12 +50,17 @@ class Case:
         """The first opset, each at which the operator changed, and the last."""
         if self.domain:
             return [1]
-        changed = {
-            schema.since_version
-            for schema in onnx.defs.get_all_schemas_with_history()
-            if schema.name == self.op and schema.domain == ""
-        }
-        return sorted({self.first, self.last, *(v for v in changed if self.first <= v <= self.last)})
+        return sorted({self.first, self.last, *(v for v in _versions()[self.op] if self.first <= v <= self.last)})
+
+
+@functools.cache
+def _versions() -> Mapping[str, list[int]]:
+    """The opsets that changed each operator."""
+    found: dict[str, list[int]] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        if schema.domain == "":
+            found.setdefault(schema.name, []).append(schema.since_version)
+    return found
 
 
 _GENERATOR = np.random.default_rng(0)

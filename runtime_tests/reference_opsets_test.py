@@ -81,7 +81,7 @@ def difference(case: Case, want: Any, got: Any) -> str:
     if not np.array_equal(np.isfinite(want), np.isfinite(got)):
         return "finite in one, not in the other"
     finite = np.isfinite(got)
-    scale = max(np.abs(got[finite]).max(initial=0.0), case.scale)
+    scale = np.abs(got[finite]).max(initial=0.0)
     units = np.abs(want - got)[finite].max(initial=0.0) / max(scale, 1e-30) * 2**24
     return f"{units:.3g} units of 2**-24 apart, {case.units} allowed" if units > case.units else ""
 

@@ -3,12 +3,13 @@
 Every floating-point tensor, constant and cast is promoted to float64 (`operators.call`): the result is what the model
 means, before any rounding of its own type. A Cast to a narrower float therefore does not round; a Cast to an integer
 truncates, integers keep their arithmetic, and QuantizeLinear rounds, for there rounding is the operator's meaning.
+Sizes computed from shapes become integers as in float32 (`shape_arithmetic`), or they would be other sizes.
 
 ``onnx.reference`` alone is no such truth. In onnx 1.23 it blends batch statistics into BatchNormalization at opsets
 9 to 13, refuses it at 7 and 8, is wrong for grouped ConvTranspose, LRN and softmax before opset 13, and takes 15 s for
 one image of Inception-v3. Here operators are our own, tested one by one at every version against onnxruntime
-(``runtime_tests/reference_opsets_test.py``); rare ones that pass the same tests are borrowed from it
-(`operators.borrowed`). What neither covers is refused, never guessed.
+(``runtime_tests/reference_opsets_test.py``), those of ``com.microsoft`` among them; rare ones that pass the same tests
+are borrowed from it (`operators.borrowed`). What neither covers is refused, never guessed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from renorm_onnx.errors import InputError
 from renorm_onnx.runtime.operators import registry
 from renorm_onnx.runtime.operators.call import Call, UnusableError, promote, promoted_type
+from renorm_onnx.runtime.shape_arithmetic import Origin, Origins, rounded_as_stored
 
 OLDEST_OPSET = 6
 """Lowest opset of the ONNX domain that is evaluated."""
@@ -73,6 +75,7 @@ class _Evaluation:
         self._values: dict[ir.Value, Any] = {}
         self._schedules: dict[int, list[_Step]] = {}
         self._kept: frozenset[ir.Value] = frozenset()
+        self._origins = Origins()
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]], keep: Sequence[str]) -> dict[str, Any]:
         graph = self._model.graph
@@ -112,7 +115,9 @@ class _Evaluation:
         }
         function = self._model.functions.get(node.op_identifier())
         if function is not None:
+            self._origins.pass_on(node.inputs, function.inputs)
             results: Sequence[Any] = self._run_function(function, inputs, attributes, frame)
+            self._origins.pass_on(function.outputs, node.outputs)
         else:
             results = self._run_operator(node, inputs, attributes, frame)
         for output, result in zip(node.outputs, results, strict=False):
@@ -143,7 +148,9 @@ class _Evaluation:
         try:
             if kernel is None:
                 raise UnusableError("not covered by the float64 reference")
-            result = kernel(Call(node.op_type, opset, inputs, names, attributes, run_body))
+            call = Call(node.op_type, opset, inputs, names, attributes, run_body)
+            sizes = self._origins.note(node) is Origin.SHAPE
+            result = rounded_as_stored(kernel, call) if sizes else kernel(call)
         except UnusableError as error:
             raise InputError(f"{_who(node, domain, opset)}: {error} (reference unusable)") from error
         except InputError as error:

@@ -161,3 +161,15 @@ def test_nodes_out_of_order_are_refused():
     model.graph.append(nodes[0])
     with pytest.raises(InputError, match="value 't' is read before it is computed"):
         evaluate(model, {"x": np.ones(1, np.float32)})
+
+
+def test_a_norm_of_mixed_types_is_computed_from_the_values_each_type_stores():
+    text = """<ir_version: 8, opset_import: ["": 15]>
+        g (float16[2, 3, 4] x, float16[3] s, float16[3] b, float[3] m, float[3] v) => (float16[2, 3, 4] y)
+        { y = BatchNormalization<epsilon = 0.001>(x, s, b, m, v) }"""
+    x, scale, bias = (GENERATOR.standard_normal(shape).astype(np.float16) for shape in ((2, 3, 4), 3, 3))
+    mean, var = (GENERATOR.uniform(0.5, 2, 3).astype(np.float32) for _ in range(2))
+    s, b, m, v = (value.astype(np.float64)[:, None] for value in (scale, bias, mean, var))
+    want = (x.astype(np.float64) - m) / np.sqrt(v + np.float64(np.float32(0.001))) * s + b
+    got = evaluate(parse(text), {"x": x, "s": scale, "b": bias, "m": mean, "v": var})["y"]
+    np.testing.assert_allclose(got, want, rtol=1e-12)

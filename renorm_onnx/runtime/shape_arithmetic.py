@@ -2,20 +2,21 @@
 
 Exporters write ``floor(float(shape) * 0.7)``. In float32, 10 * 0.7 rounds to 7; in float64, with the stored
 0.699999988, it is 6.9999999 and its floor 6: another size than any runtime's. So the few numbers of such a computation
-are kept in float32 while everything that a network's data or weights reach is float64.
+are rounded to float32 just before they are rounded to an integer; nothing else is.
 """
 
 import enum
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from renorm_onnx.runtime.operators.call import Call, Kernel, Result, promote
+from renorm_onnx.runtime.operators.call import Call, Kernel, Result
 
 _MAX_ELEMENTS = 16  # more than a shape has; grids and position encodings, made of shapes too, are data
+
+_ROUNDING = {"Cast", "Ceil", "Floor", "Round"}
 
 _WIDE = {ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
@@ -74,18 +75,10 @@ class Origins:
         return Origin.SHAPE if Origin.SHAPE in found else Origin.CONSTANT
 
 
-def in_float32(kernel: Kernel, call: Call) -> Result:
-    """The kernel's results computed in float32, then promoted; in float64 where more than a shape goes in."""
-    arrays = [value for value in call.inputs if isinstance(value, np.ndarray)]
-    if not any(a.dtype == np.float64 for a in arrays) or any(a.size > _MAX_ELEMENTS for a in arrays):
+def rounded_as_stored(kernel: Kernel, call: Call) -> Result:
+    """The kernel's results; where it rounds a number to an integer, of that number in float32."""
+    x = call.input(0)
+    rounds = call.op_type in _ROUNDING and isinstance(x, np.ndarray) and x.dtype == np.float64
+    if not rounds or x.size > _MAX_ELEMENTS:
         return kernel(call)
-    result = kernel(replace(call, inputs=[_narrow(value) for value in call.inputs]))
-    return tuple(map(_widen, result)) if isinstance(result, tuple) else _widen(result)
-
-
-def _narrow(value: Any) -> Any:
-    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == np.float64 else value
-
-
-def _widen(value: Any) -> Any:
-    return promote(np.asarray(value)) if isinstance(value, np.ndarray | np.generic) else value
+    return kernel(replace(call, inputs=[x.astype(np.float32).astype(np.float64)]))

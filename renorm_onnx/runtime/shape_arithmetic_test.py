@@ -56,6 +56,13 @@ def test_what_is_cast_to_double_stays_double():
     assert got.tolist() == [7 * 0.1]
 
 
+def test_scales_computed_from_shapes_stay_in_float64():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[h] x) => (float[h] y) {
+        n = Size(x)  real = Cast<to: int = 1>(n)  root = Sqrt(real)  scale = Reciprocal(root)  y = Mul(x, scale) }"""
+    got, _ = run_both(text, {"x": np.ones(3, np.float32)})
+    np.testing.assert_allclose(got, 1 / np.sqrt(3.0), rtol=1e-15)
+
+
 def test_a_mean_over_positions_divides_by_the_exact_count():
     text = """<ir_version: 8, opset_import: ["": 17]> g (float[h] x) => (float y) {
         n = Size(x)  real = Cast<to: int = 1>(n)  total = ReduceSum<keepdims: int = 0>(x)  y = Div(total, real) }"""
