@@ -17,6 +17,7 @@ and shift.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -169,16 +170,24 @@ def update_statistics(
         momentum = momentum.to(kind)
     if stat == "sigma":
         sigma = deviation(running_var.to(kind), eps) if sigma is None else sigma
-        var = sigma.lerp_(spread, momentum).square_().sub_(eps).relu_()  # below 0 by rounding alone
+        _move(sigma, spread, momentum)
+        var = sigma.mul_(sigma).sub_(eps).relu_()  # below 0 by rounding alone
     else:
-        var = torch.lerp(running_var.to(kind), spread, momentum)
+        var = _move(running_var.to(kind, copy=True), spread, momentum)
     if running_var.dtype == kind:
-        running_mean.lerp_(mean, momentum)
+        _move(running_mean, mean, momentum)
     else:
         # A module converted to half: better the largest number than infinity.
         var.clamp_(max=torch.finfo(running_var.dtype).max)
-        running_mean.copy_(torch.lerp(running_mean.to(kind), mean, momentum))
+        running_mean.copy_(_move(running_mean.to(kind), mean, momentum))
     running_var.copy_(var)
+
+
+def _move(value: Tensor, target: Tensor, share: float | Tensor) -> Tensor:
+    """Move `value` towards `target`, in place. One operation where it can be; vmap has no rule for that one."""
+    if kernels.available(value):
+        return value.lerp_(target, share)
+    return value.add_((target - value) * share)
 
 
 def scale_and_shift(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,50 +267,25 @@ def batch_renorm(
         y of the shape and type of x.
 
     Raises:
-        InputError: There is one value per channel in training, or `stat` is unknown.
+        InputError: In training there is one value per channel, `stat` is unknown, or a bound is out of its range.
     """
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
     if stat not in STATS:
         raise InputError(f"batch_renorm: stat={stat!r}, expected one of {STATS}")
+    if not (1 <= r_max < inf and 0 <= d_max < inf):
+        raise InputError(f"batch_renorm: r_max={r_max!r}, d_max={d_max!r}, expected finite r_max >= 1 and d_max >= 0")
     if x.numel() == x.size(1):
         raise InputError(f"batch_renorm: {ONE_VALUE} {tuple(x.shape)}")
-    y, batch, batch_sigma, _, _ = corrected(x, running_mean, running_var, weight, bias, eps, r_max, d_max)
+    batch = batch_statistics(x)
+    kind = batch.var.dtype
+    batch_sigma, sigma = deviation(batch.var, eps), deviation(running_var.to(kind), eps)
+    r_bound, d_bound = (torch.full((), bound, dtype=kind, device=x.device) for bound in (r_max, d_max))
+    r, d = corrections(batch.mean, batch_sigma, running_mean, sigma, r_bound, d_bound)
+    y = normalize(x, weight, bias, batch, r, d, eps)
     spread = observed_spread(batch, batch_sigma, stat)
     update_statistics(running_mean, running_var, batch.mean, spread, momentum=momentum, eps=eps, stat=stat)
     return y
-
-
-def corrected(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    r_max: float,
-    d_max: float,
-) -> tuple[Tensor, BatchStatistics, Tensor, Tensor, Tensor]:
-    """Apply Algorithm 1 without its update.
-
-    Args:
-        x: As in `batch_renorm`, and so all others.
-        running_mean: Shape (C,). Read, never written.
-        running_var: Shape (C,). Read, never written.
-        weight: gamma.
-        bias: beta.
-        eps: Added to variances.
-        r_max: Bound on r.
-        d_max: Bound on d.
-
-    Returns:
-        y, the statistics of the batch, sigma_B, r and d.
-    """
-    batch = batch_statistics(x)
-    batch_sigma, sigma = deviation(batch.var, eps), deviation(running_var.to(batch.var.dtype), eps)
-    bounds = (torch.full((), bound, dtype=sigma.dtype, device=sigma.device) for bound in (r_max, d_max))
-    r, d = corrections(batch.mean, batch_sigma, running_mean, sigma, *bounds)
-    return normalize(x, weight, bias, batch, r, d, eps), batch, batch_sigma, r, d
 
 
 ONE_VALUE = "Expected more than 1 value per channel when training, got input size"

@@ -1,7 +1,7 @@
 """Batch renormalization of padded batches: statistics over the valid positions alone.
 
-A mask has the shape of x without its channel axis, (N, *), and is True where a position holds data. Every position is
-normalized, also the padded ones; what they hold reaches neither the statistics nor a gradient of another position.
+A mask has the shape of x without its channel axis, (N, *), and is True where a position holds data. The padded
+positions are read as 0, whatever they hold: it reaches neither the statistics nor a gradient.
 """
 
 import torch
@@ -89,10 +89,12 @@ def normalize_masked(
         eps: Added to the variance.
 
     Returns:
-        y of the shape and type of x, at valid and at padded positions.
+        y of the shape and type of x; at padded positions what 0 would become.
     """
     shape = [1, -1] + [1] * (x.dim() - 2)  # (C,) -> (1, C, 1, ...)
     mean, var, _ = _moments(x, mask)
+    # where, not a product: padding may hold infinities, and 0 times infinity is no gradient of gamma.
+    x = torch.where(mask.unsqueeze(1), x, 0.0)
     scale, shift = scale_and_shift(weight, bias, r, d)
     scale = scale / torch.sqrt(var + eps)
     return ((x - mean.view(shape)) * scale.view(shape) + shift.view(shape)).to(x.dtype)
@@ -105,7 +107,6 @@ def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values = x.to(accumulation_type(x))
     size = mask.sum()
     divisor = size.clamp(min=1)
-    # where, not a product: padding may hold infinities.
     mean = torch.where(valid, values, 0.0).sum(axes) / divisor
     centered = torch.where(valid, values - mean.view(shape), 0.0)
     return mean, centered.square().sum(axes) / divisor, size

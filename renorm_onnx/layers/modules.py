@@ -185,7 +185,7 @@ class _BatchRenorm(_NormBase):
         return type(self)._batch_statistics is _BatchRenorm._batch_statistics
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if isinstance(input, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if isinstance(input, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return  # neither can follow a question about a shape
         who = type(self).__name__
         if input.dim() not in self.ranks:

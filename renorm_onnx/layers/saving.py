@@ -30,7 +30,7 @@ def save_for_backward(r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save(r: Tensor, d: Tensor) -> tuple[Tensor, ...]:
-    """Copy both. Being composite it runs in Python while the joint graph is traced, and marks the nodes it leaves there.
+    """Copy both; as a composite operator, in Python while the joint graph is traced, marking the nodes it adds.
 
     The mark is what selective checkpointing uses. A concatenation, unlike a pointwise operation, is saved even without.
     """

@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.layers.conftest import LAYERS, algorithm_1, make_batch, shaken, weights_like
+from renorm_onnx.layers.masked import length_mask
+
+
+def layer_for(rank, **options):
+    return shaken(LAYERS[rank](3, **{"momentum": 0.1, "schedule": None, "dtype": torch.float64, **options}))
+
+
+def random_mask(x, seed=0):
+    shape = (x.size(0), *x.shape[2:])
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_a_masked_step_is_algorithm_1_on_the_valid_positions(rank):
+    layer = layer_for(rank)
+    x = make_batch(rank).requires_grad_()
+    mask = random_mask(x)
+    valid = x.movedim(1, -1)[mask]  # (M, C)
+    sigma = (layer.running_var + layer.eps).sqrt()
+    want, mu, sigma = algorithm_1(valid, layer.weight, layer.bias, layer.running_mean, sigma, layer.eps, 3.0, 5.0, 0.1)
+    g = weights_like(want)
+    want_grads = torch.autograd.grad(want, (x, layer.weight, layer.bias), g)
+
+    got = layer(x, mask).movedim(1, -1)[mask]
+    grads = torch.autograd.grad(got, (x, layer.weight, layer.bias), g)
+
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.running_mean, mu)
+    torch.testing.assert_close((layer.running_var + layer.eps).sqrt(), sigma)
+
+
+def test_a_full_mask_is_no_mask():
+    x = make_batch(3)
+    one, other = layer_for(3), layer_for(3)
+    torch.testing.assert_close(one(x, torch.ones(6, 5, dtype=torch.bool)), other(x))
+    torch.testing.assert_close(one.running_var, other.running_var)
+
+
+@pytest.mark.parametrize("junk", [0.0, 1e30, float("inf"), float("nan")])
+def test_what_padding_holds_reaches_neither_statistics_nor_gradients(junk):
+    x = make_batch(3)
+    lengths = torch.tensor([5, 4, 1, 3, 2, 5])
+    mask = length_mask(lengths, 5)
+    outcomes = []
+    for filler in (0.5, junk):
+        layer = layer_for(3)
+        filled = torch.where(mask.unsqueeze(1), x, filler).requires_grad_()
+        y = layer(filled, mask).movedim(1, -1)[mask]
+        (y * weights_like(y)).sum().backward()
+        outcomes.append([y, filled.grad, layer.weight.grad, layer.running_mean, layer.running_var])
+    for clean, dirty in zip(*outcomes, strict=True):
+        torch.testing.assert_close(dirty, clean)
+
+
+@pytest.mark.parametrize("valid", [0, 1])
+def test_fewer_than_two_valid_positions_teach_nothing(valid):
+    layer = layer_for(3)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    mask = torch.zeros(6, 5, dtype=torch.bool)
+    mask[0, :valid] = True
+    y = layer(make_batch(3), mask)
+    assert torch.isfinite(y).all()
+    assert torch.equal(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, var, rtol=1e-15, atol=0)
+    assert layer.num_batches_tracked.item() == 1
+
+
+def test_ghost_batches_take_their_part_of_the_mask():
+    layer, x, mask = layer_for(3, virtual_batch_size=3, stat="var"), make_batch(3), random_mask(make_batch(3))
+    halves = [layer_for(3, stat="var") for _ in range(2)]
+    want = [half(x[3 * i : 3 * i + 3], mask[3 * i : 3 * i + 3]) for i, half in enumerate(halves)]
+    torch.testing.assert_close(layer(x, mask), torch.cat(want))
+    torch.testing.assert_close(layer.running_var, (halves[0].running_var + halves[1].running_var) / 2)
+
+
+def test_evaluation_does_not_look_at_the_mask():
+    layer, x = layer_for(3).eval(), make_batch(3)
+    assert torch.equal(layer(x, random_mask(x)), layer(x))
+
+
+def test_without_running_statistics_the_valid_positions_normalize():
+    layer = layer_for(3, track_running_stats=False)
+    x = make_batch(3)
+    mask = random_mask(x)
+    valid = x.movedim(1, -1)[mask]
+    want = torch.batch_norm(valid, layer.weight, layer.bias, None, None, True, 0.0, layer.eps, False)
+    for mode in (True, False):
+        torch.testing.assert_close(layer.train(mode)(x, mask).movedim(1, -1)[mask], want)
+
+
+def test_a_mask_that_does_not_fit_is_refused():
+    layer, x = layer_for(3), make_batch(3)
+    with pytest.raises(
+        InputError, match=r"BatchRenorm1d: mask has shape \(6, 4\) .* expected \(6, 5\) and torch\.bool"
+    ):
+        layer(x, torch.ones(6, 4, dtype=torch.bool))
+    with pytest.raises(InputError, match=r"dtype torch\.float32"):
+        layer(x, torch.ones(6, 5))
+    with pytest.raises(InputError, match=r"length_mask: lengths has shape \(2, 2\)"):
+        length_mask(torch.ones(2, 2, dtype=torch.long), 4)
+
+
+def test_lengths_become_a_mask():
+    assert length_mask(torch.tensor([0, 2, 3]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
