@@ -29,14 +29,14 @@ class Stages:
     ) -> None:
         if error is None:
             self._end_stage()
-            self._bar.set_description_str("done".ljust(24))
+            self._bar.set_description_str("done".ljust(36))
         self._bar.close()
 
     def __call__(self, stage: str) -> None:
         """Begin a stage, which ends the one before."""
         self._end_stage()
         self._running = True
-        self._bar.set_description_str(stage.ljust(24))
+        self._bar.set_description_str(stage.ljust(36))
 
     def _end_stage(self) -> None:
         if self._running:

@@ -44,7 +44,7 @@ MODELS: Mapping[str, Entry] = {
         repvgg.repvgg,
         repvgg.example_inputs,
         2,
-        {"depths": (2, 3), "widths": (8, 16), "num_classes": 10},
+        {"depths": (1, 2), "widths": (8, 16), "num_classes": 10},
         {"size": 16},
     ),
     "unet3d": Entry(unet3d.unet3d, unet3d.example_inputs, 3, {"base": 4, "levels": 3}, {"size": 8}),
