@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+import renorm_onnx.runtime.tensors as tensors
 from renorm_onnx.errors import InputError
-from renorm_onnx.runtime import tensors
 from renorm_onnx.runtime.tensors import TensorSpec
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+import renorm_onnx.runtime.providers as providers
 from renorm_onnx.errors import RenormError
-from renorm_onnx.runtime import providers
 from renorm_onnx.runtime.comparison import TOLERANCES, compare
 from renorm_onnx.runtime.providers import ProviderStatus
 from renorm_onnx.runtime.session import open_session

@@ -233,8 +233,15 @@ class _Comparison:
             return
         if self._first is None and trial.ordinary:
             self._first = trial, want
-        for name, array in unfused.items():
-            one.judge.add(trial, name, errors_of(want[name], array, fused[name]))
+        parts = [_tensors(outputs) for outputs in (want, unfused, fused)]
+        for name, array in parts[1].items():
+            missing = f"{name!r} is missing from what the candidate or the reference gives"
+            if name in parts[0] and name in parts[2]:
+                one.judge.add(trial, name, errors_of(parts[0][name], array, parts[2][name]))
+            else:
+                one.failures.append(f"on {one.provider}, inputs {trial.label}: {missing}")
+        if extra := sorted(parts[2].keys() - parts[1].keys()):
+            one.failures.append(f"on {one.provider}, inputs {trial.label}: the candidate also gives {extra}")
 
     def _conclude(self, base: Verdict, runners: Sequence[_Runners]) -> Verdict:
         rows = [row for one in runners for row in one.judge.rows()]
@@ -261,11 +268,10 @@ class _Comparison:
             return base
         (trial, want), rows, repeats = self._first, [], []
         for one in runners:
-            again = open_session(self._sides.sources[1], one.provider).run(trial.feeds)
-            once = one.fused.run(trial.feeds)
-            repeats.append(
-                Repeat(one.provider, max(_difference(once[name], again[name]) for name in once), trial.label)
-            )
+            again = _tensors(open_session(self._sides.sources[1], one.provider).run(trial.feeds))
+            once = _tensors(one.fused.run(trial.feeds))
+            largest = max((_difference(once[name], again[name]) for name in once), default=0.0)
+            repeats.append(Repeat(one.provider, largest, trial.label))
             rows += self._optimized(one, trial, want)
         return replace(base, rows=(*base.rows, *rows), repeats=tuple(repeats))
 
@@ -280,8 +286,10 @@ class _Comparison:
         except (InputError, MachineError) as error:
             self._skipped.append(f"optimized models on {one.provider}: {error}")
             return []
-        for name, array in unfused.items():
-            judge.add(trial, name, errors_of(want[name], array, fused[name]))
+        wanted, given = _tensors(want), _tensors(fused)
+        for name, array in _tensors(unfused).items():
+            if name in wanted and name in given:
+                judge.add(trial, name, errors_of(wanted[name], array, given[name]))
         return [
             replace(row, optimize="all", decides=False, ok=True) for row in judge.rows() if row.inputs == trial.label
         ]
@@ -289,6 +297,17 @@ class _Comparison:
 
 def _skipped(base: Verdict, why: str) -> Verdict:
     return replace(base, outcome="skipped", reason=f"Not run end to end: {why}", skipped=(why,))
+
+
+def _tensors(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the tensors of outputs, those of a sequence as name[0] and so on; absent optionals are left out."""
+    found: dict[str, Array] = {}
+    for name, value in outputs.items():
+        if isinstance(value, list | tuple):
+            found |= _tensors({f"{name}[{position}]": part for position, part in enumerate(value)})
+        elif value is not None:
+            found[name] = np.asarray(value)
+    return found
 
 
 def _difference(once: Array, again: Array) -> float:

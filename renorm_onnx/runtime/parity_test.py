@@ -195,6 +195,17 @@ def test_integer_outputs_must_be_equal():
     assert "of the elements equal neither the reference nor the unfused model" in verdict.reason
 
 
+def test_sequences_are_compared_part_by_part():
+    body = "half = Constant<value_ints=[4, 4]>() a = Mul(x, s) y = SplitToSequence<axis=1>(a, half)"
+    right, wrong = (model_of("float[N,8] x", "seq(float[N,4]) y", body) for _ in range(2))
+    for model, factor in ((right, 1.5), (wrong, 1.5001)):
+        model.graph.initializer.append(onh.from_array(np.float32(factor), "s"))
+    verdict = verify(right, right)
+    assert verdict.ok, verdict
+    assert {row.output for row in verdict.rows} == {"y[0]", "y[1]"}
+    assert verify(right, wrong).outcome == "no"
+
+
 def test_a_fault_at_one_size_alone_is_found():
     """Right for every batch but that of one."""
     right = model_of("float[N,8] x", "float[N,8] y", "y = Relu(x)")

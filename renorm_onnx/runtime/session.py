@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+import renorm_onnx.runtime.providers as providers
+import renorm_onnx.runtime.tensors as tensors
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
-from renorm_onnx.runtime import providers, tensors
 from renorm_onnx.runtime.cuda_graph import CudaGraph
 from renorm_onnx.runtime.ort_errors import creation_error, run_error
 from renorm_onnx.runtime.placement import Placed, compute_nodes, placement_of
