@@ -161,33 +161,31 @@ def update_statistics(
         mean: mu_B, shape (C,), detached.
         spread: As `observed_spread` gives it.
         momentum: Share of the batch, in [0, 1].
-        eps: As in `deviation`.
+        eps: As in `deviation`; a tensor on the native path.
         stat: One of `STATS`.
         sigma: `deviation(running_var, eps)` if the caller has it already. Overwritten.
     """
-    kind = mean.dtype
+    kind, native = mean.dtype, isinstance(eps, Tensor)
     if isinstance(momentum, Tensor):
         momentum = momentum.to(kind)
     if stat == "sigma":
         sigma = deviation(running_var.to(kind), eps) if sigma is None else sigma
-        _move(sigma, spread, momentum)
+        _move(sigma, spread, momentum, native)
         var = sigma.mul_(sigma).sub_(eps).relu_()  # below 0 by rounding alone
     else:
-        var = _move(running_var.to(kind, copy=True), spread, momentum)
+        var = _move(running_var.to(kind, copy=True), spread, momentum, native)
     if running_var.dtype == kind:
-        _move(running_mean, mean, momentum)
+        _move(running_mean, mean, momentum, native)
     else:
         # A module converted to half: better the largest number than infinity.
         var.clamp_(max=torch.finfo(running_var.dtype).max)
-        running_mean.copy_(_move(running_mean.to(kind), mean, momentum))
+        running_mean.copy_(_move(running_mean.to(kind), mean, momentum, native))
     running_var.copy_(var)
 
 
-def _move(value: Tensor, target: Tensor, share: float | Tensor) -> Tensor:
-    """Move `value` towards `target`, in place. One operation where it can be; vmap has no rule for that one."""
-    if kernels.available(value):
-        return value.lerp_(target, share)
-    return value.add_((target - value) * share)
+def _move(value: Tensor, target: Tensor, share: float | Tensor, native: bool) -> Tensor:
+    """Move `value` towards `target`, in place. One operation on the native path; vmap has no rule for that one."""
+    return value.lerp_(target, share) if native else value.add_((target - value) * share)
 
 
 def scale_and_shift(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,14 +80,26 @@ class Schedule(ABC):
         if remembered is not None and remembered[0] == key:
             return remembered[1]  # type: ignore[no-any-return]
         found = self.bounds(step, r_max, d_max)
-        check_bounds(found, f"{who}: schedule {self!r} at step {step} returned")
+        if not _usable(found):
+            found = check_bounds(found, f"{who}: schedule {self!r} at step {step} returned")
         # Not an attribute of the frozen dataclass: only the memory of the last question.
         self.__dict__["_remembered"] = (key, found)
         return found
 
 
-def check_bounds(bounds: Any, opening: str) -> None:
-    """Refuse bounds that Algorithm 1 cannot use.
+def _usable(bounds: Any) -> bool:
+    """Return whether bounds are what they should be, without the price of a message."""
+    return (
+        type(bounds) is tuple
+        and len(bounds) == 2
+        and type(bounds[0]) is type(bounds[1]) is float
+        and 1 <= bounds[0] < math.inf
+        and 0 <= bounds[1] < math.inf
+    )
+
+
+def check_bounds(bounds: Any, opening: str) -> Bounds:
+    """Return bounds as two floats, or refuse what Algorithm 1 cannot use.
 
     Args:
         bounds: What should be (r_max, d_max).
@@ -104,6 +116,7 @@ def check_bounds(bounds: Any, opening: str) -> None:
         raise InputError(f"{opening} r_max={r_max!r}, expected a finite number >= 1 because r lies in [1/r_max, r_max]")
     if not (math.isfinite(d_max) and d_max >= 0):
         raise InputError(f"{opening} d_max={d_max!r}, expected a finite number >= 0 because d lies in [-d_max, d_max]")
+    return r_max, d_max
 
 
 def _check_steps(who: str, **steps: float) -> None:

@@ -135,8 +135,8 @@ def _joined(ys: Sequence[Tensor]) -> Tensor:
 
 def _reference(layer: Layer, x: Tensor, step: Tensor, now: int | None) -> Reference:
     """The statistics and bounds that hold at this step, with numbers as bounds if the host knows the step."""
-    mean = layer._buffers.get("renorm_mean", layer.running_mean)
-    var = layer._buffers.get("renorm_var", layer.running_var)
+    which = "running" if layer.renorm_momentum is None else "renorm"
+    mean, var = layer._buffers[f"{which}_mean"], layer._buffers[f"{which}_var"]
     assert mean is not None
     assert var is not None
     kind = functional.accumulation_type(x)
@@ -196,7 +196,7 @@ def _learn(
     layer: Layer, parts: Sequence[Part], reference: Reference, momentum: float | Tensor, *, masked: bool
 ) -> None:
     """Move the layer's statistics, in place, once, towards the mean over the ghost batches."""
-    running_mean, running_var = layer.running_mean, layer.running_var
+    running_mean, running_var = layer._buffers["running_mean"], layer._buffers["running_var"]
     assert running_mean is not None
     assert running_var is not None
     mean, spread = parts[0].run.mean, parts[0].spread
