@@ -201,6 +201,16 @@ def unscaled_axes(node: ir.Node, inputs: Facts, rank: int) -> set[int]:
     return kept
 
 
+def _quantized(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    """The same dimensions; the type is that of the scale (DequantizeLinear) or of the zero point (QuantizeLinear)."""
+    if given := attribute(node, "output_dtype", 0):
+        return [Fact(inputs[0].dims, dtype=ir.DataType(given))]
+    if node.op_type == "DequantizeLinear":
+        return [Fact(inputs[0].dims, dtype=inputs[1].dtype)]
+    zero = inputs[2].dtype if len(inputs) > 2 and node.inputs[2] is not None else ir.DataType.UINT8
+    return [Fact(inputs[0].dims, dtype=zero)]
+
+
 def _depth_to_space(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, block = inputs[0].dims, attribute(node, "blocksize", 1)
     if dims is None or len(dims) != 4:
@@ -234,6 +244,8 @@ RULES: Mapping[str, Rule] = {
     "MatMul": _matmul,
     "MaxPool": _pool,
     "Pad": _pad,
+    "QuantizeLinear": _quantized,
+    "DequantizeLinear": _quantized,
     "Resize": _resample,
     "SpaceToDepth": _depth_to_space,
     "Split": _split,

@@ -103,7 +103,7 @@ def _identity(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 
 
 def _dropout(node: ir.Node, inputs: Facts, opset: int) -> Facts:
-    training = len(inputs) > 2 and node.inputs[2] is not None
+    training = (len(inputs) > 2 and node.inputs[2] is not None) or (opset < 7 and not attribute(node, "is_test", 0))
     return [Fact(inputs[0].dims, dtype=inputs[0].dtype)] if training else [inputs[0]]
 
 
@@ -204,5 +204,5 @@ SAME_DIMS = (
     *("HardSwish", "Softplus", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Log", "Floor", "Ceil", "Round", "Sign"),
     *("Not", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "LRN", "CumSum", "InstanceNormalization"),
     *("LayerNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization"),
-    *("QuantizeLinear", "DequantizeLinear", "Trilu"),
+    "Trilu",
 )

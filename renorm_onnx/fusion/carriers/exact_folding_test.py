@@ -28,10 +28,13 @@ SIZES = {"N": 2, "H": 4, "W": 5, "L": 3}
 
 
 def quarters(shape: Sequence[int], seed: int = 0, *, positive: bool = False) -> Array:
-    """Numbers k/4, none of them zero, one or minus one."""
+    """Numbers k/4, none of them zero, one or minus one; the first is negative unless all are to be positive."""
     rng = np.random.default_rng([seed, *shape])
-    found = rng.choice([2, 3, 5, 6, 7, 9], tuple(shape)) / 4
-    return found if positive else found * rng.choice([-1, 1], tuple(shape))
+    found = np.asarray(rng.choice([2, 3, 5, 6, 7, 9], tuple(shape)) / 4)
+    if not positive:
+        found = np.asarray(found * rng.choice([-1, 1], tuple(shape)))
+        found.flat[0] = -abs(found.flat[0])
+    return found
 
 
 def norm(
@@ -125,10 +128,20 @@ def assert_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
             assert initializer in after.graph.initializer, f"{initializer.name!r} kept its name and changed"
 
 
+def is_valid(model: onnx.ModelProto) -> bool:
+    """Whether onnx accepts the model; it refuses deprecated operators that runtimes still run."""
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError:
+        return False
+    return True
+
+
 def fuse(model: onnx.ModelProto, options: engine.FuseOptions | None = None) -> tuple[onnx.ModelProto, FusionReport]:
     """`engine.fuse`, checked: exact, idempotent, and independent of the order of norms."""
     fused, report = engine.fuse(model, options)
-    onnx.checker.check_model(fused)
+    if is_valid(model):
+        onnx.checker.check_model(fused)
     assert_same(model, fused)
     again, second = engine.fuse(fused, options)
     assert not second.changed, f"fusing twice folds more: {second.to_dict()}"

@@ -1,0 +1,56 @@
+"""Activations pass a positive scale, and bounds move with a uniform map."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, backward, build, forward, operators, quarters
+from renorm_onnx.fusion.report import Reason
+
+RECTIFIERS = ["Relu(c)", "LeakyRelu<alpha=0.25>(c)", "PRelu(c, k)"]
+
+
+@pytest.mark.parametrize("operator", RECTIFIERS)
+def test_a_rectifier_passes_a_positive_scale_alone(operator: str) -> None:
+    slope = {"k": quarters([4, 1, 1], 5)}
+    for way in (backward, forward):
+        way(f"d = {operator}", 4, positive=True, shift=False, **slope)
+        way(f"d = {operator}", 4, [Reason.SHIFT], positive=True, **slope)
+        way(f"d = {operator}", 4, [Reason.SIGN], shift=False, **slope)
+
+
+@pytest.mark.parametrize("k", [2.0, 0.5])
+def test_clip_moves_its_bounds(k: float) -> None:
+    bounds = {"lo": np.array(-0.5), "hi": np.array(1.25), "k": np.array(k), "l": np.array([0.75])}
+    body = "c = Conv(x, W) d = Clip(c, lo, hi) m = Mul(d, k) y = Add(m, l)"
+    model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), **bounds)
+    assert operators(assert_fuses(model)) == {"Conv": 1, "Clip": 1}
+    body = "m = Mul(x, k) c = Sub(m, l) d = Clip(c, , hi) y = Conv(d, W)"
+    bounds = {"hi": np.array(1.25), "k": np.array(k), "l": np.array([0.75])}
+    model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), **bounds)
+    assert operators(assert_fuses(model)) == {"Conv": 1, "Clip": 1}
+
+
+def test_bounds_in_attributes_move_too() -> None:
+    body = "c = Conv(x, W) d = Clip<min=0.0, max=6.0>(c) m = Mul(d, k) y = Add(m, l)"
+    constants = {"W": quarters([4, 3, 1, 1]), "k": np.array(1.5), "l": np.array(0.25)}
+    assert operators(assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=10, **constants))) == {
+        "Conv": 1,
+        "Clip": 1,
+    }
+    body = "c = Conv(x, W) d = ThresholdedRelu<alpha=0.5>(c) y = Mul(d, k)"
+    constants.pop("l")
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", **constants))
+
+
+def test_one_bound_for_all_channels_takes_no_map_per_channel() -> None:
+    bounds = {"lo": np.array(0.0), "hi": np.array(6.0)}
+    backward("d = Clip(c, lo, hi)", 4, [Reason.SCALE], positive=True, **bounds)
+    forward("d = Clip(c, lo, hi)", 4, [Reason.SIGN], **bounds)
+
+
+def test_a_jump_takes_no_shift() -> None:
+    body = "c = Conv(x, W) d = ThresholdedRelu<alpha=0.5>(c) y = Add(d, k)"
+    model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), k=np.array(1.5))
+    assert_fuses(model, [Reason.SHIFT])

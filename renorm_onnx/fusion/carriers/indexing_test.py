@@ -1,0 +1,134 @@
+"""Maps are cut and joined with the channels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    backward,
+    bn,
+    build,
+    forward,
+    norm,
+    operators,
+    quarters,
+)
+from renorm_onnx.fusion.report import Reason
+
+WEIGHTS = {"W": quarters([4, 3, 1, 1]), "V": quarters([2, 3, 1, 1], 1), "U": quarters([4, 3, 1, 1], 2)}
+IMAGE = "double[N,3,H,W] x"
+
+
+@pytest.mark.parametrize("axis", [1, -3])
+def test_a_norm_behind_joined_channels_is_cut_up(axis: int) -> None:
+    text = f"a = Conv(x, W) b = Conv(x, V) d = Concat<axis={axis}>(a, b, a0) a0 = Conv(x, U) y = {bn('d')}"
+    text = f"a0 = Conv(x, U) {text.replace('a0 = Conv(x, U) ', '')}"
+    fused = assert_fuses(build(text, IMAGE, "y", **WEIGHTS, **norm(10)))
+    assert operators(fused) == {"Conv": 3, "Concat": 1}
+
+
+def test_a_norm_behind_rows_that_are_joined_goes_into_each() -> None:
+    text = f"a = Conv(x, W) b = Conv(x, U) d = Concat<axis=2>(a, b) y = {bn('d')}"
+    assert operators(assert_fuses(build(text, IMAGE, "y", **WEIGHTS, **norm(4)))) == {"Conv": 2, "Concat": 1}
+
+
+def test_a_constant_piece_is_mapped_too() -> None:
+    backward("d = Concat<axis=3>(c, k)", 4, k=quarters([2, 4, 4, 1]))
+    backward("d = Concat<axis=1>(k, c)", 6, k=quarters([2, 2, 4, 5]))
+
+
+def test_a_piece_that_is_joined_twice_cannot_have_two_maps() -> None:
+    backward("d = Concat<axis=1>(c, c)", 8, [Reason.CONFLICT])
+    backward("d = Concat<axis=2>(c, c)", 4)
+
+
+def test_norms_before_joined_channels_go_forward_together() -> None:
+    forward("z = Abs(x) d = Concat<axis=1>(c, z, c)", 12)
+    forward("d = Concat<axis=2>(c, c)", 4)
+    forward("z = Abs(x) d = Concat<axis=2>(c, z)", 4, [Reason.CONFLICT])
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["Split<axis=1>(c, p)", "Split<axis=-3, num_outputs=2>(c)", "Split<axis=2, num_outputs=2>(c)"],
+)
+def test_a_norm_before_split_goes_into_every_reader(split: str) -> None:
+    sizes = {"p": np.array([2, 2])}
+    halves = quarters([3, 4 if "axis=2" in split else 2, 1, 1])
+    text = f"c = {bn('x')} a, b = {split} y = Conv(a, W) z = Conv(b, W)"
+    fused = assert_fuses(build(text, "double[N,4,4,5] x", "y, z", W=halves, **sizes, **norm(4)))
+    assert operators(fused) == {"Split": 1, "Conv": 2}
+
+
+def test_a_norm_behind_one_output_of_split_leaves_the_other_as_it_is() -> None:
+    text = f"c = Conv(x, W) a, b = Split<axis=1, num_outputs=2>(c) y = {bn('a')} z = Relu(b)"
+    fused = assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **norm(2)))
+    assert operators(fused) == {"Conv": 1, "Split": 1, "Relu": 1}
+    text = f"c = Conv(x, W) a, b = Split<axis=2, num_outputs=2>(c) y = {bn('a')} z = Relu(b)"
+    assert_fuses(build(text, "double[N,3,4,5] x", "y, z", W=WEIGHTS["W"], **norm(4)), [Reason.CONFLICT])
+
+
+def test_an_output_of_split_that_nobody_reads_follows_the_others() -> None:
+    text = f"c = Conv(x, W) a, b = Split<axis=2, num_outputs=2>(c) y = {bn('a')}"
+    assert_fuses(build(text, "double[N,3,4,5] x", "y", W=WEIGHTS["W"], **norm(4)))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "channels"),
+    [
+        (([1], [3], [1], [1]), 2),
+        (([-1], [-9], [1], [-2]), 2),
+        (([0], [9], [-3], [1]), 4),
+        (([1, 0], [4, 9], [-1, 1], [2, 3]), 2),
+    ],
+)
+def test_a_slice_cuts_the_map_like_the_channels(bounds: tuple[list[int], ...], channels: int) -> None:
+    constants = {name: np.array(b) for name, b in zip("oeas", bounds, strict=True)}
+    backward("d = Slice(c, o, e, a, s)", channels, **constants)
+    forward("d = Slice(c, o, e, a, s)", channels, **constants)
+
+
+def test_slices_before_opset_10_have_attributes() -> None:
+    backward("d = Slice<starts=[1], ends=[3], axes=[1]>(c)", 2, opset=9)
+    forward("d = Slice<starts=[0,1,-2], ends=[9,3,9]>(c)", 2, opset=9)
+
+
+def test_two_slices_of_one_value_cannot_have_two_maps() -> None:
+    text = f"c = Conv(x, W) a = Slice(c, o, e, i) b = Slice(c, e, f, i) y = {bn('a')} z = Relu(b)"
+    bounds = {"o": np.array([0]), "e": np.array([2]), "f": np.array([4]), "i": np.array([1])}
+    assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **bounds, **norm(2)), [Reason.CONSUMER])
+
+
+@pytest.mark.parametrize(("indices", "channels"), [([2, 0], 2), ([-1, 1, 0], 3), ([3, 3], None)])
+def test_gather_takes_the_numbers_like_the_channels(indices: list[int], channels: int | None) -> None:
+    lines = "d = Gather<axis=1>(c, i)"
+    forward(lines, len(indices), i=np.array(indices))
+    kept = [] if channels else [Reason.CONFLICT]
+    backward(lines, len(indices), kept, i=np.array(indices))
+
+
+def test_gather_along_other_axes_moves_the_map_with_its_axis() -> None:
+    forward("e = Gather<axis=0>(c, i) d = Squeeze(e, j)", 4, i=np.array([[1]]), j=np.array([0]))
+    backward("d = Gather<axis=3>(c, i)", 4, i=np.array([1, 0]))
+    backward("d = Gather<axis=3>(c, i)", 4, i=np.array([[1, 0]]))
+    backward("d = Gather<axis=-1>(c, i)", 4, i=np.array(1))
+
+
+def test_a_table_of_constants_absorbs_what_follows_its_look_up() -> None:
+    text = "i = Shape(x) e = Gather(T, i) m = Mul(e, k) y = Add(m, l)"
+    model = build(text, "double[N,H] x", "y", T=quarters([5, 4]), k=quarters([4], 1), l=quarters([4], 2))
+    assert operators(assert_fuses(model)) == {"Shape": 1, "Gather": 1}
+
+
+def test_one_channel_that_is_taken_out_has_a_uniform_map() -> None:
+    text = f"c = {bn('x')} d = Gather<axis=1>(c, i) y = MatMul(d, B)"
+    model = build(text, "double[N,4,2,3] x", "y", i=np.array(2), B=quarters([3, 5]), **norm(4))
+    assert operators(assert_fuses(model)) == {"Gather": 1, "MatMul": 1, "Add": 1}
+
+
+def test_places_that_are_not_constant_are_refused() -> None:
+    text = f"s = Shape(z) i = Gather(s, j) c = Conv(x, W) d = Gather<axis=1>(c, i) y = {bn('d')}"
+    model = build(text, f"{IMAGE}, double[N,H] z", "y", j=np.array([0, 0]), W=quarters([8, 3, 1, 1]), **norm(2))
+    assert_fuses(model, [Reason.AXIS])

@@ -1,0 +1,131 @@
+"""Pad: what repeats the image passes a map along other axes; a constant border passes it if it can take it.
+
+Before:
+    ``y = s * pad(x, v) + t``              ``y = pad(s * x + t, v)``
+After:
+    ``y = pad(s * x + t, s v + t)``        ``y = s * pad(x, (v - t) / s) + t``
+Formula:
+    The border has one value for all channels, so s_c v + t_c must be one number for all channels c that have a
+    border; with v = 0 that is t = 0, the usual case. At the input, the new value u must solve s_c u + t_c = v for
+    all of them. Padding along the map's own axis gives the map the entries of the border's channels, where any will
+    do that agree with the value. Modes reflect, edge and wrap copy elements along axes on which the map does not
+    vary. Source: ONNX Pad-2, 11, 13, 18, 19, 21, 23.
+Refuses when:
+    no single value fits all channels (a normalization with a shift before a zero border); the pads or the value are
+    not constant; the map's axis is padded by copies, cropped, or padded at the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetAttribute, SetInput, Step, refuse
+from renorm_onnx.fusion.carriers.gemm import element_type
+from renorm_onnx.fusion.fact_rules import attribute
+from renorm_onnx.fusion.parameters import Parameter
+from renorm_onnx.fusion.report import Reason, Refusal
+
+
+class Pad(Carrier):
+    """A border around the image, in all modes."""
+
+    operators = ("Pad",)
+
+    def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Move the border's value with the map."""
+        given = maps[0]
+        pads = _pads(node, desk)
+        if given.axis is not None and pads is None:
+            return refuse(Reason.SHAPE, node, "has pads that are not constant", structural=True)
+        begin, end = (0, 0) if given.axis is None or pads is None else pads[given.axis]
+        inner = given.take(slice(begin, given.channels - end)) if begin or end else given
+        if attribute(node, "mode", "constant") != "constant" or (pads is not None and not _has_border(pads)):
+            if begin or end:
+                return refuse(Reason.AXIS, node, "pads or crops the axis that the map runs along")
+            return Step((), {0: given})
+        if begin < 0 or end < 0:
+            return refuse(Reason.AXIS, node, "crops the axis that the map runs along")
+        value = _value(node, desk)
+        if value is None:
+            return refuse(Reason.NOT_CONSTANT, node, "has a value that is not constant", structural=True)
+        others = {} if pads is None else {a: p for a, p in pads.items() if a != given.axis}
+        bordered = np.ones(given.channels, bool)
+        if (begin or end) and not _has_border(others):
+            bordered[begin : given.channels - end] = False
+        wanted = (given.scale * value + given.shift)[bordered]
+        if (wanted != wanted[0]).any():
+            return refuse(Reason.PADDING, node, f"pads with {value:g}, which would have to differ between channels")
+        return Step(_set_value(node, float(wanted[0]), value, desk), {0: inner})
+
+    def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Give the border the value that becomes the old one under the map."""
+        if set(maps) != {0}:
+            return refuse(Reason.WEIGHT, node, "gets its value from the norm")
+        given = maps[0]
+        pads = _pads(node, desk)
+        if given.axis is not None and (pads is None or pads[given.axis] != (0, 0)):
+            return refuse(Reason.AXIS, node, "pads the axis that the map runs along, or that is not known")
+        if attribute(node, "mode", "constant") != "constant" or (pads is not None and not _has_border(pads)):
+            return Step((), {0: given})
+        value = _value(node, desk)
+        if value is None:
+            return refuse(Reason.NOT_CONSTANT, node, "has a value that is not constant", structural=True)
+        first = int(np.argmax(given.scale != 0))
+        if given.scale[first] == 0:
+            return refuse(Reason.PADDING, node, "has a border that a scale of zero cannot give back")
+        wanted = float((value - given.shift[first]) / given.scale[first])
+        differ = (given.scale != given.scale[first]) | (given.shift != given.shift[first])
+        if (given.scale * wanted + given.shift != value)[differ].any():
+            return refuse(Reason.PADDING, node, f"pads with {value:g}, which would have to differ between channels")
+        return Step(_set_value(node, wanted, value, desk), {0: given})
+
+
+def _has_border(pads: Mapping[int, tuple[int, int]]) -> bool:
+    return any(n > 0 for pair in pads.values() for n in pair)
+
+
+def _pads(node: ir.Node, desk: Desk) -> dict[int, tuple[int, int]] | None:
+    """Begin and end of the border along each axis; None where not constant."""
+    facts, rank = desk.inputs(node), desk.fact(node.inputs[0]).rank
+    given = attribute(node, "pads") if desk.opset < 11 else facts[1].integers() if len(facts) > 1 else None
+    pads = [p for p in given or () if isinstance(p, int)]
+    if rank is None or given is None or len(pads) != len(given):
+        return None
+    axes: list[int] = list(range(rank))
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        named = facts[3].integers()
+        if named is None or not all(isinstance(a, int) for a in named):
+            return None
+        axes = [a % rank for a in named if isinstance(a, int)]
+    if len(pads) != 2 * len(axes):
+        return None
+    found = dict.fromkeys(range(rank), (0, 0))
+    for i, axis in enumerate(axes):
+        found[axis] = (pads[i], pads[len(axes) + i])
+    return found
+
+
+def _value(node: ir.Node, desk: Desk) -> float | None:
+    """What the border holds; None where not constant."""
+    if desk.opset < 11:
+        return float(attribute(node, "value", 0.0))
+    if not desk.has_input(node, 2):
+        return 0.0
+    parameter = desk.parameter(node, 2)
+    return None if parameter is None else float(parameter.float64().reshape(-1)[0])
+
+
+def _set_value(node: ir.Node, wanted: float, value: float, desk: Desk) -> tuple[Edit, ...]:
+    if wanted == value:
+        return ()
+    if desk.opset < 11:
+        return (SetAttribute(node, ir.AttrFloat32("value", wanted)),)
+    dtype = element_type(node, desk) or ir.DataType.FLOAT
+    return (SetInput(node, 2, Parameter.new(wanted, dtype)),)
+
+
+CARRIERS = (Pad(),)

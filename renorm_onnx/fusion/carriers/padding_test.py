@@ -1,0 +1,77 @@
+"""A border passes a map if its one value can."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, backward, build, forward, operators, quarters
+from renorm_onnx.fusion.report import Reason
+
+AROUND = np.array([0, 0, 1, 2, 0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("mode", ["reflect", "edge", "wrap"])
+def test_a_border_of_copies_passes_every_map(mode: str) -> None:
+    lines = f'd = Pad<mode="{mode}">(c, p)'
+    backward(lines, 4, p=AROUND)
+    forward(lines, 4, p=AROUND)
+
+
+def test_a_border_of_copied_channels_is_refused() -> None:
+    pads = np.array([0, 1, 0, 0, 0, 1, 0, 0])
+    backward('d = Pad<mode="reflect">(c, p)', 6, [Reason.AXIS], p=pads)
+    forward('d = Pad<mode="reflect">(c, p)', 6, [Reason.AXIS], p=pads)
+
+
+def test_a_zero_border_passes_a_scale_and_refuses_a_shift() -> None:
+    backward("d = Pad(c, p)", 4, shift=False, p=AROUND)
+    backward("d = Pad(c, p)", 4, [Reason.PADDING], p=AROUND)
+    forward("d = Pad(c, p)", 4, shift=False, p=AROUND)
+    forward("d = Pad(c, p)", 4, [Reason.PADDING], p=AROUND)
+
+
+def test_the_border_takes_a_uniform_map() -> None:
+    body = "c = Conv(x, W) d = Pad(c, p, v) e = Mul(d, k) y = Add(e, l)"
+    numbers = {"k": np.array(-1.5), "l": np.array([0.75]), "v": np.array(0.5)}
+    model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 2, 2]), p=AROUND, **numbers)
+    assert operators(assert_fuses(model)) == {"Conv": 1, "Pad": 1}
+    body = "c = Mul(x, k) e = Add(c, l) d = Pad(e, p) y = Conv(d, W)"
+    numbers = {"k": np.array(-2.0), "l": np.array([0.75])}
+    model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 2, 2]), p=AROUND, **numbers)
+    assert operators(assert_fuses(model)) == {"Conv": 1, "Pad": 1}
+
+
+def test_the_border_can_carry_a_shift_that_gives_it_one_value() -> None:
+    """All channels map 1 to -3: u = 1 stands where -3 stood."""
+    scale = np.array([2.0, -4.0, 0.5]).reshape(3, 1, 1)
+    body = "c = Mul(x, k) e = Add(c, l) d = Pad(e, p, v) y = Conv(d, W)"
+    constants = {"k": scale, "l": -3.0 - scale, "v": np.array(-3.0), "p": AROUND, "W": quarters([4, 3, 2, 2])}
+    assert operators(assert_fuses(build(body, "double[N,3,H,W] x", "y", **constants))) == {"Conv": 1, "Pad": 1}
+    body = "c = Conv(x, W) d = Pad(c, p, v) m = Mul(d, k) y = Add(m, l)"
+    constants = {"k": scale, "l": -3.0 - scale, "v": np.array(1.0), "p": AROUND, "W": quarters([3, 3, 2, 2])}
+    assert operators(assert_fuses(build(body, "double[N,3,H,W] x", "y", **constants))) == {"Conv": 1, "Pad": 1}
+
+
+def test_padded_channels_must_agree_with_the_value() -> None:
+    pads = np.array([0, 1, 0, 0, 0, 1, 0, 0])
+    backward("d = Pad(c, p)", 6, shift=False, p=pads)
+    body = "c = Conv(x, W) d = Pad(c, p) y = Add(d, l)"
+    shift = np.array([0.5, 1, 2, 3, 4, 0.5]).reshape(6, 1, 1)
+    constants = {"W": quarters([4, 3, 1, 1]), "p": pads, "l": shift}
+    assert operators(assert_fuses(build(body, "double[N,3,H,W] x", "y", **constants))) == {"Conv": 1, "Pad": 1}
+    constants["l"] = shift[::-1] + shift
+    constants["l"][0] = 9.0
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", **constants), [Reason.PADDING])
+
+
+def test_cropping_passes_every_map_but_along_its_own_axis() -> None:
+    backward("d = Pad(c, p)", 4, p=-AROUND // 2)
+    backward("d = Pad(c, p)", 2, [Reason.AXIS], p=np.array([0, -1, 0, 0, 0, -1, 0, 0]))
+
+
+def test_pads_by_axes_and_pads_of_old_opsets() -> None:
+    backward("d = Pad(c, p, , a)", 4, shift=False, p=np.array([1, 0, 0, 2]), a=np.array([-1, 2]))
+    backward('d = Pad<pads=[0,0,1,2,0,0,0,1], mode="edge">(c)', 4, opset=10)
+    body = "c = Conv(x, W) d = Pad<pads=[0,0,1,1,0,0,1,1], value=0.5>(c) y = Mul(d, k)"
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=9, W=quarters([4, 3, 2, 2]), k=np.array(-1.5)))

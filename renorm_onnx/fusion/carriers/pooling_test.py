@@ -1,0 +1,108 @@
+"""Pools and reductions pass a map under conditions on its sign and their padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    backward,
+    bn,
+    build,
+    forward,
+    norm,
+    operators,
+    quarters,
+)
+from renorm_onnx.fusion.report import Reason
+
+PADDED = "kernel_shape=[3,2], pads=[1,0,1,1], strides=[2,1]"
+ORDERED = [f"MaxPool<{PADDED}>(c)", "MaxPool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>(c)", "GlobalMaxPool(c)"]
+MEANS = [
+    f"AveragePool<{PADDED}>(c)",
+    "AveragePool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>(c)",
+    "AveragePool<kernel_shape=[2,3], count_include_pad=1>(c)",
+    "GlobalAveragePool(c)",
+]
+
+
+@pytest.mark.parametrize("pool", ORDERED)
+def test_a_maximum_passes_a_scale_that_is_not_negative(pool: str) -> None:
+    backward(f"d = {pool}", 4, positive=True)
+    forward(f"d = {pool}", 4, positive=True)
+    backward(f"d = {pool}", 4, [Reason.SIGN])
+    forward(f"d = {pool}", 4, [Reason.SIGN])
+
+
+@pytest.mark.parametrize("pool", MEANS)
+def test_a_mean_passes_every_map(pool: str) -> None:
+    backward(f"d = {pool}", 4)
+    forward(f"d = {pool}", 4)
+
+
+@pytest.mark.parametrize(
+    "attributes", [f"{PADDED}, count_include_pad=1", 'kernel_shape=[2,2], auto_pad="SAME_UPPER", count_include_pad=1']
+)
+def test_a_mean_that_counts_its_padding_refuses_a_shift(attributes: str) -> None:
+    pool = f"d = AveragePool<{attributes}>(c)"
+    backward(pool, 4, [Reason.PADDING])
+    forward(pool, 4, [Reason.PADDING])
+    backward(pool, 4, shift=False)
+    forward(pool, 4, shift=False)
+
+
+def test_norms_of_windows_pass_a_positive_scale_alone() -> None:
+    lines = "d = LpPool<kernel_shape=[2,2], p=1>(c)"
+    backward(lines, 4, [Reason.SHIFT], positive=True)
+    backward(lines, 4, [Reason.SIGN], shift=False)
+    backward(lines, 4, positive=True, shift=False)
+    forward(lines, 4, positive=True, shift=False)
+
+
+@pytest.mark.parametrize("axes", [[2, 3], [-1], [0, 2]])
+@pytest.mark.parametrize("operator", ["ReduceMean", "ReduceMax", "ReduceMin", "ReduceSum"])
+def test_a_reduction_of_other_axes_passes(operator: str, axes: list[int]) -> None:
+    size = "double[2,3,4,4] x"
+    backward(f"d = {operator}(c, a)", 4, inputs=size, opset=20, positive=True, a=np.array(axes))
+    forward(f"d = {operator}(c, a)", 4, inputs="double[2,4,4,4] x", positive=True, a=np.array(axes))
+
+
+def test_the_axis_of_the_map_moves_with_the_axes_that_are_dropped() -> None:
+    lines = "e = Transpose<perm=[2,3,0,1]>(c) d = ReduceMean<keepdims=0>(e, a)"
+    backward(lines, 4, a=np.array([0, 1]))
+    text = f"c = {bn('x')} e = {lines.split('d = ')[1]} y = MatMul(e, B)".replace("(e, a)", "(c, a)")
+    model = build(text, "double[N,4,H,W] x", "y", a=np.array([2, 3]), B=quarters([4, 5]), **norm(4))
+    assert operators(assert_fuses(model)) == {"ReduceMean": 1, "MatMul": 1, "Add": 1}
+
+
+def test_reductions_of_old_opsets_have_attributes() -> None:
+    backward("d = ReduceMean<axes=[2,-1]>(c)", 4, opset=12)
+    backward("d = ReduceSum<axes=[2,3]>(c)", 4, opset=11, inputs="double[N,3,4,4] x")
+
+
+def test_a_sum_of_an_open_number_of_elements_refuses_a_shift() -> None:
+    backward("d = ReduceSum(c, a)", 4, [Reason.SHIFT], a=np.array([2, 3]))
+    backward("d = ReduceSum(c, a)", 4, shift=False, a=np.array([2, 3]))
+
+
+def test_a_reduction_over_the_channels_is_refused() -> None:
+    text = f"c = {bn('x')} d = ReduceMean<keepdims=0>(c, a) y = MatMul(d, B)"
+    model = build(text, "double[N,4,4,5] x", "y", a=np.array([1]), B=quarters([5, 2]), **norm(4))
+    assert_fuses(model, [Reason.AXIS])
+
+
+def test_indices_in_use_allow_no_scale_of_zero() -> None:
+    text = f"c = {bn('x')} d, i = MaxPool<kernel_shape=[2,2]>(c) y = Conv(d, W) z = Identity(i)"
+    parameters = norm(4, positive=True)
+    model = build(text, "double[N,4,H,W] x", "y, z", W=quarters([3, 4, 1, 1]), **parameters)
+    assert_fuses(model)
+    parameters["bn_s"][2] = 0.0
+    model = build(text, "double[N,4,H,W] x", "y, z", W=quarters([3, 4, 1, 1]), **parameters)
+    assert_fuses(model, [Reason.SIGN])
+
+
+def test_a_norm_goes_through_global_pooling_and_flatten_into_gemm() -> None:
+    text = f"c = {bn('x')} p = GlobalAveragePool(c) f = Flatten(p) y = Gemm<transB=1>(f, B, b)"
+    model = build(text, "double[N,4,H,W] x", "y", B=quarters([3, 4]), b=quarters([3]), **norm(4))
+    assert operators(assert_fuses(model))["BatchNormalization"] == 0

@@ -1,0 +1,42 @@
+"""Quantized weights stay quantized: their scales absorb a scale."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.report import Reason
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.integers(-9, 10, (4, 3, 1, 1)).astype(np.int8)
+IMAGE = "double[N,3,H,W] x"
+SCALES = {"q": WEIGHT, "qs": np.array([0.5, 0.25, 2.0, 0.75]), "qz": np.array([0, 1, 2, -1], np.int8)}
+
+
+def test_a_norm_behind_a_convolution_with_quantized_weights_is_absorbed() -> None:
+    text = f"w = DequantizeLinear<axis=0>(q, qs, qz) c = Conv(x, w) y = {bn('c')}"
+    fused = assert_fuses(build(text, IMAGE, "y", opset=21, **SCALES, **norm(4)))
+    assert operators(fused) == {"DequantizeLinear": 1, "Conv": 1}
+    assert next(i for i in fused.graph.initializer if i.name == "q").data_type == 3
+
+
+def test_one_scale_becomes_many_where_there_is_no_zero_point() -> None:
+    text = f"w = DequantizeLinear(q, qs) c = Conv(x, w, b) y = {bn('c')}"
+    weights = {"q": WEIGHT, "qs": np.array(0.5), "b": quarters([4])}
+    assert_fuses(build(text, IMAGE, "y", opset=21, **weights, **norm(4)))
+    text = f"w = DequantizeLinear(q, qs, qz) c = Conv(x, w, b) y = {bn('c')}"
+    model = build(text, IMAGE, "y", opset=21, **weights, qz=np.array(1, np.int8), **norm(4))
+    assert_fuses(model, [Reason.SCALE])
+
+
+def test_a_quantized_bias_takes_no_shift() -> None:
+    text = f"b = DequantizeLinear<axis=0>(p, qs) c = Conv(x, W, b) y = {bn('c')}"
+    weights = {"p": np.arange(4, dtype=np.int32), "qs": SCALES["qs"], "W": quarters([4, 3, 1, 1])}
+    assert_fuses(build(text, IMAGE, "y", opset=21, **weights, **norm(4)), [Reason.SHIFT])
+    assert_fuses(build(text, IMAGE, "y", opset=21, **weights, **norm(4, shift=False)))
+
+
+def test_scales_along_another_axis_are_refused() -> None:
+    text = f"w = DequantizeLinear<axis=1>(q, qs) c = Conv(x, w) y = {bn('c')}"
+    model = build(text, IMAGE, "y", opset=21, q=WEIGHT, qs=np.array([0.5, 2.0, 0.25]), **norm(4))
+    assert_fuses(model, [Reason.AXIS])

@@ -1,0 +1,46 @@
+"""Interpolation passes a map along the channels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, backward, build, forward, quarters
+from renorm_onnx.fusion.report import Reason
+
+SCALES = np.array([1, 1, 2, 1.5], np.float32)
+WAYS = [
+    'mode="nearest"',
+    'mode="linear", coordinate_transformation_mode="half_pixel"',
+    'mode="linear", coordinate_transformation_mode="align_corners"',
+    'mode="cubic", coordinate_transformation_mode="pytorch_half_pixel"',
+    'mode="cubic", exclude_outside=1, coordinate_transformation_mode="asymmetric"',
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_interpolation_passes_every_map(way: str) -> None:
+    backward(f"d = Resize<{way}>(c, , r)", 4, r=SCALES)
+    forward(f"d = Resize<{way}>(c, , r)", 4, r=SCALES)
+
+
+def test_sizes_axes_and_old_opsets_are_understood() -> None:
+    backward('d = Resize<mode="nearest", axes=[2,3]>(c, , , z)', 4, z=np.array([6, 5]))
+    backward('d = Resize<mode="nearest">(c, , , z)', 4, z=np.array([2, 4, 6, 5]), inputs="double[2,3,4,5] x")
+    backward('d = Upsample<mode="nearest">(c, r)', 4, opset=9, r=np.array([1, 1, 2, 2], np.float32))
+    backward('d = Upsample<mode="nearest", scales=[1.0, 1.0, 2.0, 2.0]>(c)', 4, opset=8)
+    backward('d = Resize<mode="linear">(c, r)', 4, opset=10, r=np.array([1, 1, 2, 2], np.float32))
+
+
+def test_resized_channels_are_refused() -> None:
+    scales = np.array([1, 2, 1, 1], np.float32)
+    backward('d = Resize<mode="nearest">(c, , r)', 8, [Reason.AXIS], r=scales)
+    backward('d = Resize<mode="nearest">(c, , , z)', 8, [Reason.AXIS], z=np.array([2, 8, 6, 5]))
+    # An open batch is not proven to stay; the channels are.
+    backward('d = Resize<mode="nearest">(c, , , z)', 4, z=np.array([2, 4, 6, 5]))
+
+
+def test_a_uniform_map_passes_resized_channels() -> None:
+    body = 'c = Conv(x, W) d = Resize<mode="linear">(c, , r) m = Mul(d, k) y = Add(m, l)'
+    constants = {"r": np.array([1, 2, 1, 1], np.float32), "k": np.array(-1.5), "l": np.array(0.25)}
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), **constants))
