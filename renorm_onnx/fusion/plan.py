@@ -126,7 +126,10 @@ class Planner:
                 if value in demands and maker is not None and maker not in seen:
                     seen.add(maker)
                     _push(heap, -self._order.get(maker, 0.0), maker)
+        # An output that nobody reads follows the others (Split), so it needs another name too.
+        unread = (o for n, _ in trail for o in n.outputs if o.name and not o.uses() and not o.is_graph_output())
         plan.changed = [v for v in demands if v is not norm.input]
+        plan.changed += [o for o in unread if o not in demands]
         return plan
 
     def _answer_backward(
@@ -144,7 +147,7 @@ class Planner:
             if value.is_graph_output():
                 return Refusal(Reason.GRAPH_OUTPUT, value.name or "", f"{value.name!r} is an output of the graph too")
             for user, position in value.uses():
-                if (user, position) in settled:
+                if (user, position) in settled or reads_no_elements(user, position):
                     continue
                 if user.graph is not node.graph:
                     return Refusal(
@@ -230,7 +233,9 @@ class Planner:
         """Line up every reader of a value that changed."""
         if value.is_graph_output():
             return Refusal(Reason.GRAPH_OUTPUT, value.name or "", f"{value.name!r} is an output of the graph")
-        for user, _ in value.uses():
+        for user, position in value.uses():
+            if reads_no_elements(user, position):
+                continue
             if user.graph is not norm.nodes[0].graph:
                 return _crosses(user)
             if user not in seen:
@@ -243,7 +248,7 @@ class Planner:
         for edit in step.edits:
             if isinstance(edit, SetInput) and (why := self._out_of_range(edit.parameter)):
                 return refuse(why[0], node, why[1])
-        if step.edits:
+        if step.edits or not step.onward:
             plan.edits.extend(step.edits)
             if (name := label(node)) not in plan.into:
                 plan.into.append(name)
@@ -287,6 +292,13 @@ class Planner:
 
 def _too_large(top: float, limit: float) -> str:
     return f"would get a parameter of {top:.3g}, more than {limit:.3g}"
+
+
+def reads_no_elements(node: ir.Node, position: int) -> bool:
+    """Whether `node` reads only the shape or the type of its operand, which no map changes."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    return node.op_type in ("Shape", "Size") or (node.op_type == "CastLike" and position == 1)
 
 
 def _push(heap: list[tuple[float, int, ir.Node]], priority: float, node: ir.Node) -> None:
