@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from renorm_onnx.layers.modules import BatchRenorm3d as BatchRenorm3d
     from renorm_onnx.layers.running_stats import sync_running_stats as sync_running_stats
     from renorm_onnx.layers.running_stats import update_stats as update_stats
+    from renorm_onnx.onnx_function import attach as attach
     from renorm_onnx.restoring import restore as restore
     from renorm_onnx.runtime.parity import verify as verify
 

@@ -131,7 +131,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
         with keep_ops():
             program = torch.onnx.export(module, args, dynamo=True, custom_translation_table=translation_table())
-        attach(program.model)                           # from renorm_onnx.onnx_function
+        attach(program.model)
         program.save("model.onnx")
     """
     return {

@@ -28,6 +28,7 @@ DEFAULT_OPSET = 20
 OLDEST_OPSET = {"eval": 15, "train": 18}
 
 _FOREIGN = re.compile(r"batch_?re_?norm", re.IGNORECASE)
+_COLOUR = re.compile(r"\x1b\[\d*m")
 _NOISY = ("torch", "onnxscript", "onnx_ir")
 #: Code whose warnings during an export concern its own authors; torch puts some at the line that called it.
 _THEIRS = (
@@ -131,13 +132,18 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's notes to its own authors from the user; warnings from the user's code pass."""
-    roots = [logging.getLogger(name) for name in _NOISY]
+def quiet(*packages: str) -> Iterator[None]:
+    """Keep the exporter's notes to its own authors from the user; warnings from the user's code pass.
+
+    Args:
+        packages: Whose logging to suppress; none given: those that take part in an export.
+    """
+    packages = packages or _NOISY
+    roots = [logging.getLogger(name) for name in packages]
     loggers = [
         logger
         for name, logger in logging.root.manager.loggerDict.items()
-        if isinstance(logger, logging.Logger) and name.split(".")[0] in _NOISY
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in packages
     ]
     before = [(logger, logger.disabled, logger.level) for logger in loggers]
     for logger in loggers:
@@ -197,7 +203,8 @@ def explain_failure(
         if following is None:
             break
         root = following
-    return InputError(f"to_onnx: torch could not export {who}{_at(where)}: {type(root).__name__}: {root}\n\n{error}")
+    message = f"to_onnx: torch could not export {who}{_at(where)}: {type(root).__name__}: {root}\n\n{error}"
+    return InputError(_COLOUR.sub("", message))
 
 
 def _at(where: str | None) -> str:

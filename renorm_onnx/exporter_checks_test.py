@@ -104,6 +104,7 @@ def test_a_failed_export_names_the_layer_and_keeps_torchs_message(layer, message
     with pytest.raises(InputError, match=message) as raised:
         to_onnx(small(nn.Sequential(layer)), X, tmp_path / "model.onnx")
     assert "Exception summary" in str(raised.value)
+    assert "\x1b" not in str(raised.value)
     assert not list(tmp_path.iterdir())
 
 
