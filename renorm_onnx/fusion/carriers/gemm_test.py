@@ -87,3 +87,21 @@ def test_two_norms_around_gemm_round_once() -> None:
     body = f"a = {bn('x', 'p')} y0 = {product((6,))} y = {bn('y0')}"
     model = build(body, "double[5,3] x", "y", **constants((6,)), **norm(3, "p"), **norm(6, seed=4))
     assert operators(assert_fuses(model)) == {"Gemm": 1}
+
+
+@pytest.mark.parametrize("c", ADDED)
+def test_a_chain_along_the_axis_that_a_transposed_factor_sums_over_is_absorbed(c: tuple[int, ...] | None) -> None:
+    body = f"x0 = Mul(x, k) a = Add(x0, l) y = {product(c, trans_a=1, trans_b=1)}"
+    chain = {"k": quarters([3, 1], 5), "l": quarters([3, 1], 6)}
+    assert operators(assert_fuses(build(body, "double[3,5] x", "y", **constants(c, 1), **chain))) == {"Gemm": 1}
+
+
+@pytest.mark.parametrize("c", ADDED)
+@pytest.mark.parametrize("trans_b", [0, 1])
+def test_a_chain_before_the_right_factor_scales_the_constant_left_one(c: tuple[int, ...] | None, trans_b: int) -> None:
+    body = f"x0 = Mul(x, k) B = Add(x0, l) y = {product(c, trans_b=trans_b)}"
+    shape = [3] if trans_b else [3, 1]
+    weights = {"a": quarters([5, 3]), "k": quarters(shape, 5), "l": quarters(shape, 6)}
+    weights |= {} if c is None else {"C": quarters(c, 2)}
+    inputs = "double[6,3] x" if trans_b else "double[3,6] x"
+    assert operators(assert_fuses(build(body, inputs, "y", **weights))) == {"Gemm": 1}

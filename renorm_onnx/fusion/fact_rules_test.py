@@ -1,0 +1,110 @@
+"""Facts are proven from the graph alone: dimensions, contents and types that operators hand on."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
+from renorm_onnx.fusion.facts import Dimension, Fact, Facts, product
+
+
+def facts_of(body: str, inputs: str, *, opset: int = 20, **constants: np.ndarray) -> dict[str, Fact]:
+    """The fact about every value of a model."""
+    text = f'<ir_version: 10, opset_import: ["" : {opset}]> g ({inputs}) => (float y) {{ {body} }}'
+    proto = onnx.parser.parse_model(text)
+    for name, value in constants.items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    model = ir.from_proto(proto)
+    facts = Facts(model, RULES, CONSTANT_OPERATORS)
+    return {o.name or "": facts[o] for node in model.graph for o in node.outputs}
+
+
+SIZES = [
+    ("y = Conv<pads=[1,0,1,0], strides=[2,1]>(x, w)", (8, 4, 5)),
+    ('y = Conv<auto_pad="SAME_UPPER", strides=[2,2]>(x, w)', (8, 4, 3)),
+    ("y = ConvTranspose<strides=[2,1], pads=[1,0,0,1], output_padding=[1,0], dilations=[1,2]>(x, u)", (8, 15, 6)),
+    ('y = ConvTranspose<auto_pad="SAME_UPPER", strides=[2,2]>(x, u)', (8, None, None)),
+    ("y = MaxPool<kernel_shape=[2,2], strides=[2,2]>(x)", (4, 3, 2)),
+    ("y = MaxPool<kernel_shape=[2,2], strides=[2,2], ceil_mode=1>(x)", (4, None, None)),
+    ("y = GlobalAveragePool(x)", (4, 1, 1)),
+    ("y = Pad(x, p)", (4, 10, 5)),
+    ("y = Resize(x, , r)", (4, None, 5)),
+    ("y = DepthToSpace<blocksize=2>(x)", (1, 14, 10)),
+    ("y = Slice(x, o, e, a)", (2, 7, 5)),
+    ("y = ReduceMean<keepdims=0>(x, k)", (4, 5)),
+    ("y = Unsqueeze(x, a)", (1, 4, 7, 5)),
+]
+
+
+@pytest.mark.parametrize(("body", "sizes"), SIZES)
+def test_sizes_follow_the_specification_and_open_ones_stay_open(body: str, sizes: tuple[int | None, ...]) -> None:
+    constants = {
+        "w": np.zeros((8, 4, 3, 1), np.float32),
+        "u": np.zeros((4, 8, 3, 2), np.float32),
+        "p": np.array([0, 0, 1, 0, 0, 0, 2, 0]),
+        "r": np.array([1, 1, 2, 1], np.float32),
+        "o": np.array([1]),
+        "e": np.array([3]),
+        "a": np.array([1]),
+        "k": np.array([2]),
+    }
+    dims = facts_of(body, "float[N,4,7,5] x", **constants)["y"].dims
+    assert dims is not None
+    assert isinstance(dims[0], Dimension)
+    assert tuple(d if isinstance(d, int) else None for d in dims[1:]) == sizes
+
+
+def test_equal_names_are_not_equal_sizes() -> None:
+    facts = facts_of("a = Relu(x) b = Relu(z) y = Add(a, b)", "float[N,4] x, float[N,4] z")
+    first, second = facts["a"].dims, facts["b"].dims
+    assert first is not None
+    assert second is not None
+    assert first[0] is not second[0]
+    assert product(first) != product(second)
+
+
+def test_shapes_made_of_shapes_are_understood() -> None:
+    body = "s = Shape(x) b = Gather(s, z) c = Concat<axis=0>(b, k) y = Reshape(x, c)"
+    facts = facts_of(body, "float[N,4,7,5] x", z=np.array([0]), k=np.array([4, -1]))
+    dims, source = facts["y"].dims, facts["s"].integers()
+    assert dims is not None
+    assert source is not None
+    assert dims[0] is source[0]
+    assert dims[1:] == (4, 35)
+
+
+def test_constants_are_computed_in_float64() -> None:
+    body = "a = Mul(k, k) b = Cast<to=1>(i) c = Add(a, b) y = Expand(c, s)"
+    fact = facts_of(body, "float[N] x", k=np.float32([0.1]), i=np.array([1]), s=np.array([3]))["y"]
+    assert fact.content is not None
+    assert fact.dtype == ir.DataType.FLOAT
+    np.testing.assert_array_equal(fact.content, np.full(3, np.float64(np.float32(0.1)) ** 2 + 1))
+
+
+def test_a_constant_of_absurd_size_is_not_computed() -> None:
+    fact = facts_of("y = ConstantOfShape(s)", "float[N] x", s=np.array([1 << 40]))["y"]
+    assert (fact.dims, fact.content) == ((1 << 40,), None)
+
+
+def test_quantization_changes_the_type() -> None:
+    facts = facts_of(
+        "a = QuantizeLinear(x, s, z) b = QuantizeLinear(x, s) y = DequantizeLinear(a, s, z)",
+        "float[N,4] x",
+        s=np.float32(0.5),
+        z=np.int8(1),
+    )
+    assert [facts[n].dtype for n in "aby"] == [ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.FLOAT]
+
+
+def test_dropout_hands_on_a_constant_only_at_inference() -> None:
+    constant = {"k": np.float32([1, 2])}
+    assert facts_of("y = Dropout(k)", "float[N] x", opset=13, **constant)["y"].is_constant
+    assert facts_of("y = Dropout<is_test=1>(k)", "float[N] x", opset=6, **constant)["y"].is_constant
+    assert not facts_of("y = Dropout(k)", "float[N] x", opset=6, **constant)["y"].is_constant
+    trained = {"r": np.float32(0.5), "t": np.array(True), **constant}
+    assert not facts_of("y = Dropout(k, r, t)", "float[N] x", opset=13, **trained)["y"].is_constant
