@@ -168,12 +168,13 @@ def update_statistics(
     kind, native = mean.dtype, isinstance(eps, Tensor)
     if isinstance(momentum, Tensor):
         momentum = momentum.to(kind)
-    if stat == "sigma":
+    if stat != "sigma":
+        var = _move(running_var.to(kind, copy=True), spread, momentum, native)
+    else:
         sigma = deviation(running_var.to(kind), eps) if sigma is None else sigma
         _move(sigma, spread, momentum, native)
-        var = sigma.mul_(sigma).sub_(eps).relu_()  # below 0 by rounding alone
-    else:
-        var = _move(running_var.to(kind, copy=True), spread, momentum, native)
+        var = sigma.mul_(sigma).sub_(eps)
+        var.relu_()  # below 0 by rounding alone
     if running_var.dtype == kind:
         _move(running_mean, mean, momentum, native)
     else:

@@ -110,16 +110,19 @@ class _BatchRenorm(_NormBase):
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        if self.running_mean is None or self.running_var is None or (self.training and not self.track_running_stats):
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        if mean is None or var is None or (self.training and not self.track_running_stats):
             self._check_values_per_channel(x)
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         if self.training:
             self._check_values_per_channel(x)
             return self._training_operator(x) if functional.keeping_ops() else take_step(self, x, None)
+        if not functional.keeping_ops():
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         return functional.eval_forward(
             x,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.weight,
             self.bias,
             self.eps,
@@ -134,9 +137,8 @@ class _BatchRenorm(_NormBase):
         self._check_input_dim(x)
         check_mask(x, mask, type(self).__name__)
         if self.running_mean is None or self.running_var is None or (self.training and not self.track_running_stats):
-            kind = functional.accumulation_type(x)
-            r, d = torch.ones(2, x.size(1), dtype=kind, device=x.device).mul_(torch.tensor([[1.0], [0.0]])).unbind()
-            return normalize_masked(x, mask, self.weight, self.bias, r, d, self.eps)
+            one = torch.ones(x.size(1), dtype=functional.accumulation_type(x), device=x.device)
+            return normalize_masked(x, mask, self.weight, self.bias, one, torch.zeros_like(one), self.eps)
         return take_step(self, x, mask) if self.training else self._forward(x)
 
     def _training_operator(self, x: Tensor) -> Tensor:
