@@ -90,3 +90,10 @@ def test_different_scales_do_not_go_forward_through_one_sum() -> None:
     text = f"c = {bn('x')} m = MaxPool<kernel_shape=[1,1]>(c) n = Neg(c) t = Mul(n, k) d = Add(m, t) y = Conv(d, W)"
     model = build(text, "double[N,3,H,W] x", "y", k=quarters([4, 5]), W=WEIGHTS["W"], **norm(3, positive=True))
     assert_fuses(model, [Reason.SHIFT])
+
+
+@pytest.mark.parametrize("last", ["Add(p, k)", "Sub(p, k)", "Sub(k, p)"])
+def test_a_map_goes_forward_past_a_constant_of_its_axis(last: str) -> None:
+    lines = f"p = MaxPool<kernel_shape=[2,2]>(c) d = {last}"
+    fused = forward(lines, 4, positive=True, k=quarters([4, 1, 1], 3))
+    assert operators(fused) == {"MaxPool": 1, "Conv": 1}

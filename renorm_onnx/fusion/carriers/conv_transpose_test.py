@@ -49,7 +49,16 @@ def test_a_shift_is_absorbed_where_every_position_meets_every_tap(kernel: list[i
 
 @pytest.mark.parametrize(
     "geometry",
-    ["", "pads=[1,1,0,1]", "pads=[0,1,1,1]", "strides=[2,2]", "dilations=[2,1], pads=[1,1,1,1]", "output_shape=[4,5]"],
+    [
+        "",
+        "pads=[1,1,0,1]",
+        "pads=[0,1,1,1]",
+        "strides=[2,2]",
+        "dilations=[2,1], pads=[1,1,1,1]",
+        "strides=[2,2], pads=[1,1,1,1]",
+        "dilations=[2,1], pads=[2,1,2,1], output_padding=[1,0]",
+        "output_shape=[4,5]",
+    ],
 )
 def test_a_shift_is_refused_where_a_border_meets_fewer_taps(geometry: str) -> None:
     body = (

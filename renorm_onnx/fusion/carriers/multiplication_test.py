@@ -61,3 +61,11 @@ def test_a_scale_goes_forward_through_a_gate() -> None:
     forward("g = Abs(x) d = Mul(g, c)", 4, shift=False)
     forward("g = Abs(x) d = Mul(g, c)", 4, [Reason.SHIFT])
     forward("g = Clip(x, lo) d = Div(c, g)", 4, shift=False, lo=np.array(0.5))
+
+
+@pytest.mark.parametrize("last", ["Mul(p, k)", "Mul(k, p)", "Div(p, k)"])
+def test_a_map_goes_forward_past_a_constant_of_its_axis(last: str) -> None:
+    lines = f"p = MaxPool<kernel_shape=[2,2]>(c) d = {last}"
+    constant = np.array([2.0, -0.5, 4.0, -2.0]).reshape(4, 1, 1)
+    fused = forward(lines, 4, positive=True, k=constant)
+    assert operators(fused) == {"MaxPool": 1, "Conv": 1}
