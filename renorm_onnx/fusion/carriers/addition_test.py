@@ -97,3 +97,10 @@ def test_a_map_goes_forward_past_a_constant_of_its_axis(last: str) -> None:
     lines = f"p = MaxPool<kernel_shape=[2,2]>(c) d = {last}"
     fused = forward(lines, 4, positive=True, k=quarters([4, 1, 1], 3))
     assert operators(fused) == {"MaxPool": 1, "Conv": 1}
+
+
+def test_the_axis_of_a_map_is_counted_from_the_end_where_an_operand_broadcasts() -> None:
+    text = "c = Add(x, k) d = Add(c, z) y = Conv(d, W)"
+    constants = {"k": quarters([3, 1, 1]), "W": WEIGHTS["W"]}
+    fused = assert_fuses(build(text, "double[3,H,W] x, double[N,3,H,W] z", "y", **constants))
+    assert operators(fused) == {"Add": 1, "Conv": 1}

@@ -69,3 +69,13 @@ def test_a_map_goes_forward_past_a_constant_of_its_axis(last: str) -> None:
     constant = np.array([2.0, -0.5, 4.0, -2.0]).reshape(4, 1, 1)
     fused = forward(lines, 4, positive=True, k=constant)
     assert operators(fused) == {"MaxPool": 1, "Conv": 1}
+
+
+def test_a_quotient_lacks_the_inverse_of_what_its_divisor_lacks() -> None:
+    text = "g = Clip(x, lo) c = Mul(g, k) d = Div(z, c) y = Conv(d, W)"
+    scale = np.array([2.0, -0.5, 4.0]).reshape(3, 1, 1)
+    constants = {"lo": np.array(0.5), "k": scale, "W": WEIGHTS["W"]}
+    fused = assert_fuses(build(text, "double[N,3,H,W] x, double[N,3,H,W] z", "y", **constants))
+    assert operators(fused) == {"Clip": 1, "Div": 1, "Conv": 1}
+    constants["k"] = scale * 0.0 + np.array([1.0, 0.5, 0.25]).reshape(3, 1, 1)
+    assert_fuses(build(text, "double[N,3,H,W] x, double[N,3,H,W] z", "y", **constants))
