@@ -21,7 +21,7 @@ test: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy renorm_onnx models export
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # An interrupted installation leaves $(UNFINISHED) behind, and the next one starts from an empty folder. Some systems
 # ship python without ensurepip; there the system's pip puts pip into the new environment.
