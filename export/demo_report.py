@@ -71,7 +71,7 @@ def _kept_lines(fusion: Mapping[str, Any]) -> Iterator[str]:
     yield f"{fusion['norms_before'] - len(kept)} of {fusion['norms_before']} norms folded"
     for norm in kept:
         refusals = "; ".join(dict.fromkeys(refusal["detail"] for refusal in norm["refusals"]))
-        yield f"  kept {norm['name']}: {norm['reason']}: {refusals}"
+        yield f"  kept {norm['module'] or norm['name']}: {norm['reason']}: {refusals}"
 
 
 def _aligned(groups: Sequence[Sequence[Sequence[str]]]) -> list[str]:

@@ -30,6 +30,7 @@ def report(*, fused: bool = True, cuda: bool = False) -> dict[str, Any]:
         {"name": "a", "outcome": "folded", "into": ["conv"], "way": "backward"},
         {
             "name": "b",
+            "module": "block.norm",
             "outcome": "kept",
             "reason": "other-consumer",
             "refusals": [
@@ -77,7 +78,7 @@ def test_columns_are_aligned_and_lines_of_the_table_fit_a_terminal() -> None:
 def test_every_norm_that_stays_is_named_with_each_reason() -> None:
     text = table(report())
     assert "1 of 2 norms folded" in text
-    assert "kept b: other-consumer: x is read twice; Relu 'y' takes no shift" in text
+    assert "kept block.norm: other-consumer: x is read twice; Relu 'y' takes no shift" in text
     assert "kept a" not in text
 
 
