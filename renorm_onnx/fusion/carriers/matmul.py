@@ -52,6 +52,8 @@ class MatMul(Carrier):
             return Step((), onward)
         if not onward and not any(constant):
             return refuse(Reason.SHIFT, node, "has no constant factor, and the shift would stay an Add")
+        if desk.opset < 7:
+            return refuse(Reason.OPSET, node, "would need an Add that broadcasts, which opset 7 introduced")
         dtype = element_type(node, desk)
         if dtype is None:
             return refuse(Reason.DTYPE, node, "has an unknown element type")
@@ -100,6 +102,8 @@ class MatMul(Carrier):
             edits.append(SetInput(node, 1 - side, other.scaled(scale)))
         if not given.has_shift:
             return Step(tuple(edits))
+        if desk.opset < 7:
+            return refuse(Reason.OPSET, node, "would need an Add that broadcasts, which opset 7 introduced")
         total: Array = (other.float64() * shift).sum(axis=inner)
         if total.ndim == 1 and side == 0 and following_add(node, desk):
             return Step(tuple(edits), {0: AffineMap.of(1.0, total, (_output_rank(ranks) or 1) - 1)})

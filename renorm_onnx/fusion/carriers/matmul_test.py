@@ -99,3 +99,12 @@ def test_the_axis_of_a_square_product_is_not_mixed_up() -> None:
     """onnxruntime 1.31.1 folds this BatchNormalization along the wrong axis."""
     body = f"a = MatMul(x, B) t = Transpose<perm=[1,0]>(a) y = {bn('t')}"
     assert_fuses(build(body, "double[6,6] x", "y", B=quarters([6, 6]), **norm(6)), [Reason.GRAPH_INPUT])
+
+
+def test_no_add_is_put_behind_a_product_before_operators_broadcast() -> None:
+    norm_6 = "BatchNormalization<epsilon=0.0, is_test=1>"
+    operands = "bn_s, bn_b, bn_m, bn_v"
+    text = f"a = MatMul(x, B) y = {norm_6}(a, {operands})"
+    assert_fuses(build(text, "double[5,3] x", "y", opset=6, B=quarters([3, 6]), **norm(6)), [Reason.OPSET])
+    text = f"a = {norm_6}(x, {operands}) y = MatMul(a, B)"
+    assert_fuses(build(text, "double[5,3] x", "y", opset=6, B=quarters([3, 6]), **norm(3)), [Reason.OPSET])
