@@ -5,7 +5,8 @@ when it is written out, block by block, and rounded once::
 
     W' = round(W * factor_1 * factor_2 * ...)        all products in float64
 
-so BN -> Conv -> BN rounds once, and a model of any size is folded within the memory of one block.
+so BN -> Conv -> BN rounds once, and a model of any size is folded within the memory of one block. A tensor in a data
+file is read block by block as well: mapped into memory, it would count as the memory of this process.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from renorm_onnx.external_data import read_rows
 from renorm_onnx.fusion.facts import Fact, to_float64
 
 Array = npt.NDArray[np.float64]
 
-BLOCK_ELEMENTS = 1 << 21  # 16 MiB of float64 at a time
+# One block and its float64 products stay in a processor's cache; larger tensors are computed while they are written.
+BLOCK_ELEMENTS = 1 << 17
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
@@ -78,62 +81,72 @@ class Parameter:
         return Parameter.new(self.float64() * scale + shift, self.dtype)
 
     def float64(self) -> Array:
-        """All elements, exact products in float64. Shape `shape`."""
-        result = self.base if isinstance(self.base, np.ndarray) else to_float64(self.base.numpy())
-        for factor in self.factors:
-            result = result * factor
-        return result
+        """All elements as products in float64. Shape `shape`; not to be written to."""
+        return self._multiplied(self._stored(), slice(None))
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
-        """The elements in blocks of whole rows along axis 0, for tensors too large to hold twice; exact in float64."""
-        if not self.shape:
-            yield slice(None), self.float64()
-            return
-        source = self.base if isinstance(self.base, np.ndarray) else self.base.numpy()
-        rows = max(1, BLOCK_ELEMENTS // max(1, math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], rows):
-            part = slice(start, start + rows)
-            block: Array = source[part] if self._is_single() else to_float64(source[part])  # type: ignore[assignment]
-            for factor in self.factors:
-                block = block * (factor[part] if factor.shape[0] != 1 else factor)
-            yield part, block
+        """The products in float64, in blocks of whole rows along axis 0, for tensors too large to hold twice."""
+        for part, block in self._stored_blocks():
+            yield part, self._multiplied(block, part)
 
-    def _is_single(self) -> bool:
-        """Whether the stored elements can be compared as they are, without a float64 copy."""
-        return self.dtype == ir.DataType.FLOAT and not self.factors
+    def _stored(self) -> npt.NDArray[Any]:
+        if isinstance(self.base, np.ndarray):
+            return self.base
+        return read_rows(self.base, 0, self.shape[0]) if self.shape else self.base.numpy()
+
+    def _stored_blocks(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+        """The elements as they are stored, without factors, in blocks of whole rows; one block if there is no row."""
+        if math.prod(self.shape) <= BLOCK_ELEMENTS:
+            yield slice(None), self._stored()
+            return
+        rows = max(1, BLOCK_ELEMENTS // math.prod(self.shape[1:]))
+        # A tensor in a message is copied out of it each time it is asked for; one in a file is read piece by piece.
+        whole = None if isinstance(self.base, ir.ExternalTensor) else self._stored()
+        for start in range(0, self.shape[0], rows):
+            part = slice(start, min(start + rows, self.shape[0]))
+            if whole is not None:
+                yield part, whole[part]
+            elif isinstance(self.base, ir.ExternalTensor):
+                yield part, read_rows(self.base, part.start, part.stop)
+
+    def _multiplied(self, block: npt.NDArray[Any], part: slice) -> Array:
+        result: Array = block.astype(np.float64, copy=False)
+        for factor in self.factors:
+            result = result * (factor if factor.ndim == 0 or factor.shape[0] == 1 else factor[part])
+        return result
 
     def contract(self, vector: Array, axis: int) -> Array:
         """``sum over axis of self * vector``: what a shift at the input adds to the output.
 
         Args:
-            vector: Broadcastable to `shape`.
+            vector: Broadcastable to `shape`, of the same rank.
             axis: Summed over; so is every axis from 2 on.
         """
-        total: list[Array] = []
+        pieces: list[Array] = []
         axes = (axis, *range(2, len(self.shape)))
         for part, block in self.blocks():
-            weights = vector[part] if vector.shape[0] != 1 else vector
-            total.append((to_float64(block) * weights).sum(axis=axes))
-        result: Array = np.sum(total, axis=0) if axis == 0 else np.concatenate(total)
-        return result
+            piece = (block * (vector[part] if vector.shape[0] != 1 else vector)).sum(axis=axes)
+            pieces = [pieces[0] + piece] if axis == 0 and pieces else [*pieces, piece]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def magnitudes(self, keep: tuple[int, ...]) -> Array:
         """Largest absolute value over all axes but `keep`, NaN where one is. Shape: the kept axes."""
         axes = tuple(i for i in range(len(self.shape)) if i not in keep)
-        tops = []
-        for _, block in self.blocks():
-            # Two reductions need no array of absolute values; both propagate NaN.
-            tops.append(np.maximum(block.max(axis=axes, initial=0.0), -block.min(axis=axes, initial=0.0)))
+        # Without factors, the stored elements are compared as they are.
+        blocks = (block for _, block in (self.blocks() if self.factors else self._stored_blocks()))
+        tops = [_magnitude(block, axes) for block in blocks]
         if len(tops) == 1:
-            return to_float64(tops[0])
-        if not tops:
-            return np.zeros([self.shape[i] for i in keep])
-        return to_float64(np.concatenate(tops) if 0 in keep else np.max(tops, axis=0))
+            return tops[0]
+        return np.concatenate(tops) if 0 in keep else np.asarray(np.max(tops, axis=0))
 
     def rounded(self) -> npt.NDArray[Any]:
         """The elements in their type, each rounded once. Shape `shape`."""
-        with np.errstate(over="ignore", under="ignore"):
-            return self.float64().astype(numpy_type(self.dtype))
+        if math.prod(self.shape) <= BLOCK_ELEMENTS:
+            return rounded(self.float64(), self.dtype)
+        result = np.empty(self.shape, numpy_type(self.dtype))
+        for part, block in self.blocks():
+            result[part] = rounded(block, self.dtype)
+        return result
 
     def tensor(self, name: str) -> ir.TensorProtocol:
         """What goes into the file: the elements themselves, or for a large stored tensor a recipe that streams them."""
@@ -159,10 +172,33 @@ class StreamedTensor(ir.LazyTensor):
 
     def tofile(self, file: BinaryIO) -> None:  # type: ignore[override]
         """Write the elements to an open binary file, one block in memory at a time."""
-        target = numpy_type(self._parameter.dtype)
-        with np.errstate(over="ignore", under="ignore"):
-            for _, block in self._parameter.blocks():
-                file.write(block.astype(target).tobytes())
+        for _, block in self._parameter.blocks():
+            file.write(rounded(block, self._parameter.dtype).reshape(-1).view(np.uint8).data)
+
+
+def rounded(array: Array, dtype: ir.DataType) -> npt.NDArray[Any]:
+    """Float64 numbers in another float type, to nearest, ties to even, each rounded once.
+
+    ml_dtypes makes a bfloat16 of a float32, so a float64 number would be rounded twice. Rounded to odd first (towards
+    zero, with the last bit set where digits were lost), a float32 still tells on which side of a tie it lies.
+    Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums", theorem 2 (24 >= 8 + 2 digits).
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if dtype != ir.DataType.BFLOAT16:
+            return array.astype(numpy_type(dtype))
+        near = np.asarray(array.astype(np.float32))
+        bits = near.view(np.uint32)
+        lost = near != array
+        bits -= np.abs(near) > np.abs(array)
+        bits |= lost
+        return near.astype(ml_dtypes.bfloat16)
+
+
+def _magnitude(block: npt.NDArray[Any], axes: tuple[int, ...]) -> Array:
+    """Largest absolute value over some axes: without their sign, IEEE 754 numbers are ordered as integers are."""
+    bits = block.view(f"u{block.itemsize}")
+    tops = np.asarray(np.bitwise_and(bits, bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max(axis=axes, initial=0))
+    return tops.view(block.dtype).astype(np.float64)
 
 
 def numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
