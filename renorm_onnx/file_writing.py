@@ -50,6 +50,8 @@ def check_output(path: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
     """
     path = os.fspath(path)
     folder = os.path.dirname(path) or "."
+    if not path:
+        raise ModelFileError("output '' is empty; expected the name of a file to write")
     if not os.path.basename(path) or os.path.isdir(path):
         raise ModelFileError(f"output {path!r} is a folder; expected the name of a file to write")
     if not os.path.isdir(folder):

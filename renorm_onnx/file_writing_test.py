@@ -43,7 +43,7 @@ def test_an_output_that_cannot_be_a_file_is_refused(tmp_path: Path, old: Path, f
         (f"{tmp_path}/", r"is a folder"),
         (tmp_path / "no" / "new.onnx", r"output '.*new\.onnx': the folder '.*no' does not exist; create it first"),
         (old / "new.onnx", r"the folder '.*old\.onnx' does not exist; create it first"),
-        ("", r"output '' is a folder"),
+        ("", r"output '' is empty; expected the name of a file to write"),
     ]:
         with pytest.raises(ModelFileError, match=message):
             check_output(path, force=force)

@@ -112,6 +112,8 @@ def _read(path: str) -> bytes:
         raise ModelFileError(f"{path!r} does not exist; expected an ONNX model file") from error
     except OSError as error:
         raise ModelFileError(f"cannot read {path!r}: {explain(error)}") from error
+    except ModelFileError:  # a ValueError too, but one that says already what is wrong
+        raise
     except ValueError as error:
         raise ModelFileError(f"{path!r} is not a path: {error}") from error
     if not data:

@@ -249,7 +249,9 @@ def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, Array]:
             if not isinstance(loaded, np.ndarray):
                 return {name: loaded[name] for name in loaded.files}
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets first
-        raise InputError(f"verify: inputs {str(path)!r} cannot be read as numpy data: {error}") from error
+        # Of any file that is no .npy numpy says that it is a pickle, and advises to load it.
+        reason = "it is no .npz or .npy file, or holds Python objects" if "pickle" in str(error) else str(error)
+        raise InputError(f"verify: inputs {str(path)!r} cannot be read as numpy data: {reason}") from error
     if len(specs) != 1:
         names = [spec.name for spec in specs]
         raise InputError(f"verify: {str(path)!r} holds one array, the model has inputs {names}; use a .npz file")
