@@ -33,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = _parser().parse_args(argv)
-    from renorm_onnx.errors import MachineError, RenormError
+    from renorm_onnx.errors import MachineError, RenormError, VerificationError
 
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
     except RenormError as error:
-        status = BAD_MACHINE if isinstance(error, MachineError) else BAD_INPUT
+        statuses = {MachineError: BAD_MACHINE, VerificationError: NO}
+        status = next((status for kind, status in statuses.items() if isinstance(error, kind)), BAD_INPUT)
         _fail(arguments, error, status)
     except KeyboardInterrupt:
         status = 130
@@ -83,6 +84,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
+def _add_links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-symlinks", action="store_true", help="follow links to data outside a model's folder")
+
+
 def _add_providers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ep",
@@ -107,12 +112,12 @@ def _add_fuse(commands: Any) -> None:
     parser.add_argument(
         "--assume-constant-initializers", action="store_true", help="fold weights that a caller may override"
     )
-    parser.add_argument("--allow-symlinks", action="store_true", help="follow links to data outside MODEL's folder")
+    _add_links(parser)
     checks = parser.add_mutually_exclusive_group()
     checks.add_argument("--no-verify", action="store_true", help="do not check the result")
     checks.add_argument("--require-verify", action="store_true", help="fail if the result cannot be checked whole")
     _add_providers(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs for the check (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the inputs for the check (default: 0)")
 
 
 def _add_verify(commands: Any) -> None:
@@ -124,14 +129,16 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument(
         "--inputs", type=_inputs, metavar="N|FILE|DIR", help="how many generated inputs, or .npz/.npy data"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of generated inputs (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of generated inputs (default: 0)")
     parser.add_argument("--layers", action="store_true", help="compare every value that both models name")
+    _add_links(parser)
 
 
 def _add_inspect(commands: Any) -> None:
     parser = _command(commands, "inspect", _inspect, "Show what is in MODEL: operators, norms, layers.")
     parser.add_argument("model", metavar="MODEL", help="an ONNX file")
     parser.add_argument("--explain", action="store_true", help="say of each norm where it would go, or why it stays")
+    _add_links(parser)
 
 
 def _add_bench(commands: Any) -> None:
@@ -144,12 +151,14 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds (default: 30)")
     parser.add_argument("--compare", action="store_true", help="exit 1 if a later MODEL is slower than the first")
     parser.add_argument("--plot", metavar="PNG", help="write a plot")
+    _add_links(parser)
 
 
 def _add_inline(commands: Any) -> None:
     parser = _command(commands, "inline", _inline, "Replace the renorm functions of MODEL by plain ONNX operators.")
     parser.add_argument("model", metavar="MODEL", help="an ONNX file")
     _add_output(parser)
+    _add_links(parser)
 
 
 def _add_doctor(commands: Any) -> None:
@@ -166,6 +175,12 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected whole numbers with commas, such as 1,32") from None
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a whole number, 0 or more")
+    return int(text)
 
 
 def _inputs(text: str) -> int | str:
@@ -215,6 +230,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         inputs=arguments.inputs,
         seed=arguments.seed,
         layers=arguments.layers,
+        allow_symlinks=arguments.allow_symlinks,
     )
     _say(arguments, verdict)
     return YES if verdict.ok else NO
@@ -223,13 +239,16 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from renorm_onnx.inspection import inspect_model
 
-    _say(arguments, inspect_model(arguments.model, explain=arguments.explain))
+    _say(arguments, inspect_model(arguments.model, explain=arguments.explain, allow_symlinks=arguments.allow_symlinks))
     return YES
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    from renorm_onnx.file_writing import check_output
     from renorm_onnx.runtime.bench import bench, plot
 
+    if arguments.plot:  # before minutes of timing, not after
+        check_output(arguments.plot, inputs=arguments.models, force=True)
     report = bench(
         arguments.models,
         providers=arguments.ep,
@@ -237,6 +256,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         optimize=arguments.opt,
         rounds=arguments.rounds,
+        allow_symlinks=arguments.allow_symlinks,
     )
     _say(arguments, report)
     if arguments.plot:
@@ -247,7 +267,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _inline(arguments: argparse.Namespace) -> int:
     from renorm_onnx.delivery import inline_file
 
-    _say(arguments, inline_file(arguments.model, arguments.output, force=arguments.force))
+    links = arguments.allow_symlinks
+    _say(arguments, inline_file(arguments.model, arguments.output, force=arguments.force, allow_symlinks=links))
     return YES
 
 

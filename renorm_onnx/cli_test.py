@@ -150,6 +150,75 @@ def test_a_missing_execution_provider_is_exit_3(model, capsys):
     assert not Path("model.fused.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fuse", ""], "'' does not exist; expected an ONNX model file"),
+        (["fuse", "."], "fuse: '.' is a folder; expected an ONNX model file"),
+        (["inline", "/"], "inline: '/' is a folder; expected an ONNX model file"),
+        (["fuse", "model.onnx", "-o", ""], "output '' is empty"),
+        (["fuse", "model.onnx", "-o", "absent/out.onnx"], "the folder 'absent' does not exist"),
+        (["fuse", "model.onnx", "--seed", "-1"], "'-1' given, expected a whole number, 0 or more"),
+        (["verify", "model.onnx", "--seed", "x"], "'x' given, expected a whole number"),
+        (["verify", "model.onnx", "--inputs", "model.onnx"], "it is no .npz or .npy file"),
+        (["bench", "model.onnx", "--batch", "1,b"], "'1,b' given, expected whole numbers"),
+        (["bench", "model.onnx", "--plot", "absent/out.png"], "the folder 'absent' does not exist"),
+        (["bench", "model.onnx", "--plot", "model.onnx"], "is the same file as the input"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_exit_2_and_nothing_is_written(model, capsys, arguments, message):
+    before = model.read_bytes()
+    assert run(*arguments) == cli.BAD_INPUT
+    assert message in one_line(capsys)
+    assert [path.name for path in Path().iterdir()] == ["model.onnx"]
+    assert model.read_bytes() == before
+
+
+def test_every_command_follows_links_to_data_when_allowed(model, tmp_path, capsys):
+    elsewhere = tmp_path / "cache"
+    elsewhere.mkdir()
+    onnx.save(small_model(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
+    Path("big.data").rename(elsewhere / "blob")
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    Path("big.onnx").rename(folder / "big.onnx")
+    (folder / "big.data").symlink_to(elsewhere / "blob")
+    path = str(folder / "big.onnx")
+    for command in (["inspect"], ["verify", "--inputs", "1"], ["bench", "--rounds", "1"], ["inline"], ["fuse"]):
+        assert run(*command, path) == cli.BAD_INPUT
+        assert "--allow-symlinks" in one_line(capsys)
+        assert run(*command, path, "--allow-symlinks") == cli.YES
+
+
+def test_a_result_that_is_wrong_is_exit_1(model, capsys, monkeypatch):
+    from renorm_onnx import inspection
+    from renorm_onnx.errors import VerificationError
+
+    def wrong(*arguments, **options):
+        raise VerificationError("found to be wrong")
+
+    monkeypatch.setattr(inspection, "inspect_model", wrong)
+    assert run("inspect", "model.onnx") == cli.NO
+    assert "found to be wrong" in one_line(capsys)
+
+
+def test_verify_says_no_by_its_exit_status(model, capsys):
+    assert run("verify", "model.onnx") == cli.YES
+    onnx.save(small_model(scale=0.7001), "wrong.onnx")
+    assert run("verify", "model.onnx", "wrong.onnx", "--json") == cli.NO
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["outcome"] == "no"
+
+
+def test_bench_compares_by_its_exit_status(model, capsys, monkeypatch):
+    from renorm_onnx.runtime.timing_report import BenchReport
+
+    arguments = ("bench", "model.onnx", "--rounds", "1", "--json")
+    monkeypatch.setattr(BenchReport, "regressions", lambda self: ("slower",))
+    assert run(*arguments) == cli.YES
+    assert json.loads(capsys.readouterr().out)["timings"][0]["model"] == "model.onnx"
+    assert run(*arguments, "--compare") == cli.NO
+
+
 def test_wrong_usage_is_one_line_that_names_the_help(capsys):
     assert run("fuse") == cli.BAD_INPUT
     assert "see renorm-onnx fuse --help" in one_line(capsys)

@@ -123,7 +123,11 @@ def _row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 
 def inline_file(
-    source: str | os.PathLike[str], target: str | os.PathLike[str] | None = None, *, force: bool = False
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
+    allow_symlinks: bool = False,
 ) -> InlinedFile:
     """Replace the renorm functions of a model file by plain ONNX operators, for runtimes without functions.
 
@@ -131,6 +135,7 @@ def inline_file(
         source: The model.
         target: Where to write; None: ``model.onnx`` -> ``model.inlined.onnx``.
         force: Replace an existing `target`.
+        allow_symlinks: Follow links to data files outside the model's folder.
 
     Returns:
         What was done.
@@ -138,8 +143,8 @@ def inline_file(
     Raises:
         ModelFileError: The model cannot be read, or the target must not or cannot be written.
     """
+    model = model_file.load(source, allow_symlinks=allow_symlinks)
     path = os.fspath(target) if target is not None else _beside(source, "inlined")
-    model = model_file.load(source)
     model_file.check_output(path, inputs=[source], force=force)
     calls = inline(model, domain=DOMAIN)
     model_file.save(model, path, force=force)
@@ -196,8 +201,8 @@ def fuse_file(
         raise InputError(f"fuse: verify={verify!r} given, expected one of {', '.join(VERIFY)}")
     if in_place and target is not None:
         raise InputError(f"fuse: an output ({os.fspath(target)!r}) and in-place were both given; choose one")
-    path = os.fspath(source) if in_place else os.fspath(target) if target is not None else default_target(source)
     original = model_file.load(source, allow_symlinks=allow_symlinks)
+    path = os.fspath(source) if in_place else os.fspath(target) if target is not None else default_target(source)
     if not dry_run:
         model_file.check_output(path, inputs=[] if in_place else [source], force=force or in_place)
     model = model_file.load(original)

@@ -73,12 +73,13 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect_model(path: str | os.PathLike[str], *, explain: bool = False) -> Inspection:
+def inspect_model(path: str | os.PathLike[str], *, explain: bool = False, allow_symlinks: bool = False) -> Inspection:
     """Read a model file and say what is in it.
 
     Args:
         path: The file; not changed.
         explain: Show for each norm where it would go, or why it stays.
+        allow_symlinks: Follow links to data files outside the model's folder.
 
     Returns:
         What was found; `str` of it is readable.
@@ -86,7 +87,7 @@ def inspect_model(path: str | os.PathLike[str], *, explain: bool = False) -> Ins
     Raises:
         ModelFileError: The file cannot be read as a model.
     """
-    model = model_file.load(path)
+    model = model_file.load(path, allow_symlinks=allow_symlinks)
     layers = tuple(layers_in(model))
     operators = dict(count_operators(model))
     inputs = {v.name or "": _kind(v) for v in model.graph.inputs if not v.is_initializer()}

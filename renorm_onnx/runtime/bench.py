@@ -46,6 +46,7 @@ def bench(
     tf32: bool = False,
     sizes: Mapping[str, int] | None = None,
     seed: int = 0,
+    allow_symlinks: bool = False,
 ) -> BenchReport:
     """Time models with the same inputs under every combination of the options.
 
@@ -61,6 +62,7 @@ def bench(
         tf32: Let CUDA round the operands of convolutions and matrix products to 10 bits.
         sizes: Values for other sizes that vary, by name.
         seed: Of the inputs and of the order.
+        allow_symlinks: Follow links to data files outside a model's folder.
 
     Returns:
         The timings; `regressions()` says where a later model is slower than the first.
@@ -79,7 +81,7 @@ def bench(
     if rounds < 1 or min(batches) < 1:
         raise InputError(f"bench: rounds={rounds!r} and batches={tuple(batches)!r}, expected at least 1")
     before = _load()
-    loaded = {name: model_file.load(model) for name, model in _named(models).items()}
+    loaded = {name: model_file.load(model, allow_symlinks=allow_symlinks) for name, model in _named(models).items()}
     specs = _common_inputs(loaded)
     counts = (threads,) if isinstance(threads, int) else tuple(threads)
     runs: list[_Run] = []
@@ -229,12 +231,21 @@ def _common_inputs(models: Mapping[str, ir.Model]) -> tuple[InputSpec, ...]:
     found = {name: input_specs(model) for name, model in models.items()}
     first, specs = next(iter(found.items()))
     for name, others in found.items():
-        here, there = ({s.name: (s.dtype, len(s.shape)) for s in side} for side in (others, specs))
-        if here != there:
+        if not _take_the_same(others, specs):
             raise InputError(
                 f"bench: {name!r} has inputs {_described(others)}, expected those of {first!r}: {_described(specs)}"
             )
     return specs
+
+
+def _take_the_same(some: Sequence[InputSpec], others: Sequence[InputSpec]) -> bool:
+    """Whether both have the same names, types, ranks and, where neither varies, sizes."""
+    here, there = ({spec.name: spec for spec in side} for side in (some, others))
+    return here.keys() == there.keys() and all(
+        (spec.dtype, len(spec.shape)) == (there[name].dtype, len(there[name].shape))
+        and all(a == b for a, b in zip(spec.shape, there[name].shape, strict=True) if {type(a), type(b)} == {int})
+        for name, spec in here.items()
+    )
 
 
 def _described(specs: Sequence[InputSpec]) -> str:

@@ -101,6 +101,15 @@ def test_what_cannot_be_timed_is_an_input_error(arguments, options, message):
         bench([build(name) for name in arguments], **options)
 
 
+def test_models_whose_fixed_sizes_differ_are_named_before_any_is_run():
+    other = build("convnet")
+    other.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 4
+    with pytest.raises(
+        InputError, match=r"'other' has inputs .*4, 'H', 'W'\], expected those of 'first': .*3, 'H', 'W'"
+    ):
+        bench({"first": build("convnet"), "other": other})
+
+
 def test_a_provider_that_is_not_there_is_a_machine_error(monkeypatch):
     from renorm_onnx.runtime import providers
 

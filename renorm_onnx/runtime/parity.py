@@ -63,6 +63,7 @@ def verify(
     sizes: Mapping[str, int] | None = None,
     limit: Cost | None = None,
     sites: bool | None = None,
+    allow_symlinks: bool = False,
 ) -> Verdict:
     """Judge whether `candidate` computes what `reference` means, as exactly as `reference` does.
 
@@ -81,6 +82,7 @@ def verify(
             reference evaluation lacks an operator, no generated input fits. None: such things are errors.
         sites: Check every rewritten place by itself too (`check_sites`), which also decides. It takes a candidate in
             which a name means the same value as in the reference; None: if `verify` fused it itself.
+        allow_symlinks: Follow links to data files outside a model's folder.
 
     Returns:
         The verdict; `.ok` only if something was compared and all of it holds.
@@ -99,11 +101,11 @@ def verify(
             raise InputError("verify: a torch reference needs a candidate, the exported model")
         from renorm_onnx.fusion.engine import fuse
 
-        reference = model_file.load(reference)
+        reference = model_file.load(reference, allow_symlinks=allow_symlinks)
         candidate, fusion = fuse(reference)
     if is_torch_module(reference) and (sites or layers):
         raise InputError("verify: sites= and layers= need a reference model, a torch module has no value names")
-    sides = _Sides(reference, candidate)
+    sides = _Sides(reference, candidate, allow_symlinks=allow_symlinks)
     comparison = _Comparison(sides, seed, dict(sizes or {}))
     verdict = comparison.run(tuple(dict.fromkeys(providers)), inputs, limit, layers)
     if sites or (sites is None and fusion is not None):
@@ -122,8 +124,8 @@ def _with_sites(verdict: Verdict, found: SiteReport) -> Verdict:
 class _Sides:
     """The two models, and how to get R, U and F from them."""
 
-    def __init__(self, reference: Any, candidate: Any) -> None:
-        self.candidate = model_file.load(candidate)
+    def __init__(self, reference: Any, candidate: Any, *, allow_symlinks: bool) -> None:
+        self.candidate = model_file.load(candidate, allow_symlinks=allow_symlinks)
         self.torch: TorchReference | None = None
         if is_torch_module(reference):
             specs = input_specs(self.candidate)
@@ -132,7 +134,7 @@ class _Sides:
             self.model = self.candidate
             self.problems: list[str] = []
         else:
-            self.model = model_file.load(reference)
+            self.model = model_file.load(reference, allow_symlinks=allow_symlinks)
             self.problems = interface_problems(self.model, self.candidate)
 
     @functools.cached_property
