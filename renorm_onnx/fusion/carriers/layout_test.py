@@ -98,3 +98,12 @@ def test_a_map_that_repeats_itself_is_gathered() -> None:
     assert (found.axis, list(found.scale), list(found.shift)) == (1, [1, 2], [0, 5])
     assert rearranged(AffineMap.of([1, 2, 3, 4], 0.0, 1), (N, 4), (N, 2, 2)) is None
     assert uniform(AffineMap.of([2, 2], [1, 1], 1)).axis is None
+
+
+def test_a_turn_of_three_axes_is_followed_both_ways_where_all_sizes_agree() -> None:
+    text = f"c = {bn('x')} e = Transpose<perm=[0,2,3,1]>(c) y = MatMul(e, B)"
+    fused = assert_fuses(build(text, "double[4,4,4,4] x", "y", B=quarters([4, 4]), **norm(4)))
+    assert operators(fused) == {"Transpose": 1, "MatMul": 1, "Add": 1}
+    text = f"c = MatMul(x, B) e = Transpose<perm=[0,3,1,2]>(c) y = {bn('e')}"
+    fused = assert_fuses(build(text, "double[4,4,4,4] x", "y", B=quarters([4, 4]), **norm(4)))
+    assert operators(fused) == {"Transpose": 1, "MatMul": 1, "Add": 1}
