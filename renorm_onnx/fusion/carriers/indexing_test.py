@@ -132,3 +132,10 @@ def test_places_that_are_not_constant_are_refused() -> None:
     text = f"s = Shape(z) i = Gather(s, j) c = Conv(x, W) d = Gather<axis=1>(c, i) y = {bn('d')}"
     model = build(text, f"{IMAGE}, double[N,H] z", "y", j=np.array([0, 0]), W=quarters([8, 3, 1, 1]), **norm(2))
     assert_fuses(model, [Reason.AXIS])
+
+
+def test_the_axis_of_a_map_moves_with_the_axes_that_indices_add() -> None:
+    text = "c = Conv(x, W) d = Gather<axis=0>(c, i) m = Mul(d, k) y = Add(m, l)"
+    constants = {"k": quarters([4, 1, 1]), "l": quarters([4, 1, 1], 1), "i": np.array([[1, 0]])}
+    fused = assert_fuses(build(text, "double[N,3,4,4] x", "y", W=WEIGHTS["W"], **constants))
+    assert operators(fused) == {"Conv": 1, "Gather": 1}

@@ -40,3 +40,6 @@ def test_scales_along_another_axis_are_refused() -> None:
     text = f"w = DequantizeLinear<axis=1>(q, qs) c = Conv(x, w) y = {bn('c')}"
     model = build(text, IMAGE, "y", opset=21, q=WEIGHT, qs=np.array([0.5, 2.0, 0.25]), **norm(4))
     assert_fuses(model, [Reason.AXIS])
+    square = np.tile(WEIGHT[:, :1], (1, 4, 1, 1))
+    model = build(text, "double[N,4,H,W] x", "y", opset=21, q=square, qs=SCALES["qs"], **norm(4))
+    assert_fuses(model, [Reason.AXIS])

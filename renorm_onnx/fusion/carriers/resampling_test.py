@@ -44,3 +44,10 @@ def test_a_uniform_map_passes_resized_channels() -> None:
     body = 'c = Conv(x, W) d = Resize<mode="linear">(c, , r) m = Mul(d, k) y = Add(m, l)'
     constants = {"r": np.array([1, 2, 1, 1], np.float32), "k": np.array(-1.5), "l": np.array(0.25)}
     assert_fuses(build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), **constants))
+
+
+def test_channels_that_move_but_keep_their_number_are_refused() -> None:
+    """A scale of 1.2 makes 4 channels of 4, but not the same ones."""
+    scales = np.array([1, 1.2, 1, 1], np.float32)
+    backward('d = Resize<mode="nearest">(c, , r)', 4, [Reason.AXIS], r=scales)
+    forward('d = Resize<mode="nearest">(c, , r)', 4, [Reason.AXIS], r=scales)
