@@ -22,6 +22,8 @@ from renorm_onnx.fusion.facts import Dims, Fact, Facts
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 
+BROADCASTING = ("Add", "Sub", "Mul", "Div")
+
 
 @dataclass(frozen=True, eq=False)
 class SetInput:
@@ -94,7 +96,26 @@ class Desk:
             return self.pending[node, index]
         if index >= len(node.inputs) or node.inputs[index] is None:
             return None
-        return Parameter.of(self.facts[node.inputs[index]])
+        return Parameter.of(self.unexpanded(node, index) or self.facts[node.inputs[index]])
+
+    def is_constant(self, node: ir.Node, index: int) -> bool:
+        """Whether the operand at `index` is constant, or is but for an Expand that changes nothing for `node`."""
+        return self.facts.is_constant(node.inputs[index]) or self.unexpanded(node, index) is not None
+
+    def unexpanded(self, node: ir.Node, index: int) -> Fact | None:
+        """What an Expand repeats to no more than the size of the other operand, which broadcasts it anyway.
+
+        Exporters write ``x - mean.expand_as(x)`` so; the operand is no constant, its run-time shape being that of x.
+        """
+        value = node.inputs[index]
+        maker = None if value is None else value.producer()
+        if maker is None or maker.op_type != "Expand" or node.op_type not in BROADCASTING or len(node.inputs) != 2:
+            return None
+        fact, other = self.facts[value], self.facts[node.inputs[1 - index]].dims
+        if fact.unexpanded is None or fact.dims is None or other is None or len(fact.dims) > len(other):
+            return None
+        tail = other[len(other) - len(fact.dims) :]
+        return fact.unexpanded if all(d in (1, o) for d, o in zip(fact.dims, tail, strict=True)) else None
 
     def has_input(self, node: ir.Node, index: int) -> bool:
         """Whether the optional operand at `index` is given, or will be; an empty name is none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from typing import overload
@@ -31,7 +31,7 @@ from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
-from renorm_onnx.inlining import Names, names_in
+from renorm_onnx.inlining import Names, graphs_of, names_in
 from renorm_onnx.onnx_function import MODULE_KEY
 
 logger = logging.getLogger(__name__)
@@ -126,6 +126,10 @@ class _Engine:
         self._order: dict[ir.Node, float] = {}
         self._touched: set[ir.Node] = set()
         self._added: set[ir.Node] = set()
+        # Taken out together, since onnx-ir looks at all outputs of a graph for each removal.
+        self._gone: dict[ir.Node, ir.Graph] = {}
+        self._unread: dict[ir.Value, None] = {}
+        self._output_places: dict[ir.Graph, dict[ir.Value, list[int]]] = {}
 
     def run(self) -> FusionReport:
         with model_file.collection_paused(), np.errstate(all="ignore"):
@@ -134,13 +138,13 @@ class _Engine:
     def _run(self) -> FusionReport:
         self._forms = {
             v.name: f"{n.domain}::{n.op_type}"
-            for n in self._model.graph.all_nodes()
+            for n in (self._model.graph.all_nodes() if self._model.functions else ())
             if n.op_identifier() in self._model.functions
             for v in n.outputs
         }
         open_calls(self._model)
         self._names = Names(names_in(self._model))
-        for graph in list(graphs_of(self._model)):
+        for graph in list(graphs_of(self._model.graph)):
             self._fold(graph)
             while self._options.merge_branches and self._merge_branches(graph):
                 self._fold(graph)
@@ -162,6 +166,7 @@ class _Engine:
             planner = Planner(self._order, self._desk, load_carriers(), self._limits)
             count = len(self._added)
             folded = sum([self._try(norm, planner) for norm in (norms if forwards else reversed(norms))])
+            self._clean()
             if not folded or (folded == len(norms) and len(self._added) == count):
                 return
             self._desk.facts.forget()
@@ -182,7 +187,7 @@ class _Engine:
 
     def _try(self, norm: Norm, planner: Planner) -> bool:
         # What an earlier plan of this round changed is no longer what was found: the next round finds it anew.
-        if any(n.graph is None or n in self._touched for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
+        if any(n in self._gone or n in self._touched for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
             return False
         plan = planner.plan(norm)
         entries = self._entries_of(norm)
@@ -218,6 +223,7 @@ class _Engine:
         keep.attributes.pop("auto_pad", None)
         self._replace(merge.add.outputs[0], keep.outputs[0])
         self._delete([merge.add])
+        self._clean()
         if merge.norm is not None:
             for entry in self._entries_of(merge.norm):
                 entry.outcome, entry.way, entry.into, entry.refusals = "folded", "branches", (label(keep),), ()
@@ -241,7 +247,7 @@ class _Engine:
         if plan.way == "backward":
             self._replace(plan.norm.output, source)
         else:
-            plan.norm.output.replace_all_uses_with(source)
+            self._redirect(plan.norm.output, source)
         self._delete(plan.norm.nodes)
 
     def _add_after(self, edit: AddAfter) -> ir.Value:
@@ -251,7 +257,7 @@ class _Engine:
         assert isinstance(graph, ir.Graph)
         name = self._names.unique(f"{edit.node.name or value.name}_bias")
         total = ir.Value(name=value.name, type=value.type, shape=value.shape)
-        value.replace_all_uses_with(total, replace_graph_outputs=True)
+        self._redirect(value, total)
         value.name = self._fresh(value.name or "value")
         node = ir.Node("", "Add", [value, self._store(graph, edit.parameter, name)], outputs=[total], name=name)
         graph.insert_after(edit.node, node)
@@ -263,32 +269,53 @@ class _Engine:
     def _replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let `new` stand where `old` stood and bear its name, since it holds the same."""
         name = old.name
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        new.name, new.type = name, old.type or new.type
-        new.shape = new.shape if old.shape is None else old.shape
+        self._redirect(old, new)
+        # What the file declares about `old` is its interface; a shape declared for `new` alone may be stale.
+        new.name, new.type, new.shape = name, old.type or new.type, old.shape
 
-    def _delete(self, nodes: Sequence[ir.Node]) -> None:
-        """Take nodes out of their graph, and whatever only they read."""
-        operands = [v for n in nodes for v in n.inputs if v is not None]
-        graph = nodes[0].graph
-        assert isinstance(graph, ir.Graph)
-        graph.remove(nodes, safe=True)
-        self._release(operands)
+    def _redirect(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every reader of `old`, and every graph output that it is, take `new` instead."""
+        graph = old.graph
+        if old.is_graph_output() and isinstance(graph, ir.Graph):
+            if graph not in self._output_places:
+                self._output_places[graph] = {}
+                for index, value in enumerate(graph.outputs):
+                    self._output_places[graph].setdefault(value, []).append(index)
+            places = self._output_places[graph]
+            moved = places.pop(old)
+            for index in moved:
+                graph.outputs[index] = new
+            places.setdefault(new, []).extend(moved)
+        old.replace_all_uses_with(new)
 
-    def _release(self, operands: Iterable[ir.Value]) -> None:
-        """Remove constants that nobody reads any more, and operators that computed nothing else."""
-        stack = list(operands)
-        while stack:
-            value = stack.pop()
+    def _delete(self, nodes: Iterable[ir.Node]) -> None:
+        """Make nodes read nothing; `_clean` takes them out of their graphs, and what only they read."""
+        for node in nodes:
+            self._unread.update((v, None) for v in node.inputs if v is not None)
+            assert isinstance(node.graph, ir.Graph)
+            self._gone[node] = node.graph
+            node.resize_inputs(0)
+
+    def _clean(self) -> None:
+        """Remove deleted nodes, constants that nobody reads any more, and operators that computed nothing else."""
+        dropped: dict[ir.Graph, set[ir.Value]] = {}
+        while self._unread:
+            value = self._unread.popitem()[0]
             if value.uses() or value.is_graph_output():
                 continue
-            node = value.producer()
+            node, graph = value.producer(), value.graph
             if node is not None:
-                if node.graph is not None and not any(o.uses() or o.is_graph_output() for o in node.outputs):
-                    stack.extend(v for v in node.inputs if v is not None)
-                    node.graph.remove(node, safe=True)
-            elif value.is_initializer() and isinstance(value.graph, ir.Graph) and not self._is_interface(value):
-                _drop_initializer(value)
+                unread = not any(o.uses() or o.is_graph_output() for o in node.outputs)
+                self._delete([node] if unread and node not in self._gone and node.graph is not None else [])
+            elif value.is_initializer() and isinstance(graph, ir.Graph) and not self._is_interface(value):
+                del graph.initializers[value.name or ""]
+                if value.is_graph_input():
+                    dropped.setdefault(graph, set()).add(value)
+        for graph, values in dropped.items():
+            graph.inputs[:] = [v for v in graph.inputs if v not in values]
+        for graph in set(self._gone.values()):
+            graph.remove([n for n, g in self._gone.items() if g is graph], safe=True)
+        self._gone.clear()
 
     def _fresh(self, hint: str) -> str:
         """A name that nothing in the model bears, recognizable as what `hint` became."""
@@ -299,7 +326,6 @@ class _Engine:
 
     def _write_parameters(self) -> None:
         """Give every changed operand its new constant, each number rounded once."""
-        orphans: list[ir.Value] = []
         for (node, index), parameter in self._desk.pending.items():
             graph = node.graph
             if not isinstance(graph, ir.Graph):
@@ -310,9 +336,10 @@ class _Engine:
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
             node.replace_input_with(index, value)
-            orphans.extend([] if old is None else [old])
+            if old is not None:
+                self._unread[old] = None
         self._desk.pending.clear()
-        self._release(orphans)
+        self._clean()
 
     def _store(self, graph: ir.Graph, parameter: Parameter, name: str) -> ir.Value:
         """A new initializer of `graph`."""
@@ -324,25 +351,13 @@ class _Engine:
         return value
 
 
-def graphs_of(model: ir.Model) -> Iterator[ir.Graph]:
-    """The main graph and the body of every If, Loop and Scan in it, outer before inner."""
-    yield model.graph
-    yield from model.graph.subgraphs()
-
-
-def _drop_initializer(value: ir.Value) -> None:
-    graph = value.graph
-    assert isinstance(graph, ir.Graph)
-    if value.is_graph_input():
-        graph.inputs.remove(value)
-    if value.name in graph.initializers:
-        del graph.initializers[value.name or ""]
-
-
 def count_operators(model: ir.Model) -> Counter[str]:
     """How many nodes of each operator the graph and its subgraphs hold; other domains' with their domain."""
     counts: Counter[str] = Counter()
-    for graph in graphs_of(model):
-        for node in graph:
-            counts[node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"] += 1
+    for graph in graphs_of(model.graph):
+        counts.update([_operator(node) for node in graph])
     return counts
+
+
+def _operator(node: ir.Node) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"

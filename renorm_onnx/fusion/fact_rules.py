@@ -94,8 +94,34 @@ def _divide(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any] | None
     return None if (b == 0).any() else np.asarray(np.trunc(a / b)).astype(a.dtype)
 
 
-def _variadic(node: ir.Node, inputs: Facts, opset: int) -> Facts:
-    return [Fact(broadcast([i.dims for i in inputs]), dtype=inputs[0].dtype)]
+def _variadic(function: Callable[[Any, Any], Any]) -> Rule:
+    """Any number of operands, taken together two by two; a mean is divided by their number at the end."""
+    pair = _binary(function)
+
+    def rule(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        total = inputs[0]
+        for other in inputs[1:]:
+            total = pair(node, [total, other], opset)[0]
+        if node.op_type == "Mean" and total.content is not None:
+            total = computed(np.asarray(total.content / len(inputs)), total.dtype)
+        return [total]
+
+    return rule
+
+
+def _clip(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    content = inputs[0].elements()
+    bounds: list[Any] = [attribute(node, "min"), attribute(node, "max")]
+    for i in (1, 2):
+        if i < len(node.inputs) and node.inputs[i] is not None:
+            bounds[i - 1] = inputs[i].elements()
+            if bounds[i - 1] is None:
+                return _same_dims(node, inputs, opset)
+    if content is None or any(c is not None and np.asarray(c).dtype == object for c in (content, *bounds)):
+        return _same_dims(node, inputs, opset)
+    for bound, limit in zip(bounds, (np.maximum, np.minimum), strict=True):
+        content = content if bound is None else limit(content, np.asarray(bound, content.dtype))
+    return [computed(np.asarray(content), inputs[0].dtype)]
 
 
 def _identity(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -186,7 +212,10 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Sqrt": _unary(np.sqrt),
     "Reciprocal": _unary(np.reciprocal),
     "Abs": _unary(np.abs),
+    "Clip": _clip,
     "Exp": _unary(np.exp),
+    "Floor": _unary(np.floor),
+    "Log": _unary(np.log),
     "Cast": _cast,
     "CastLike": _cast,
     "Constant": _constant,
@@ -196,12 +225,14 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Shape": _shape,
     "Size": _size,
     "Where": _where,
-    **dict.fromkeys(("Max", "Min", "Sum", "Mean"), _variadic),
+    "Max": _variadic(np.maximum),
+    "Min": _variadic(np.minimum),
+    **dict.fromkeys(("Sum", "Mean"), _variadic(np.add)),
 }
 
 SAME_DIMS = (
-    *("Relu", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "Clip", "Elu", "Selu", "Celu", "Gelu", "Mish", "HardSigmoid"),
-    *("HardSwish", "Softplus", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Log", "Floor", "Ceil", "Round", "Sign"),
+    *("Relu", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "Elu", "Selu", "Celu", "Gelu", "Mish", "HardSigmoid"),
+    *("HardSwish", "Softplus", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Ceil", "Round", "Sign"),
     *("Not", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "LRN", "CumSum", "InstanceNormalization"),
     *("LayerNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization"),
     "Trilu",

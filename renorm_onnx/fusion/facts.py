@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,12 +42,14 @@ class Fact:
         content: Its elements where they are constant and computed, float64 for any float type; else None.
         tensor: The stored tensor where the value is one; its elements are read only on demand.
         dtype: Its element type where known.
+        unexpanded: Of an Expand, the fact about what is repeated; equal to this one for who broadcasts anyway.
     """
 
     dims: Dims | None = None
     content: Content | None = None
     tensor: ir.TensorProtocol | None = None
     dtype: ir.DataType | None = None
+    unexpanded: Fact | None = None
 
     @property
     def rank(self) -> int | None:
@@ -169,17 +171,20 @@ class Facts:
         for index, output in enumerate(node.outputs):
             fact = found[index] if index < len(found) else UNKNOWN
             if fact.dtype is None and output.dtype is not None:
-                fact = Fact(fact.dims, fact.content, fact.tensor, output.dtype)
+                fact = replace(fact, dtype=output.dtype)
             self._known[output] = fact
 
 
 def stored(tensor: ir.TensorProtocol) -> Fact:
     """The fact about a value that is stored in the file."""
-    return Fact(tuple(tensor.shape.numpy()), None, tensor, tensor.dtype)
+    # onnx-ir builds a new shape each time it is asked for that of a tensor in a message.
+    dims = tensor.raw.dims if isinstance(tensor, ir.serde.TensorProtoTensor) else tensor.shape.numpy()
+    return Fact(tuple(dims), None, tensor, tensor.dtype)
 
 
 def computed(content: Content, dtype: ir.DataType | None) -> Fact:
-    """The fact about a value whose elements were worked out."""
+    """The fact about a value whose elements were worked out; an element taken from an object array is no array yet."""
+    content = np.asarray(content)
     return Fact(tuple(content.shape), content, None, dtype)
 
 

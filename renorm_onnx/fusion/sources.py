@@ -206,7 +206,7 @@ def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
         data = node.inputs[0]
         is_float = data is not None and not desk.facts.is_constant(data) and desk.fact(data).dtype in FLOATS
         return _Link(node, data, AffineMap.of(-1.0, 0.0, None)) if is_float and data is not None else None
-    constant = [desk.facts.is_constant(i) for i in node.inputs]
+    constant = [desk.is_constant(node, i) for i in range(len(node.inputs))]
     if sum(constant) != 1 or attribute(node, "axis") is not None:
         return None  # Before opset 7 an axis attribute aligned the second operand.
     position = constant.index(True)

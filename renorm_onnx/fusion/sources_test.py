@@ -172,3 +172,56 @@ def test_statistics_that_are_model_inputs_are_not_constant():
     _, report = fuse(b.model({"x": ["n", 4, 7, 7], "var": [C]}, ["y"]))
     assert report.kept[0].reason == Reason.NOT_CONSTANT
     assert "var" in report.kept[0].detail
+
+
+def expanded(dims: list[str | int], sizes: str) -> Builder:
+    """``x - mean.expand(...)`` behind a convolution, as exporters write it; the sizes come from x or are fixed."""
+    b = Builder()
+    h = b.conv("x", 4, C)
+    shape = b.node("Shape", h) if sizes == "of x" else b.constant(np.array(dims))
+    mean = b.node("Expand", b.normal(C, 1, 1), shape)
+    b.node("Div", b.node("Sub", h, mean), b.constant(np.full((C, 1, 1), 1.5)), out="y")
+    return b
+
+
+def test_a_constant_that_is_expanded_to_the_size_of_x_is_a_constant():
+    model = expanded([], "of x").model({"x": ["n", 4, 7, 7]}, ["y"])
+    fused, report = fuse(model)
+    assert operators(fused) == ["Conv"]
+    assert report.norms[0].outcome == "folded"
+    assert_same(model, fused)
+    fixed = expanded([2, C, 5, 5], "fixed").model({"x": [2, 4, 7, 7]}, ["y"])
+    assert operators(fuse(fixed)[0]) == ["Conv"]
+
+
+def test_an_expand_that_makes_x_larger_is_no_constant():
+    model = expanded([3, C, 5, 5], "fixed").model({"x": [1, 4, 7, 7]}, ["y"])
+    fused, _ = fuse(model)
+    assert "Sub" in operators(fused)
+    assert_same(model, fused)
+    open_batch = expanded([3, C, 5, 5], "fixed").model({"x": ["n", 4, 7, 7]}, ["y"])
+    assert "Sub" in operators(fuse(open_batch)[0])
+
+
+def test_statistics_reshaped_to_sizes_taken_one_by_one_are_constants():
+    b = Builder()
+    h = b.conv("x", 4, C)
+    size = b.node("Gather", b.node("Shape", h), b.constant(np.array(1)))
+    shape = b.node("Concat", b.constant(np.array([1])), *[b.node("Unsqueeze", size, b.constant(np.array([0])))], axis=0)
+    shape = b.node("Concat", shape, b.constant(np.array([1, 1])), axis=0)
+    b.node("Mul", h, b.node("Reshape", b.normal(C), shape), out="y")
+    model = b.model({"x": ["n", 4, 7, 7]}, ["y"])
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Conv"]
+    assert_same(model, fused)
+
+
+def test_clipped_constants_are_constants():
+    b = Builder()
+    r = b.node("Clip", b.constant(b.rng.uniform(0.2, 4, (C, 1, 1))), b.constant(0.5), b.constant(2.0))
+    d = b.node("Min", b.node("Max", b.normal(C, 1, 1), b.constant(-0.3)), b.constant(0.3))
+    b.node("Add", b.node("Mul", b.conv("x", 4, C), r), d, out="y")
+    model = b.model({"x": ["n", 4, 7, 7]}, ["y"])
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Conv"]
+    assert_same(model, fused)
