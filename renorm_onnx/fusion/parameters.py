@@ -54,8 +54,7 @@ class Parameter:
         if not fact.is_constant or dtype not in FLOATS:
             return None
         if fact.tensor is not None:
-            assert fact.dims is not None
-            return cls(fact.tensor, dtype, tuple(d for d in fact.dims if isinstance(d, int)))
+            return cls(fact.tensor, dtype, fact.dims)  # type: ignore[arg-type]  # of a stored tensor: all are fixed
         assert fact.content is not None
         return None if fact.content.dtype.kind != "f" else cls(to_float64(fact.content), dtype, fact.content.shape)
 
@@ -92,7 +91,9 @@ class Parameter:
     def _stored(self) -> npt.NDArray[Any]:
         if isinstance(self.base, np.ndarray):
             return self.base
-        return read_rows(self.base, 0, self.shape[0]) if self.shape else self.base.numpy()
+        if isinstance(self.base, ir.ExternalTensor) and self.shape:
+            return read_rows(self.base, 0, self.shape[0])
+        return self.base.numpy()
 
     def _stored_blocks(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
         """The elements as they are stored, without factors, in blocks of whole rows; one block if there is no row."""
