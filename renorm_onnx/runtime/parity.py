@@ -9,6 +9,7 @@ would compare a thing with itself; optimized runs are reported in rows of their 
 """
 
 import functools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from renorm_onnx.runtime.session import Session, open_session, source_of
 from renorm_onnx.runtime.sites import SiteReport, check_sites
 from renorm_onnx.runtime.torch_reference import TorchReference, is_torch_module
 from renorm_onnx.runtime.trials import ReferenceUnusableError, trials
-from renorm_onnx.runtime.verdict import POOLED, PRECISIONS, Judge, Precision, Row
+from renorm_onnx.runtime.verdict import ENOUGH, POOLED, PRECISIONS, Judge, Precision, Row
 
 __all__ = [
     "LIMIT",
@@ -169,6 +170,28 @@ class _Runners:
     failures: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Range:
+    """Which values one output of the reference took; integers, few as they are, may well all be one."""
+
+    low: float = math.inf
+    high: float = -math.inf
+    elements: int = 0
+
+    def add(self, array: Array) -> None:
+        if array.dtype.kind != "f":
+            self.low, self.high = -math.inf, math.inf
+            return
+        finite = array[np.isfinite(array)]
+        self.low, self.high = min(self.low, finite.min(initial=math.inf)), max(self.high, finite.max(initial=-math.inf))
+        self.elements += finite.size
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether so many elements were equal that it is no chance."""
+        return self.low == self.high and self.elements >= ENOUGH
+
+
 class _Comparison:
     """One call of `verify`."""
 
@@ -177,6 +200,7 @@ class _Comparison:
         self._skipped: list[str] = []
         self._first: tuple[Trial, Mapping[str, Array]] | None = None
         self._uncovered = False
+        self._ranges: dict[str, _Range] = {}
 
     def run(self, providers: Sequence[str], inputs: Any, limit: Cost | None, layers: bool) -> Verdict:
         sides = self._sides
@@ -210,6 +234,9 @@ class _Comparison:
         try:
             specs = input_specs(sides.model)
             for trial, want in trials(sides.evaluate, specs, inputs, cost, self._seed, self._sizes):
+                if trial.ordinary:
+                    for name, array in _tensors(want).items():
+                        self._ranges.setdefault(name, _Range()).add(array)
                 for one in runners:
                     self._run_trial(one, trial, want)
         except ReferenceUnusableError as error:
@@ -262,6 +289,12 @@ class _Comparison:
             return replace(base, reason=f"On {row.provider}, output {row.output!r}, inputs {row.inputs}: {row.note}")
         if not elements:
             return replace(base, reason="Nothing was compared: no set of inputs could be run on both sides")
+        if self._ranges and all(found.is_constant for found in self._ranges.values()):
+            # A dead or saturated output hides whatever is wrong before it.
+            self._uncovered = True
+            names = ", ".join(map(repr, self._ranges))
+            reason = f"reference unusable: {names} had one value on all ordinary inputs; pass inputs= that change it"
+            return replace(base, outcome="unusable", reason=reason)
         return replace(base, outcome="yes", reason=_summary(rows, elements))
 
     def _with_extras(self, base: Verdict, runners: Sequence[_Runners]) -> Verdict:

@@ -123,6 +123,20 @@ def test_every_wrong_candidate_is_refused_on_every_network(wrong, name):
     assert "verdict: no" in str(verdict)
 
 
+@pytest.mark.parametrize("operator", ["Relu", "Sigmoid"])
+def test_outputs_that_never_change_hide_everything_and_are_not_a_yes(operator):
+    def shifted(shift, gain):
+        body = f"s = Constant<value_float={shift}>() g = Constant<value_float={gain}>() "
+        return model_of("float[N,3] x", "float[N,3] y", f"{body} a = Add(x, s) b = Mul(a, g) y = {operator}(b)")
+
+    verdict = verify(shifted(-1e9, 1.0), shifted(-2e9, 7.0))
+    assert verdict.outcome == "unusable", verdict
+    assert "'y' had one value on all ordinary inputs" in verdict.reason
+    assert verify(shifted(0.5, 1.0), shifted(0.5, 1.0)).ok
+    with_limit = verify(shifted(-1e9, 1.0), shifted(-1e9, 1.0), limit=Cost(1e12, 1e12, True), sites=True)
+    assert with_limit.outcome == "skipped", "the places that were rewritten decide then"
+
+
 def test_nothing_to_compare_is_not_a_yes():
     empty = model_of("float[0,3] x", "float[0,3] y", "y = Relu(x)")
     verdict = verify(empty, empty)
