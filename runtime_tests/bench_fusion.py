@@ -1,0 +1,260 @@
+"""What fusing a large model costs, ours and others' side by side in one run.
+
+    python -m runtime_tests.bench_fusion                                   chains of 500, 2,000 and 8,000 norms
+    python -m runtime_tests.bench_fusion --sizes 500 --external-gb 2.5     and 2.5 GB of external weights
+    python -m runtime_tests.bench_fusion --peers --python /tmp/peers/bin/python
+    python -m runtime_tests.bench_fusion --sizes "" --models a.onnx b.onnx
+
+A chain is N times Conv 16->16 3x3, BatchNormalization, Relu, with an Add after every second. Each tool runs in a
+process of its own: start, import, load, fuse and save all count. What is compared is CPU time, since other load on the
+machine disturbs it least; the row "load and save" is what the onnx package needs to copy the file. Peers run with the
+interpreter given by --python, so that they need not be installed beside this project; an absent one says so.
+Norms left are counted in the file that was written. Small models are also run in float64, before and after: the error
+is the root mean square of the difference of the outputs over that of the output.
+Exit status 1 if ours failed, left a norm of a chain, or changed an output.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from renorm_onnx import model_file
+from renorm_onnx.runtime.reference import evaluate
+
+CHECKED_NODES = 2_000
+MAX_ERROR = 1e-5
+CHANNELS = 16
+LIMIT_SECONDS = 600
+
+#: Row of the table -> a Python program that reads the model at argv[1] and writes argv[2]. The first two are ours.
+OURS = "renorm-onnx"
+COPY = "load and save"
+_ORT = """
+import sys, onnxruntime as ort
+o = ort.SessionOptions()
+o.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+o.optimized_model_filepath = sys.argv[2]
+o.log_severity_level = 4
+if len(sys.argv) > 3:
+    key = "session.optimized_model_external_initializers_"
+    o.add_session_config_entry(key + "file_name", sys.argv[2].rsplit("/", 1)[1] + ".data")
+    o.add_session_config_entry(key + "min_size_in_bytes", "1024")
+ort.InferenceSession(sys.argv[1], o, providers=["CPUExecutionProvider"])
+"""
+_SAVE = "onnx.save(m, sys.argv[2], save_as_external_data=len(sys.argv) > 3)"
+PROGRAMS: Mapping[str, str] = {
+    COPY: f"import sys, onnx; m = onnx.load(sys.argv[1]); {_SAVE}",
+    OURS: "import sys; from renorm_onnx.cli import main;"
+    "sys.exit(main(['fuse', '--no-verify', sys.argv[1], '-o', sys.argv[2]]))",
+}
+PEERS: Mapping[str, str] = {
+    "onnxruntime": _ORT,
+    "onnxsim": "import sys, onnx, onnxsim; m, ok = onnxsim.simplify(sys.argv[1]); " + _SAVE,
+    "onnxslim": "import sys, onnx, onnxslim; m = onnxslim.slim(sys.argv[1]); " + _SAVE,
+    "onnxscript": """
+import sys, onnx_ir as ir, onnxscript
+from onnxscript import optimizer, rewriter
+m = ir.load(sys.argv[1])
+optimizer.optimize_ir(m)
+rewriter.rewrite(m)
+ir.save(m, sys.argv[2], external_data=sys.argv[2].rsplit("/", 1)[1] + ".data" if len(sys.argv) > 3 else None)
+""",
+    "onnxoptimizer": "import sys, onnx, onnxoptimizer; m = onnxoptimizer.optimize(onnx.load(sys.argv[1]), "
+    "['fuse_bn_into_conv', 'fuse_add_bias_into_conv']); " + _SAVE,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one run of one tool took.
+
+    Args:
+        seconds: CPU seconds of the process, user and system.
+        megabytes: Its largest resident memory.
+        failure: The last line it said if it failed, else empty.
+    """
+
+    seconds: float
+    megabytes: float
+    failure: str
+
+
+def write_chain(path: Path, pairs: int) -> None:
+    """Write a model of so many Conv, BatchNormalization and Relu, with an Add after every second."""
+    rng = np.random.default_rng(0)
+    nodes, tensors, last = [], [], "x"
+    for i in range(pairs):
+        tensors.append(_tensor(f"w{i}", rng.normal(size=(CHANNELS, CHANNELS, 3, 3)) * 0.1))
+        tensors += _statistics(rng, i, CHANNELS)
+        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1] * 4))
+        nodes.append(_norm(i))
+        nodes.append(helper.make_node("Relu", [f"n{i}"], [f"r{i}"], f"relu{i}"))
+        last = f"r{i}"
+        if i % 2:
+            nodes.append(helper.make_node("Add", [last, f"r{i - 1}"], [f"a{i}"], f"add{i}"))
+            last = f"a{i}"
+    onnx.save(_model(nodes, tensors, last, CHANNELS), path)
+
+
+def write_external(path: Path, gigabytes: float, *, layers: int = 24) -> None:
+    """Write a model of 1x1 Conv, BatchNormalization and Relu whose weights fill a data file of that size."""
+    rng = np.random.default_rng(0)
+    width = max(16, round((gigabytes * 1e9 / 4 / layers) ** 0.5) // 16 * 16)
+    weight = (rng.normal(size=(width, width)) * width**-0.5).astype(np.float32).tobytes()
+    nodes, tensors, last = [], [], "x"
+    with open(f"{path}.data", "wb") as data:
+        for i in range(layers):
+            tensor = TensorProto(name=f"w{i}", data_type=TensorProto.FLOAT, dims=[width, width, 1, 1])
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", f"{path.name}.data"), ("offset", data.tell()), ("length", len(weight))):
+                tensor.external_data.add(key=key, value=str(value))
+            data.write(weight)
+            tensors += [tensor, *_statistics(rng, i, width)]
+            nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], f"conv{i}"))
+            nodes.append(_norm(i))
+            nodes.append(helper.make_node("Relu", [f"n{i}"], [f"r{i}"], f"relu{i}"))
+            last = f"r{i}"
+    onnx.save(_model(nodes, tensors, last, width), path)
+
+
+def _tensor(name: str, array: np.ndarray) -> TensorProto:
+    return numpy_helper.from_array(array.astype(np.float32), name)
+
+
+def _statistics(rng: np.random.Generator, index: int, channels: int) -> list[TensorProto]:
+    values = {"s": rng.normal(size=channels) + 0.5, "b": rng.normal(size=channels), "m": rng.normal(size=channels)}
+    return [_tensor(f"{k}{index}", v) for k, v in (values | {"v": rng.uniform(0.5, 2, channels)}).items()]
+
+
+def _norm(i: int) -> onnx.NodeProto:
+    return helper.make_node("BatchNormalization", [f"c{i}", f"s{i}", f"b{i}", f"m{i}", f"v{i}"], [f"n{i}"], f"norm{i}")
+
+
+def _model(nodes: list[onnx.NodeProto], tensors: list[TensorProto], output: str, channels: int) -> onnx.ModelProto:
+    dims = ["n", channels, "h", "w"]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name in ("x", output)]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def measure(python: str, program: str, source: Path, target: Path, *, external: bool) -> Cost:
+    """Run `program` on `source` in a process of its own, on one thread, and say what it took."""
+    command = [python, "-c", program, str(source), str(target), *(["external"] if external else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(["timeout", str(LIMIT_SECONDS), *command], stdout=said, stderr=said, env=environment)
+        # `timeout` waits for the tool, so its own usage includes the tool's.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+    failure = ""
+    if process.returncode == 124:
+        failure = f"stopped after {LIMIT_SECONDS} s"
+    elif process.returncode:
+        failure = lines[-1] if lines else f"ended with status {process.returncode}"
+    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, failure)
+
+
+def norms_left(path: Path) -> int:
+    """How many BatchNormalizations a file has, in function bodies too."""
+    model = onnx.load(path, load_external_data=False)
+    bodies = [model.graph.node, *(function.node for function in model.functions)]
+    return sum(node.op_type == "BatchNormalization" for body in bodies for node in body)
+
+
+def error_of(source: Path, target: Path) -> float:
+    """RMS of the difference that a tool made to the outputs, over that of the outputs; both models run in float64."""
+    before = model_file.load(source)
+    rng = np.random.default_rng(1)
+    feeds = {
+        value.name or "": rng.normal(size=[d if isinstance(d, int) else 4 for d in value.shape or ()])
+        for value in before.graph.inputs
+        if not value.is_initializer()
+    }
+    want, got = evaluate(before, feeds), evaluate(model_file.load(target), feeds)
+    if set(want) != set(got) or any(want[name].shape != got[name].shape for name in want):
+        return float("inf")
+    return max(float(np.sqrt(np.mean((want[n] - got[n]) ** 2) / max(np.mean(want[n] ** 2), 1e-300))) for n in want)
+
+
+def rows(source: Path, *, peers: str | None, external: bool) -> Iterator[tuple[str, Cost, int | None, float | None]]:
+    """Run every tool on one model; give its name, its cost, the norms it left and the error it made."""
+    tools = [(name, sys.executable, program) for name, program in PROGRAMS.items()]
+    tools += [(name, peers, program) for name, program in PEERS.items()] if peers else []
+    small = len(onnx.load(source, load_external_data=False).graph.node) <= CHECKED_NODES and not external
+    for name, python, program in tools:
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            target = Path(folder) / "out.onnx"
+            cost = measure(python, program, source, target, external=external)
+            if cost.failure or not target.exists():
+                yield name, cost, None, None
+                continue
+            try:
+                error = error_of(source, target) if small else None
+            except ValueError:
+                error = float("nan")
+            yield name, cost, norms_left(target), error
+
+
+def show(title: str, source: Path, *, peers: str | None, external: bool, complete: bool) -> bool:
+    """Print one table; say whether ours is right, with no norm left where `complete`."""
+    print(f"\n{title}: {norms_left(source)} norms, {sum(f.stat().st_size for f in _files(source)) / 1e6:,.0f} MB")
+    print(f"{'':<15}{'CPU s':>8}{'of copy':>9}{'peak MB':>9}{'norms left':>12}  error")
+    copied, right = 0.0, False
+    for name, cost, left, error in rows(source, peers=peers, external=external):
+        copied = copied or cost.seconds
+        if left is None:
+            print(f"{name:<15}{cost.seconds:8.2f}{'':>9}{cost.megabytes:9.0f}  {cost.failure[:90] or 'wrote nothing'}")
+            continue
+        shown = "not run" if error is None else "cannot run" if np.isnan(error) else f"{error:.1e}"
+        ratio = cost.seconds / copied
+        print(f"{name:<15}{cost.seconds:8.2f}{ratio:8.1f}x{cost.megabytes:9.0f}{left:12d}  {shown}", flush=True)
+        if name == OURS:
+            right = (error is None or error <= MAX_ERROR) and not (complete and left)
+    return right
+
+
+def _files(source: Path) -> list[Path]:
+    return [file for file in (source, Path(f"{source}.data")) if file.exists()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a table for each model and return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="500,2000,8000", help="numbers of norms in the chains, with commas")
+    parser.add_argument("--external-gb", type=float, default=0.0, help="also a model with so much external data")
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="also these files")
+    parser.add_argument("--peers", action="store_true", help="run the other tools as well")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that has the other tools")
+    parser.add_argument("--folder", help="where to put the models for the time of the run")
+    given = parser.parse_args(arguments)
+    peers = given.python if given.peers else None
+    right = True
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        for pairs in (int(size) for size in given.sizes.split(",") if size):
+            source = Path(folder) / f"chain{pairs}.onnx"
+            write_chain(source, pairs)
+            right &= show(f"chain of {pairs:,}", source, peers=peers, external=False, complete=True)
+            source.unlink()
+        if given.external_gb:
+            source = Path(folder) / "external.onnx"
+            write_external(source, given.external_gb)
+            title = f"external data of {given.external_gb:g} GB"
+            right &= show(title, source, peers=peers, external=True, complete=True)
+        for source in given.models:
+            right &= show(str(source), source, peers=peers, external=False, complete=False)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
