@@ -111,6 +111,7 @@ class Facts:
         self._constant_operators = constant_operators
         self._all_constant = assume_constant_initializers or model.ir_version < 4
         self._known: dict[ir.Value, Fact] = {}
+        self._scans: dict[ir.Graph, ir.Node] | None = None
 
     def forget(self) -> None:
         """Drop what was derived, after the graph changed."""
@@ -156,10 +157,34 @@ class Facts:
     def _leaf(self, value: ir.Value) -> Fact:
         if value.is_initializer() and value.const_value is not None and not self.is_overridable(value):
             return stored(value.const_value)
+        if (row := self._scanned(value)) is not None:
+            return row
         declared = value.shape if value.is_graph_input() and value.graph is self._main else None
         if declared is None:
             return Fact(dtype=value.dtype)
         return Fact(tuple(d if isinstance(d, int) else Dimension() for d in declared), dtype=value.dtype)
+
+    def _scanned(self, value: ir.Value) -> Fact | None:
+        """The fact about an input of a Scan body that is one slice at a time of an operand outside (ONNX Scan-9)."""
+        graph = value.graph
+        if graph is self._main or not value.is_graph_input() or not isinstance(graph, ir.Graph) or self.opset < 9:
+            return None
+        if self._scans is None:
+            scans = (n for n in self._main.all_nodes() if n.op_type == "Scan" and n.domain in ("", "ai.onnx"))
+            self._scans = {n.attributes["body"].as_graph(): n for n in scans}
+        node = self._scans.get(graph)
+        if node is None:
+            return None
+        place, count = graph.inputs.index(value), len(graph.inputs)
+        first = count - node.attributes["num_scan_inputs"].as_int()
+        if len(node.inputs) != count or place < first:
+            return None
+        axes = node.attributes["scan_input_axes"].as_ints() if "scan_input_axes" in node.attributes else [0] * count
+        whole = self[node.inputs[place]]
+        if whole.dims is None:
+            return None
+        axis = axes[place - first] % len(whole.dims)
+        return Fact(whole.dims[:axis] + whole.dims[axis + 1 :], dtype=whole.dtype)
 
     def _derive(self, node: ir.Node) -> None:
         rule = self._rules.get(node.op_type) if node.domain in ("", "ai.onnx") else None
