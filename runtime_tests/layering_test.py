@@ -21,6 +21,7 @@ ORDER = [
     "layers.functional",
     "layers.masked layers.operators",
     "layers.step",
+    "layers.direct",
     "layers.modules",
     "layers.swap",
     "layers.distributed layers.running_stats",

@@ -193,8 +193,9 @@ def scale_and_shift(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Te
     """Return gamma * r and beta + gamma * d, shape (C,), in the type of r."""
     if weight is None:
         return r, d if bias is None else d + bias
-    shift = weight * d if bias is None else torch.addcmul(bias, weight, d)
-    return weight * r, shift
+    shift = weight * d
+    # Two operations: the backward pass of addcmul costs more than theirs.
+    return weight * r, shift if bias is None else bias + shift
 
 
 def normalize(

@@ -8,15 +8,17 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from renorm_onnx.layers import functional, kernels
+from renorm_onnx.layers import functional, kernels, modules
 from renorm_onnx.layers.conftest import LAYERS, NaiveBatchRenorm, make_batch, outcome, shaken, weights_like, worst
 from renorm_onnx.layers.modules import BatchRenorm2d
 
 
-@pytest.fixture(params=["one pass", "two passes", "traceable"])
+@pytest.fixture(params=["one pass", "two passes", "any step", "traceable"])
 def path(request, monkeypatch):
     """Force each of the paths that a training step may take."""
     monkeypatch.setattr(kernels, "is_small", lambda x: request.param == "two passes")
+    if request.param == "any step":
+        monkeypatch.setattr(modules, "take_usual_step", lambda layer, x: None)
     if request.param == "traceable":
         monkeypatch.setattr(kernels, "available", lambda x: False)
     return request.param

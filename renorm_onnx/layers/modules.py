@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers import functional, operators
 from renorm_onnx.layers.clock import HostClock
+from renorm_onnx.layers.direct import take_usual_step
 from renorm_onnx.layers.functional import STATS, BatchStatistics, Stat
 from renorm_onnx.layers.masked import check_mask, normalize_masked
 from renorm_onnx.layers.recomputation import Memory
@@ -116,7 +117,10 @@ class _BatchRenorm(_NormBase):
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         if self.training:
             self._check_values_per_channel(x)
-            return self._training_operator(x) if functional.keeping_ops() else take_step(self, x, None)
+            if functional.keeping_ops():
+                return self._training_operator(x)
+            y = take_usual_step(self, x)
+            return take_step(self, x, None) if y is None else y
         if not functional.keeping_ops():
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         return functional.eval_forward(

@@ -37,6 +37,7 @@ class Layer(Protocol):
     stat: str
     schedule: Schedule
     _buffers: dict[str, Tensor | None]
+    _parameters: dict[str, torch.nn.Parameter | None]
     _memory: Memory
     _clock: HostClock
 
