@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, label, no_rule, refuse
+from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import Array, Parameter, largest, smallest_normal
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import Norm
@@ -77,16 +78,24 @@ class Planner:
         self._carriers = carriers
         self._limits = limits
         self._dead: dict[ir.Node, Refusal] = {}
+        self._dead_forward: dict[ir.Node, Refusal] = {}
         self._magnitudes: dict[tuple[int, tuple[int, ...]], tuple[object, Array]] = {}
 
     def plan(self, norm: Norm) -> Plan | tuple[Refusal, ...]:
         """The plan for `norm`, backward before forward since only that way never costs accuracy; or both reasons."""
         if isinstance(norm.map, Refusal):
             return (norm.map,)
-        backward = self._backward(norm, norm.map)
+        try:
+            return self._either_way(norm, norm.map)
+        except MALFORMED as error:
+            why = f"stands beside an operator that breaks its specification ({error})"
+            return (refuse(Reason.MALFORMED, norm.nodes[0], why.replace("\n", " ")),)
+
+    def _either_way(self, norm: Norm, demand: AffineMap) -> Plan | tuple[Refusal, ...]:
+        backward = self._backward(norm, demand)
         if isinstance(backward, Plan):
             return backward
-        forward = self._forward(norm, norm.map)
+        forward = self._forward(norm, demand)
         return forward if isinstance(forward, Plan) else (backward, forward)
 
     def _carrier(self, node: ir.Node) -> Carrier | None:
@@ -208,14 +217,20 @@ class Planner:
         arrivals: dict[ir.Value, AffineMap] = {norm.output: given}
         heap: list[tuple[float, int, ir.Node]] = []
         seen: set[ir.Node] = set()
+        trail: list[tuple[ir.Node, Step]] = []
         refusal = self._spread(norm.output, norm, heap, seen)
         while heap and refusal is None:
             node = heapq.heappop(heap)[2]
+            if node in self._dead_forward:
+                return self._dead_forward[node]
             carrier = self._carrier(node)
             maps = {i: arrivals[v] for i, v in enumerate(node.inputs) if v is not None and v in arrivals}
             step = no_rule(node) if carrier is None else carrier.forward(node, maps, self._desk)
             if isinstance(step, Refusal):
+                if step.structural:
+                    self._mark_forward(trail, node, step)
                 return step
+            trail.append((node, step))
             refusal = self._take(plan, node, step)
             for index, onward in step.onward.items():
                 if refusal is not None or onward.is_identity:
@@ -226,6 +241,16 @@ class Planner:
             return refusal
         plan.changed = [v for v in arrivals if v is not norm.output]
         return plan
+
+    def _mark_forward(self, trail: Iterable[tuple[ir.Node, Step]], obstacle: ir.Node, refusal: Refusal) -> None:
+        """Remember a dead end, and the nodes of one operand that could only pass everything on to it."""
+        self._dead_forward[obstacle] = refusal
+        for node, step in reversed(list(trail)):
+            if step.edits or len(step.onward) != 1 or len([i for i in node.inputs if i is not None]) != 1:
+                continue
+            passed = node.outputs[next(iter(step.onward))]
+            if any(user in self._dead_forward for user, _ in passed.uses()):
+                self._dead_forward[node] = refusal
 
     def _spread(
         self, value: ir.Value, norm: Norm, heap: list[tuple[float, int, ir.Node]], seen: set[ir.Node]
