@@ -125,6 +125,14 @@ def work(rank, folder):
     loss_of(model(x)).mean().backward()
     found["ddp"] = {k: p.grad for k, p in model.module.named_parameters()} | dict(model.module.named_buffers())
 
+    plain = DistributedDataParallel(layer(BatchRenorm2d))
+    found["plain ddp"] = []
+    for step in range(STEPS):
+        plain.zero_grad()
+        loss_of(plain(parts(whole_batch(step), 5)[rank])).mean().backward()
+        grads = {k: p.grad.clone() for k, p in plain.module.named_parameters()}
+        found["plain ddp"].append((grads, {k: v.clone() for k, v in plain.module.named_buffers()}))
+
     apart = nn.Sequential(
         layer(BatchRenorm2d), nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3, track_running_stats=False)
     )
@@ -180,11 +188,10 @@ def test_two_processes_with_unequal_parts_take_the_steps_of_algorithm_1_on_the_w
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         for mine_, theirs in zip(grads, want_grads, strict=True):
             torch.testing.assert_close(mine_, theirs, rtol=1e-11, atol=1e-11)
-    rounding = 1e-7 if name == "cumulative" else 1e-12  # the layer's 1 / num_batches_tracked is a float32
     for each in found:
         buffers = each[name]["buffers"]
-        torch.testing.assert_close(buffers["running_mean"], made.running_mean, rtol=rounding, atol=rounding)
-        torch.testing.assert_close(buffers["running_var"], made.running_var, rtol=rounding, atol=rounding)
+        torch.testing.assert_close(buffers["running_mean"], made.running_mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(buffers["running_var"], made.running_var, rtol=1e-12, atol=1e-12)
         assert each[name]["buffers"]["num_batches_tracked"].item() == STEPS
 
 
@@ -291,6 +298,22 @@ def test_a_converted_network_under_ddp_has_the_gradients_of_the_whole_batch(foun
         assert each["ddp"].keys() == want.keys()
         for key, value in want.items():
             torch.testing.assert_close(each["ddp"][key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_under_ddp_without_synchronization_gradients_are_averaged_and_rank_0s_statistics_hold(found):
+    ranks = [layer(BatchRenorm2d) for _ in range(RANKS)]
+    for step in range(STEPS):
+        ranks[1].load_state_dict(ranks[0].state_dict())  # DDP broadcasts buffers before each step
+        for rank, made in enumerate(ranks):
+            made.zero_grad()
+            loss_of(made(parts(whole_batch(step), 5)[rank])).mean().backward()
+        for rank, made in enumerate(ranks):
+            grads, buffers = found[rank]["plain ddp"][step]
+            for key, got in grads.items():
+                want = sum(each.get_parameter(key).grad for each in ranks) / RANKS
+                torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(buffers, dict(made.named_buffers()), rtol=1e-12, atol=1e-12)
+            assert buffers["num_batches_tracked"].item() == step + 1
 
 
 def test_pooled_running_statistics_obey_the_law_of_total_variance(found):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
@@ -156,29 +155,6 @@ def test_a_module_converted_to_half_works(dtype, path):
         torch.testing.assert_close(got[name].float(), want[name], rtol=0.03, atol=0.15)
     layer(make_batch(4, dtype=dtype) * 500)
     assert torch.isfinite(layer.running_var).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_leaves_the_statistics_in_float32(dtype):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), layer_for(4, dtype=torch.float32))
-    with torch.autocast("cpu", dtype=dtype):
-        y = model(make_batch(4, dtype=torch.float32) * 500)
-    y.float().square().mean().backward()
-    assert y.dtype == dtype
-    assert model[1].running_var.dtype == torch.float32
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_a_grad_scaler_steps_over_it():
-    model = nn.Sequential(nn.Linear(3, 3), layer_for(2, dtype=torch.float32))
-    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu")
-    before = model[1].weight.detach().clone()
-    with torch.autocast("cpu", dtype=torch.float16):
-        loss = model(make_batch(2, dtype=torch.float32)).float().square().mean()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert not torch.equal(model[1].weight, before)
 
 
 def test_what_is_kept_for_the_backward_pass_is_x_and_vectors():

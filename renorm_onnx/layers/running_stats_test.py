@@ -41,7 +41,7 @@ def by_hand(model, data):
     return totals
 
 
-def assert_taken(model, want, rounding=1e-6):
+def assert_taken(model, want, rounding=1e-12):
     for i, (mean, var) in want.items():
         torch.testing.assert_close(model[i].running_mean, mean, rtol=rounding, atol=rounding)
         torch.testing.assert_close(model[i].running_var, var, rtol=rounding, atol=rounding)
@@ -71,7 +71,7 @@ def test_with_r_and_d_acting_during_the_pass_the_second_layer_would_be_wrong():
     with torch.no_grad():
         for x in batches():
             model(x)
-    torch.testing.assert_close(model[1].running_mean, want[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model[1].running_mean, want[1][0], rtol=1e-12, atol=1e-12)
     assert (model[4].running_mean - want[4][0]).abs().max() > 0.05
 
 
