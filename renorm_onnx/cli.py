@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fail(arguments, error, status)
     except KeyboardInterrupt:
         status = 130
-        print(f"renorm-onnx {arguments.command}: interrupted; nothing was written", file=sys.stderr)
+        print(f"renorm-onnx {arguments.command}: interrupted", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = YES
@@ -62,7 +62,7 @@ def _fail(arguments: argparse.Namespace, error: Exception, status: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="renorm-onnx",
-        description="Fold batch renormalization and every other norm of an ONNX model away, exactly, and prove it.",
+        description="Fold the norms of an ONNX model that fold exactly, say why the rest stays, and prove the result.",
         epilog="Exit status: 0 yes, 1 the verdict is no, 2 wrong usage or bad input, 3 this machine cannot.",
     )
     parser.add_argument("--version", action="version", version=f"renorm-onnx {__version__}")

@@ -1,13 +1,13 @@
 """Which function calls must be opened before norms can be folded.
 
 A function is inlined, at each call, if its body holds a normalization, or if it stands next to a norm and holds an
-operator that could absorb one. Every other function stays a function.
+operator that could absorb one; next to means that nothing lies between. Every other function stays a function.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
@@ -65,9 +65,8 @@ def _is_linear(body: list[ir.Node]) -> bool:
     return any(n.op_type in _LINEAR | _NORMS and n.domain in ("", "ai.onnx") for n in body)
 
 
-def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: object) -> bool:
+def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[list[ir.Node]], bool]) -> bool:
     """Whether `test` holds for the function's body or that of a function it calls."""
-    assert callable(test)
     seen: set[ir.OperatorIdentifier] = set()
     stack = [identifier]
     while stack:
