@@ -27,13 +27,15 @@ from renorm_onnx.exporter_checks import (
     check_layers,
     check_modes,
     check_options,
+    check_program,
     explain_failure,
     layers_of,
     modes_restored,
     quiet,
+    without_colour,
 )
 from renorm_onnx.exporter_training import WRAPPED, TrainingStep, open_statistics, set_defaults
-from renorm_onnx.exporter_verification import ExportReport, check_structure, verify_export
+from renorm_onnx.exporter_verification import ExportReport, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops
 from renorm_onnx.onnx_function import (
     DEFAULTS,
@@ -92,8 +94,8 @@ def to_onnx(
         The model. If its weights lie in a file beside it, the message refers to that file.
 
     Raises:
-        InputError: A module in the wrong mode, an opset that cannot be reached, args that do not fit, a layer that
-            torch cannot export; the message names the layer.
+        InputError: A module in the wrong mode, a program captured in training mode, an opset that cannot be reached,
+            args that do not fit, a layer that torch cannot export; the message names the layer.
         ModelFileError: `path` lies in a missing or read-only folder, or the model is too large for memory.
         VerificationError: The exported model does not compute what the module computes.
     """
@@ -106,21 +108,25 @@ def to_onnx(
     if live is not None:
         check_modes(live, mode)
         check_layers(live, functions=functions)
+    elif isinstance(module, torch.export.ExportedProgram):
+        check_program(module, mode)
+    else:
+        raise InputError(
+            f"to_onnx: module is a {type(module).__name__}; expected a torch.nn.Module or torch.export.ExportedProgram"
+        )
     shapes = {"dynamic_shapes": dynamic_shapes, "dynamic_axes": dynamic_axes}
     names = {"input_names": input_names, "output_names": output_names}
-    program = _export(module, args, kwargs, opset_version=max(opset, opset_lowering.FROM), **shapes, **names)
+    program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **shapes, **names)
     model = program.model
     calls = _finish(model, opset, live, functions=functions, metadata=metadata)
-    if calls:
-        report = ExportReport(len(calls), sum(name != INFERENCE for name in calls), opset)
-        if verify:
-            report = verify_export(model, live, args, kwargs, report)
-        _log.info("%s", report)
-    else:
+    if not calls:
         advice = "" if live is not None else "; capture the program inside keep_ops()"
         _log.warning("to_onnx: the model has no batch renorm layer%s", advice)
-        if verify:
-            check_structure(model)
+    report = ExportReport(len(calls), sum(name != INFERENCE for name in calls), opset)
+    if verify:
+        judge = module.module() if isinstance(module, torch.export.ExportedProgram) else module
+        report = verify_export(model, judge, args, kwargs, report)
+    _log.info("%s", report)
     return _written(model, path, external_data)
 
 
@@ -225,7 +231,7 @@ def _export(
             return program
     except Exception as error:
         if live is None:
-            raise InputError(f"to_onnx: torch could not export the program: {error}") from error
+            raise InputError(without_colour(f"to_onnx: torch could not export the program: {error}")) from error
         raise explain_failure(error, live, args, kwargs) from error
 
 
@@ -237,6 +243,8 @@ def _finish(model: ir.Model, opset: int, live: nn.Module | None, *, functions: b
     """
     if opset < opset_lowering.FROM:
         opset_lowering.lower_opset(model, opset)
+    elif opset > opset_lowering.NEWEST:
+        opset_lowering.raise_opset(model, opset)
     reached = model.opset_imports.get("")
     if reached != opset:
         raise InputError(
@@ -285,6 +293,6 @@ def _written(model: ir.Model, path: str | os.PathLike[str] | None, external_data
     if external_data is False and size > model_file.EXTERNAL_ABOVE:
         raise InputError(f"to_onnx: external_data=False, but the weights take {size:,} bytes; leave it out")
     if external_data:
-        model.meta[model_file._KEEP_EXTERNAL] = True
+        model.meta[model_file.KEEP_EXTERNAL] = True
     model_file.save(model, path, force=True)
     return onnx.load(path, load_external_data=False)

@@ -29,6 +29,7 @@ OLDEST_OPSET = {"eval": 15, "train": 18}
 
 _FOREIGN = re.compile(r"batch_?re_?norm", re.IGNORECASE)
 _COLOUR = re.compile(r"\x1b\[\d*m")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NOISY = ("torch", "onnxscript", "onnx_ir")
 #: Code whose warnings during an export concern its own authors; torch puts some at the line that called it.
 _THEIRS = (
@@ -92,11 +93,43 @@ def check_modes(module: nn.Module, mode: str) -> None:
                 f"to_onnx(mode='train'): the schedule of module {name!r} is a Python function, which has no ONNX form; "
                 "use a Schedule, or None for bounds that hold from the first step"
             )
+        if layer.training and not has_plain_step(layer):
+            raise InputError(
+                f"to_onnx(mode='train'): module {name!r} has momentum={layer.momentum!r}, renorm_momentum="
+                f"{layer.renorm_momentum!r}, virtual_batch_size={layer.virtual_batch_size!r}; the training function "
+                "covers a number, None and None: export it with mode='eval', or train it in torch"
+            )
     for name, m in module.named_modules():
         if isinstance(m, _BatchNorm) and m.training:
             raise InputError(
                 f"to_onnx(mode='train'): module {name!r} is a {type(m).__name__} in training mode, which torch exports "
                 "as inference; convert it with convert_batchnorm or call .eval() on it"
+            )
+
+
+def has_plain_step(layer: _BatchRenorm) -> bool:
+    """Whether a training step of `layer` is Algorithm 1 as written, which the training function computes."""
+    return layer.momentum is not None and layer.renorm_momentum is None and layer.virtual_batch_size is None
+
+
+def check_program(program: torch.export.ExportedProgram, mode: str) -> None:
+    """Refuse programs that train: what they write into buffers is lost in ONNX.
+
+    Raises:
+        InputError: mode="train"; or the program updates running statistics.
+    """
+    if mode == "train":
+        raise InputError(
+            "to_onnx(mode='train'): an ExportedProgram given; pass the module itself, which knows what it updates"
+        )
+    with quiet():  # a program as captured writes in place; decomposed, its signature lists what it writes
+        written = program.run_decompositions({}).graph_signature.buffers_to_mutate
+    for buffer in written.values():
+        path, _, name = buffer.rpartition(".")
+        if name in _STATISTICS:
+            raise InputError(
+                f"to_onnx: the program was captured with layer {path!r} in training mode, and its updated statistics "
+                "would be lost; capture it after .eval(), or pass the module itself with mode='train'"
             )
 
 
@@ -204,7 +237,12 @@ def explain_failure(
             break
         root = following
     message = f"to_onnx: torch could not export {who}{_at(where)}: {type(root).__name__}: {root}\n\n{error}"
-    return InputError(_COLOUR.sub("", message))
+    return InputError(without_colour(message))
+
+
+def without_colour(text: str) -> str:
+    """Return a message of torch without the codes that colour it on a terminal."""
+    return _COLOUR.sub("", text)
 
 
 def _at(where: str | None) -> str:

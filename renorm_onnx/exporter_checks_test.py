@@ -1,5 +1,6 @@
 """What cannot be exported is refused before anything is written, in words that name the module."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from renorm_onnx.errors import InputError, ModelFileError
-from renorm_onnx.exporter import to_onnx
+from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporter_checks import check_options, quiet
 from renorm_onnx.layers.modules import BatchRenorm2d
 
@@ -46,6 +47,16 @@ def with_training(net: nn.Module, name: str) -> nn.Module:
         (small(), {"dynamic_axes": {}, "dynamic_shapes": ()}, "both dynamic_shapes and dynamic_axes given"),
         (small(BatchReNorm()), {}, r"module '2' is a .*BatchReNorm, another library's .* call adopt\(module\) first"),
         (
+            nn.Sequential(BatchRenorm2d(3, momentum=None)),
+            {"mode": "train"},
+            "module '0' has momentum=None, renorm_momentum=None, virtual_batch_size=None; the training function covers",
+        ),
+        (
+            nn.Sequential(BatchRenorm2d(3, virtual_batch_size=2)),
+            {"mode": "train"},
+            "virtual_batch_size=2; .* export it with mode='eval', or train it in torch",
+        ),
+        (
             nn.Sequential(BatchRenorm2d(3, track_running_stats=False)).eval(),
             {},
             "module '0' has track_running_stats=False",
@@ -56,6 +67,21 @@ def test_what_cannot_be_exported_is_refused_by_name(net, options, message, tmp_p
     with pytest.raises(InputError, match=message):
         to_onnx(net, (X,), tmp_path / "model.onnx", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("decomposed", [True, False])
+@pytest.mark.parametrize("norm", [BatchRenorm2d, nn.BatchNorm2d])
+def test_a_program_captured_in_training_mode_is_refused_whatever_its_operators(norm, keep, decomposed) -> None:
+    with warnings.catch_warnings(), keep_ops() if keep else contextlib.nullcontext():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(nn.Sequential(nn.Conv2d(3, 3, 3), norm(3)).train(), (X,))
+        if decomposed:
+            program = program.run_decompositions()
+    with pytest.raises(InputError, match="the program was captured with layer '1' in training mode, and its updated"):
+        to_onnx(program, (X,))
+    with pytest.raises(InputError, match="an ExportedProgram given; pass the module itself"):
+        to_onnx(program, (X,), mode="train")
 
 
 def test_another_librarys_layer_is_exported_where_no_function_is_asked_for() -> None:
@@ -127,3 +153,14 @@ def test_a_quiet_export_prints_nothing(capfd) -> None:
     to_onnx(small(), X)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(InputError, match=r"module is a function; expected a torch\.nn\.Module or torch\.export"):
+        to_onnx(lambda x: x, X)  # type: ignore[arg-type]
+
+
+def test_an_export_without_verification_says_so(caplog) -> None:
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(small(), X, verify=False)
+    assert caplog.messages == ["to_onnx: 1 call; opset 20 asked and reached; not verified"]

@@ -159,6 +159,14 @@ def test_the_opset_asked_for_is_reached(net, opset: int) -> None:
     assert_agrees(proto, net, images())
 
 
+def test_operators_that_the_converter_does_not_know_reach_the_newest_opset_too() -> None:
+    net = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4), nn.GELU()))
+    proto = to_onnx(net, images(), opset=26)
+    assert proto.opset_import[0].version == 26
+    assert [n.op_type for n in proto.graph.node] == ["Conv", INFERENCE, "Gelu"]
+    assert_agrees(proto, net, images())
+
+
 def test_without_functions_no_trace_of_the_domain_is_left(net) -> None:
     proto = to_onnx(net, images(), functions=False)
     assert b"renorm_onnx" not in proto.SerializeToString()
@@ -293,11 +301,15 @@ def test_the_legacy_exporter_gives_ordinary_operators(net) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_program_captured_inside_keep_ops_keeps_its_layers_after_a_reload(net, tmp_path, strict: bool) -> None:
+def test_a_program_captured_inside_keep_ops_keeps_its_layers_after_a_reload(
+    net, tmp_path, strict: bool, caplog
+) -> None:
     with keep_ops():
         program = quietly(torch.export.export, net, (images(),), strict=strict)
     torch.export.save(program, tmp_path / "net.pt2")
-    proto = to_onnx(torch.export.load(tmp_path / "net.pt2"), (images(),))
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        proto = to_onnx(torch.export.load(tmp_path / "net.pt2"), (images(),))
+    assert "4 calls; opset 20 asked and reached; checker ok; max error" in caplog.text
     assert len(calls(proto)) == 4
     assert_agrees(proto, net, images())
 

@@ -85,6 +85,6 @@ def open_statistics(model: ir.Model, module: nn.Module) -> dict[str, ir.TensorPr
 def set_defaults(model: ir.Model, defaults: Mapping[str, ir.TensorProtocol]) -> None:
     """Give inputs their default values, in place: whoever runs the model need not feed them the first time."""
     for value in model.graph.inputs:
-        if value.name in defaults:
+        if value.name is not None and value.name in defaults:
             value.const_value = defaults[value.name]
             model.graph.register_initializer(value)

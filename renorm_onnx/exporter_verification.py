@@ -51,6 +51,7 @@ class ExportReport:
         calls: Function calls written, one per use of a layer.
         trained: How many of them are training steps.
         opset: Opset of the model, which is the one asked for.
+        valid: Whether the checker and strict shape inference were asked, and agreed.
         error: max|onnxruntime - float64 reference| over all outputs; None if not run.
         relative: `error` divided by max|y| of its output.
         foldable: Norms that `fuse` folds; None if not tried.
@@ -61,6 +62,7 @@ class ExportReport:
     calls: int
     trained: int
     opset: int
+    valid: bool = False
     error: float | None = None
     relative: float | None = None
     foldable: int | None = None
@@ -68,8 +70,11 @@ class ExportReport:
     skipped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"{self.calls} calls" + (f", {self.trained} of them training steps" if self.trained else "")]
-        parts += [f"opset {self.opset} asked and reached", "checker ok"]
+        parts = [
+            f"{self.calls} call{'' if self.calls == 1 else 's'}"
+            + (f", {self.trained} of them training steps" if self.trained else "")
+        ]
+        parts += [f"opset {self.opset} asked and reached", "checker ok" if self.valid else "not verified"]
         if self.error is not None:
             parts.append(f"max error {self.error:.1e}, {self.relative:.1e} of max |y|")
         if self.norms:
@@ -79,13 +84,13 @@ class ExportReport:
 
 
 def verify_export(
-    model: ir.Model, module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], report: ExportReport
+    model: ir.Model, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], report: ExportReport
 ) -> ExportReport:
     """Check an exported model, running it if that costs less than `estimate.LIMIT`.
 
     Args:
         model: Not changed.
-        module: What was exported; copied, never changed. None (an ExportedProgram): only the structure is checked.
+        module: What was exported, or `ExportedProgram.module()`; copied, never changed.
         args: Example inputs.
         kwargs: Example keyword inputs.
         report: What is known so far.
@@ -97,8 +102,7 @@ def verify_export(
         VerificationError: The model breaks a rule of ONNX, or differs from the module by more than rounding.
     """
     check_structure(model)
-    if module is None:
-        return _skip(report, "values, because an ExportedProgram was given")
+    report = replace(report, valid=True)
     cost = estimate(model)
     if not report.trained:
         report = _count_foldable(model, report) if cost.bytes <= LIMIT.bytes else report
@@ -197,7 +201,8 @@ def _check_run(
 
 def _outputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool) -> list[Array]:
     """Return the tensors that a copy of the module gives, then the statistics that its training layers updated."""
-    twin = copy.deepcopy(module)
+    with quiet():  # copying the module of a program makes torch warn of itself
+        twin = copy.deepcopy(module)
     inputs: Any = (args, dict(kwargs))
     if double:
         twin = twin.double()

@@ -37,7 +37,7 @@ def test_a_right_model_passes_with_its_figures(model, net) -> None:
     assert 0 < report.relative < 1e-5
     assert (report.foldable, report.norms) == (1, 1)
     assert not report.skipped
-    assert str(report).startswith("to_onnx: 1 calls; opset 20 asked and reached; checker ok; max error ")
+    assert str(report).startswith("to_onnx: 1 call; opset 20 asked and reached; checker ok; max error ")
 
 
 def test_one_line_is_logged_at_the_end(net, caplog) -> None:

@@ -41,7 +41,7 @@ EXTERNAL_TENSOR_ABOVE: Final = 1024
 # In a data file, large tensors start at page borders, so that runtimes can map them; all are aligned for any element.
 _PAGE: Final = 4096
 _ELEMENT: Final = 16
-_KEEP_EXTERNAL: Final = "renorm_onnx.external_data"
+KEEP_EXTERNAL: Final = "renorm_onnx.external_data"
 # How onnx-ir ends what it says of features that it lacks.
 _PLEA: Final = " Please contribute by creating a PR at https://github.com/onnx/onnx-ir."
 # What people pass instead of a model, by the file's first bytes.
@@ -157,7 +157,7 @@ def _judged(proto: onnx.ModelProto, who: str, *, folder: str | None, allow_symli
     except (ir.serde.SerdeError, ValueError, RecursionError) as error:
         raise ModelFileError(f"{who} cannot be represented: {_reason(error)}") from error
     if findings.external:
-        model.meta[_KEEP_EXTERNAL] = True
+        model.meta[KEEP_EXTERNAL] = True
         for tensor in all_tensors(model):
             if isinstance(tensor, ir.ExternalTensor):
                 set_folder(tensor, folder or "")
@@ -192,8 +192,8 @@ def _copied(model: ir.Model) -> ir.Model:
         fresh = with_tensors(model, renamable)
     except (RuntimeError, ValueError) as error:
         raise ModelFileError(f"the model cannot be copied: {_reason(error)}") from error
-    if model.meta.get(_KEEP_EXTERNAL):
-        fresh.meta[_KEEP_EXTERNAL] = True
+    if model.meta.get(KEEP_EXTERNAL):
+        fresh.meta[KEEP_EXTERNAL] = True
     return fresh
 
 
@@ -243,7 +243,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
     check_output(path, inputs={tensor.path for tensor in external}, force=force)
     with collection_paused(), contextlib.ExitStack() as files:
         place, data = None, None
-        if external or model.meta.get(_KEEP_EXTERNAL) or sum(map(_size, tensors)) > EXTERNAL_ABOVE:
+        if external or model.meta.get(KEEP_EXTERNAL) or sum(map(_size, tensors)) > EXTERNAL_ABOVE:
             data = files.enter_context(NewFile(path, hashed=True))
             # Inner graphs and attributes keep their tensors, unless those were in a data file before.
             top = {id(value.const_value) for value in model.graph.initializers.values()}

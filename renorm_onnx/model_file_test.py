@@ -275,7 +275,7 @@ def test_two_writers_of_one_external_model_leave_a_whole_pair(external_path: Pat
     def write(scale: float) -> None:
         model = model_file.load(small_model())
         model.graph.initializers["w"].const_value = ir.Tensor((scale * WEIGHT).astype(np.float32), name="w")
-        model.meta[model_file._KEEP_EXTERNAL] = True
+        model.meta[model_file.KEEP_EXTERNAL] = True
         for _ in range(10):
             model_file.save(model, external_path, force=True)
 

@@ -1,8 +1,11 @@
-"""Models of opset 18 become models of opset 15, 16 or 17.
+"""Opsets that torch's exporter does not reach: 15 to 17, and those newer than its converter.
 
 torch's exporter writes opset 18 and leaves older ones to onnx's converter, which gives up at the first mean over an
 axis (it has no rule for ReduceMean from 18 to 17) and keeps the model at 18 without an error. Between 15 and 18 few
 operators changed what they mean; those are rewritten here, and the rest is refused by name.
+
+Upwards, onnxscript's converter ends at 25. Beyond it torch asks onnx's converter, which has no rule for e.g. Gelu and
+leaves the model at 18. An operator with the same definition in 25 and in the opset asked for needs no rule.
 """
 
 from collections.abc import Callable
@@ -14,9 +17,36 @@ from renorm_onnx.errors import InputError
 
 FROM = 18
 OLDEST = 15
+NEWEST = 25
 
 #: 16 to 18 only added element types (bfloat16, optionals); the checker finds a model that uses one.
 _MORE_TYPES = {"GreaterOrEqual", "Identity", "If", "LeakyRelu", "LessOrEqual", "Loop", "PRelu", "Scan", "Where"}
+
+
+def nearest(opset: int) -> int:
+    """Return the opset to ask of torch's exporter where `opset` is wanted."""
+    return min(max(opset, FROM), NEWEST)
+
+
+def raise_opset(model: ir.Model, target: int) -> None:
+    """Declare a model of opset `NEWEST` to be of a newer one in which its operators are the same, in place.
+
+    Args:
+        model: Of opset `NEWEST`, without function definitions; of another one it stays as it is.
+        target: Newer than `NEWEST`.
+
+    Raises:
+        InputError: An operator was redefined in between.
+    """
+    if model.opset_imports.get("") != NEWEST:
+        return
+    for node in model.graph.all_nodes():
+        if node.domain == "" and _since(node.op_type, target) != _since(node.op_type, NEWEST):
+            raise InputError(
+                f"to_onnx: opset {target} cannot be reached: {node.op_type} {node.name!r} was redefined after "
+                f"{NEWEST}; ask for {NEWEST} or older"
+            )
+    _declare(model, target)
 
 
 def lower_opset(model: ir.Model, target: int) -> None:
@@ -39,7 +69,13 @@ def lower_opset(model: ir.Model, target: int) -> None:
                 f"to_onnx: opset {target} cannot be reached: {node.op_type} {node.name!r} has no form in it "
                 f"({obstacle}); ask for {FROM} or newer"
             )
-        node.version = None
+    _declare(model, target)
+
+
+def _declare(model: ir.Model, target: int) -> None:
+    for node in model.graph.all_nodes():
+        if node.domain == "":
+            node.version = None
     for graph in model.graphs():
         if "" in graph.opset_imports:
             graph.opset_imports[""] = target

@@ -8,7 +8,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.opset_lowering import lower_opset
+from renorm_onnx.opset_lowering import NEWEST, lower_opset, nearest, raise_opset
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 4, 4)).astype(np.float32)
 
@@ -62,3 +62,29 @@ def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) 
 def test_what_has_no_older_form_is_refused(body: str, target: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         lower_opset(ir.from_proto(model_of(body)), target)
+
+
+def of_newest(body: str) -> ir.Model:
+    proto = model_of(body)
+    proto.opset_import[0].version = NEWEST
+    return ir.from_proto(proto)
+
+
+def test_operators_without_a_newer_definition_are_declared_newer() -> None:
+    model = of_newest('a = Gelu <approximate = "tanh"> (x) y = Add (a, x)')
+    raise_opset(model, 26)
+    proto = ir.to_proto(model)
+    assert proto.opset_import[0].version == 26
+    onnx.checker.check_model(proto, full_check=True)
+
+
+def test_a_redefined_operator_is_not_declared_newer(monkeypatch) -> None:
+    model = of_newest("y = Relu (x)")
+    monkeypatch.setattr("renorm_onnx.opset_lowering._since", lambda op_type, opset: opset)
+    with pytest.raises(InputError, match=r"opset 26 cannot be reached: Relu .* was redefined after 25; ask for 25"):
+        raise_opset(model, 26)
+    assert model.opset_imports[""] == NEWEST
+
+
+def test_torch_is_asked_for_the_nearest_opset_that_it_reaches() -> None:
+    assert [nearest(opset) for opset in (15, 18, 22, 25, 26)] == [18, 18, 22, 25, 25]
