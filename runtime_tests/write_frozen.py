@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import renorm_onnx
-from models import MODELS
+from models import mlp, repvgg
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
 from renorm_onnx.layers.schedules import linear
@@ -40,17 +40,20 @@ def calibrated(net: nn.Module) -> nn.Module:
 
 
 def networks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str]]:
-    """Return name -> network, example inputs, mode."""
+    """Return name -> network, example inputs, mode; of sizes of their own, which no change of `MODELS` moves."""
     torch.manual_seed(0)
-    mlp, repvgg = MODELS["mlp"], MODELS["repvgg"]
     stem = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), BatchRenorm2d(4, r_max=2.0, momentum=0.1, schedule=linear(10, 20), stat="var")
     )
     return {
-        "mlp": (calibrated(mlp.build(norm=BatchRenorm1d, **mlp.small)).eval(), mlp.example_inputs(batch=4), "eval"),
+        "mlp": (
+            calibrated(mlp.mlp(17, (32, 32), 6, norm=BatchRenorm1d)).eval(),
+            mlp.example_inputs(batch=4, in_features=17),
+            "eval",
+        ),
         "repvgg": (
-            calibrated(repvgg.build(norm=BatchRenorm2d, **repvgg.small)).eval(),
-            repvgg.example_inputs(batch=2, **repvgg.small_inputs),
+            calibrated(repvgg.repvgg((1, 2), (8, 16), 10, norm=BatchRenorm2d)).eval(),
+            repvgg.example_inputs(batch=2, size=16),
             "eval",
         ),
         "training_step": (calibrated(stem).train(), (torch.randn(4, 3, 6, 6),), "train"),
