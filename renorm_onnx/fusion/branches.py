@@ -27,6 +27,7 @@ import onnx_ir as ir
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import Desk
 from renorm_onnx.fusion.fact_rules import attribute
+from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import Array, Parameter, largest
 from renorm_onnx.fusion.sources import Norm
 
@@ -110,7 +111,10 @@ def find_merges(graph: ir.Graph, desk: Desk, norms: Mapping[ir.Value, Norm]) -> 
     for node in list(graph):
         if node.op_type not in ("Add", "Sum") or node.domain not in ("", "ai.onnx") or len(node.inputs) != 2:
             continue
-        merge = None if node.graph is None else _merge(node, desk, norms)
+        try:
+            merge = None if node.graph is None else _merge(node, desk, norms)
+        except MALFORMED:
+            continue
         if merge is not None:
             yield merge
 

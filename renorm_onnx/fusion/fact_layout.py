@@ -153,7 +153,7 @@ def _gather(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     size = dims[axis]
     if content is not None and where is not None and where.dtype != object and isinstance(size, int):
         inside = bool(((where >= -size) & (where < size)).all())
-        if inside:
+        if inside and content.size // max(size, 1) * where.size <= MAX_COMPUTED_ELEMENTS:
             return [computed(np.take(content, where, axis), inputs[0].dtype)]
     return [Fact(dims[:axis] + index.dims + dims[axis + 1 :], dtype=inputs[0].dtype)]
 

@@ -21,6 +21,11 @@ import onnx_ir as ir
 
 # Computed constants, not stored ones, stop here: a model of a few bytes can ask for 2**40 elements.
 MAX_COMPUTED_ELEMENTS = 1 << 25
+MAX_REMEMBERED_ELEMENTS = 1 << 27
+
+# What rules and carriers run into when an operator breaks its own specification (an operand is missing, an axis is out
+# of range, sizes do not fit): nothing is proven about its outputs then, and nothing moves through it.
+MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 
 
 class Dimension:
@@ -111,11 +116,13 @@ class Facts:
         self._constant_operators = constant_operators
         self._all_constant = assume_constant_initializers or model.ir_version < 4
         self._known: dict[ir.Value, Fact] = {}
+        self._remembered = 0
         self._scans: dict[ir.Graph, ir.Node] | None = None
 
     def forget(self) -> None:
         """Drop what was derived, after the graph changed."""
         self._known.clear()
+        self._remembered = 0
 
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether `value` is an initializer that the caller of the model may replace."""
@@ -190,13 +197,19 @@ class Facts:
         rule = self._rules.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         found: Sequence[Fact] = ()
         if rule is not None:
-            found = rule(
-                node, [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs], self.opset
-            )
+            inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs]
+            try:
+                found = rule(node, inputs, self.opset)
+            except MALFORMED:
+                found = ()
         for index, output in enumerate(node.outputs):
             fact = found[index] if index < len(found) else UNKNOWN
             if fact.dtype is None and output.dtype is not None:
                 fact = replace(fact, dtype=output.dtype)
+            if fact.content is not None:
+                self._remembered += fact.content.size
+                if self._remembered > MAX_REMEMBERED_ELEMENTS:
+                    fact = replace(fact, content=None)
             self._known[output] = fact
 
 

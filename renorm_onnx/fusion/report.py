@@ -42,6 +42,7 @@ class Reason(enum.StrEnum):
     SHAPE = "shape-not-proven"
     AXIS = "not-a-channel-axis"
     DTYPE = "element-type"
+    MALFORMED = "malformed-operator"
 
 
 @dataclass(frozen=True)

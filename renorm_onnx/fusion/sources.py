@@ -23,6 +23,7 @@ import onnx_ir as ir
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import Desk, label, refuse
 from renorm_onnx.fusion.fact_rules import attribute
+from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import FLOATS
 from renorm_onnx.fusion.report import Reason, Refusal
 
@@ -68,11 +69,19 @@ def find_norms(nodes: Sequence[ir.Node], desk: Desk) -> Iterator[Norm]:
     for node in nodes:
         if node in taken or node.domain not in ("", "ai.onnx"):
             continue
-        if node.op_type == "BatchNormalization":
-            yield batch_normalization(node, desk)
-        elif node.op_type in CONSTANT_OPERATORS and (found := _chain(node, desk)) is not None:
+        try:
+            found = _norm_from(node, desk)
+        except MALFORMED:
+            continue  # an operator that breaks its specification computes no map
+        if found is not None:
             taken.update(found.nodes)
             yield found
+
+
+def _norm_from(node: ir.Node, desk: Desk) -> Norm | None:
+    if node.op_type == "BatchNormalization":
+        return batch_normalization(node, desk)
+    return _chain(node, desk) if node.op_type in CONSTANT_OPERATORS else None
 
 
 def batch_normalization(node: ir.Node, desk: Desk) -> Norm:
