@@ -336,7 +336,8 @@ def _index_of(node: ir.Node, value: ir.Value) -> int:
 
 def _no_producer(value: ir.Value) -> Refusal:
     if value.is_initializer():
-        return Refusal(Reason.NOT_CONSTANT, value.name or "", f"{value.name!r} is stored in the model; no operator computes it")
+        why = f"{value.name!r} is stored in the model; no operator computes it"
+        return Refusal(Reason.NOT_CONSTANT, value.name or "", why)
     return Refusal(Reason.GRAPH_INPUT, value.name or "", f"{value.name!r} is an input of the graph", structural=True)
 
 
