@@ -88,6 +88,15 @@ def test_the_naive_layer_gets_wrong_gradients_when_compiled():
     assert worst(got, outcome(eager, x)) > (0.01, "")
 
 
+def test_a_compiled_network_obeys_a_small_memory_budget():
+    eager = Net(ours)
+    net = copy.deepcopy(eager)
+    x = make_batch(4)
+    with torch._functorch.config.patch(activation_memory_budget=1e-9):
+        got = outcome(net, x, torch.compile(net, backend="aot_eager", fullgraph=True))
+    assert worst(got, outcome(eager, x)) < (1e-9, "")
+
+
 SCHEDULES = [Ramp(1, 5, 4), HardSwitch(2), Sigmoid(0.5), FromFunction(lambda step: (1 + step / 4, step / 2))]
 
 

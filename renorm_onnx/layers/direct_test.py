@@ -21,6 +21,7 @@ OPTIONS = [
     {"affine": False},
     {"r_max": 1.2, "d_max": 0.1},
     {"r_max": 1.0},
+    {"d_max": 0.0},
 ]
 
 

@@ -297,6 +297,10 @@ class BatchRenorm2d(_BatchRenorm):
     with sigma = sqrt(var + eps) and biased batch variances. Evaluation is batch normalization by mu and sigma, one call
     of `F.batch_norm`. With `track_running_stats=False` batch statistics are used in both modes, without r and d.
 
+    Gradients are those of the formula eagerly, compiled and checkpointed, with one exception: where
+    `torch._functorch.config.activation_memory_budget` is 0, a compiled graph computes r and d again from statistics
+    that have moved. Leave it at 1, or at least above 0.
+
     >>> layer = BatchRenorm2d(16, schedule=None)
     >>> layer(torch.randn(4, 16, 8, 8)).shape
     torch.Size([4, 16, 8, 8])

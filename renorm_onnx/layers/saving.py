@@ -4,6 +4,9 @@ torch.compile may compute an intermediate result a second time in the backward p
 checkpointing asks it to. For r and d that is wrong: by then the same graph has updated the running statistics they come
 from, and the gradients would silently belong to another step (pytorch/pytorch#197039). So r and d pass through an
 operator that copies them and marks the copies as to be saved.
+
+One setting is beyond the mark: `torch._functorch.config.activation_memory_budget = 0` saves the graph's inputs and
+nothing else, whatever is marked. Any budget above 0 obeys it.
 """
 
 from itertools import islice
