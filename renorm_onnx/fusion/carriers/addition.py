@@ -153,6 +153,8 @@ class Addition(Carrier):
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Hand on the scale that all operands share; add up the shifts, into a constant if there is one."""
+        if attribute(node, "axis") is not None:
+            return refuse(Reason.OPSET, node, "aligns its operands at an axis, as before opset 7", structural=True)
         rank = output_rank(node, desk)
         total: AffineMap | None = None
         for index, given in maps.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from renorm_onnx.fusion.carriers.exact_folding_test import (
@@ -104,3 +105,24 @@ def test_the_axis_of_a_map_is_counted_from_the_end_where_an_operand_broadcasts()
     constants = {"k": quarters([3, 1, 1]), "W": WEIGHTS["W"]}
     fused = assert_fuses(build(text, "double[3,H,W] x, double[N,3,H,W] z", "y", **constants))
     assert operators(fused) == {"Add": 1, "Conv": 1}
+
+
+def test_operands_aligned_at_an_axis_as_before_opset_7_let_nothing_pass() -> None:
+    """A square image, where the constant could be taken for one of channels."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    from renorm_onnx.fusion.engine import FuseOptions, fuse
+
+    arrays = {"k": quarters([3]), "W": WEIGHTS["W"], "s": np.array([2.0, -0.5, 4.0]).reshape(3, 1, 1)}
+    nodes = [
+        helper.make_node("Mul", ["x", "s"], ["n"], broadcast=1, axis=1),
+        helper.make_node("Add", ["n", "k"], ["d"], broadcast=1, axis=3),
+        helper.make_node("Conv", ["d", "W"], ["y"]),
+    ]
+    infos = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, [1, c, 3, 3]) for n, c in (("x", 3), ("y", 4))]
+    stored = [numpy_helper.from_array(np.asarray(a, np.float64), n) for n, a in arrays.items()]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 6)], ir_version=4)
+    fused, report = fuse(model, FuseOptions(allow_cancellation=True))
+    assert [n.op_type for n in fused.graph.node] == ["Mul", "Add", "Conv"]
+    assert not report.changed

@@ -1,0 +1,59 @@
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from renorm_onnx.errors import InputError
+from renorm_onnx.fusion.conftest import Builder, assert_same, operators
+from renorm_onnx.fusion.engine import FuseOptions, fuse
+from renorm_onnx.fusion.report import Reason
+
+
+def statistics_model(**changes) -> onnx.ModelProto:
+    b = Builder()
+    b.norm(b.conv("x", 4, 6), 6, out="y")
+    model = b.model({"x": ["n", 4, "h", "w"]}, ["y"])
+    names = dict(zip(("w", "scale", "B", "mean", "var"), model.graph.initializer, strict=True))
+    for name, change in changes.items():
+        array = numpy_helper.to_array(names[name]).astype(np.float64)
+        names[name].CopyFrom(numpy_helper.from_array(change(array).astype(np.float32), names[name].name))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"var": lambda v: np.where(np.arange(6) == 2, -1e-3, v)}, Reason.NEGATIVE_VARIANCE),
+        ({"mean": lambda m: np.where(np.arange(6) == 2, np.nan, m)}, Reason.NON_FINITE),
+        ({"scale": lambda s: np.clip(s * 1e38, -3e38, 3e38), "var": lambda v: v * 1e-3}, Reason.OVERFLOW),
+        ({"scale": lambda s: s * 1e-38, "B": lambda b: b}, Reason.UNDERFLOW),
+    ],
+)
+def test_parameters_that_cannot_be_folded_are_refused_by_name(changes, reason):
+    model = statistics_model(**changes)
+    fused, report = fuse(model)
+    assert report.kept[0].reason == reason
+    assert operators(fused) == ["Conv", "BatchNormalization"]
+
+
+def forward_model(kappa: float) -> onnx.ModelProto:
+    b = Builder()
+    stats = [b.constant(v) for v in (np.full(4, 0.7), np.full(4, 0.1), np.full(4, kappa), np.ones(4))]
+    y = b.node("Conv", b.node("BatchNormalization", "x", *stats, epsilon=0.0), b.normal(6, 4, 3, 3))
+    return b.model({"x": ["n", 4, "h", "w"]}, [y])
+
+
+@pytest.mark.parametrize(("target", "limit"), [("fp32", 4.0), ("tf32", 1.0), ("fp16", 1.0)])
+def test_cancellation_is_guarded_by_the_arithmetic_of_the_target(target, limit):
+    _, report = fuse(forward_model(limit * 1.01), FuseOptions(target=target))
+    assert report.kept[0].refusals[-1].reason == Reason.CANCELLATION
+    fused, report = fuse(forward_model(limit * 0.99), FuseOptions(target=target))
+    assert report.folded[0].way == "forward"
+    assert_same(forward_model(limit * 0.99), fused)
+    _, report = fuse(forward_model(1e3), FuseOptions(target=target, allow_cancellation=True))
+    assert report.folded
+
+
+def test_an_unknown_target_is_an_error():
+    with pytest.raises(InputError, match="target 'fp8' is unknown, expected one of fp32, tf32, fp16"):
+        fuse(forward_model(0.0), FuseOptions(target="fp8"))
