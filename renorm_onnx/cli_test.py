@@ -254,3 +254,17 @@ def test_no_command_imports_torch(model):
     commands = [["fuse", "model.onnx"], ["verify", "model.onnx"], ["inspect", "model.onnx"]]
     for command in commands:
         assert "torch" not in modules_after(*command), command
+
+
+def test_branches_stay_apart_where_merging_costs_precision(tmp_path, monkeypatch, capsys):
+    from renorm_onnx.fusion import branches
+    from renorm_onnx.fusion.branches_test import IMAGE, rep_vgg
+
+    monkeypatch.chdir(tmp_path)
+    onnx.save(rep_vgg().model(IMAGE, ["y"]), "model.onnx")
+    place = branches._place
+    monkeypatch.setattr(branches, "_place", lambda *given: place(*given) * (1 + 1e-4))
+    assert run("fuse", "model.onnx") == cli.YES
+    said = capsys.readouterr().out
+    assert "branches kept apart" in said
+    assert [n.op_type for n in onnx.load("model.fused.onnx").graph.node].count("Conv") == 2

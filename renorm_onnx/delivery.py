@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,6 +210,14 @@ def fuse_file(
     model = original if verify == "never" else model_file.load(original)
     report = fuse_in_place(model, options)
     verdict, unchecked = _check(original, model, report, verify, providers, seed)
+    if verdict is not None and verdict.outcome == "no" and report.branches_merged:
+        # Merging is exact, but adds weights of several sizes before they are rounded; a badly conditioned network can
+        # feel that. Folding never asks so much, and is worth having alone.
+        remark = f"branches kept apart, because merged they cost precision: {verdict.reason}"
+        model = model_file.load(original)
+        report = fuse_in_place(model, replace(options or FuseOptions(), merge_branches=False))
+        report.remarks.append(remark)
+        verdict, unchecked = _check(original, model, report, verify, providers, seed)
     written = not dry_run and (verdict is None or verdict.outcome in ("yes", "skipped"))
     before = _size(source)
     if written:

@@ -144,11 +144,13 @@ class FusionReport:
     Args:
         entries: In graph order.
         branches_merged: Parallel linear branches that became one operator.
+        remarks: What else a person should know, one sentence each.
         operators_before, operators_after: How many nodes of each operator the model has.
     """
 
     entries: list[NormReport] = field(default_factory=list)
     branches_merged: int = 0
+    remarks: list[str] = field(default_factory=list)
     operators_before: Counter[str] = field(default_factory=Counter)
     operators_after: Counter[str] = field(default_factory=Counter)
 
@@ -185,6 +187,7 @@ class FusionReport:
             "norms_after": len(self.kept),
             "affines_folded": self.affines_folded,
             "branches_merged": self.branches_merged,
+            "remarks": list(self.remarks),
             "norms": [e.to_dict() for e in self.norms],
             "affines": [e.to_dict() for e in self.entries if e.kind == "affine"],
             "operators_before": dict(self.operators_before),
@@ -202,6 +205,7 @@ class FusionReport:
             yield f"{self.affines_folded} constant Mul/Add/Sub/Div/Neg folded"
         if self.branches_merged:
             yield f"{self.branches_merged} parallel branches merged"
+        yield from self.remarks
         for norm in self.kept:
             codes = ", ".join(dict.fromkeys(r.reason.value for r in norm.refusals))
             yield f"  kept {norm.label!r} [{codes}]: {norm.detail}"
