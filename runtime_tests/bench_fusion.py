@@ -2,7 +2,7 @@
 
     python -m runtime_tests.bench_fusion                                   chains of 500, 2,000 and 8,000 norms
     python -m runtime_tests.bench_fusion --sizes 500 --external-gb 2.5     and 2.5 GB of external weights
-    python -m runtime_tests.bench_fusion --peers --python /tmp/peers/bin/python
+    python -m runtime_tests.bench_fusion --peers --python peers/bin/python
     python -m runtime_tests.bench_fusion --sizes "" --models a.onnx b.onnx
 
 A chain is N times Conv 16->16 3x3, BatchNormalization, Relu, with an Add after every second. Each tool runs in a
