@@ -15,6 +15,7 @@ Exit status 1 if ours failed, left a norm of a chain, or changed an output.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -146,23 +147,33 @@ def _model(nodes: list[onnx.NodeProto], tensors: list[TensorProto], output: str,
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
+# A process inherits the peak memory of the one that started it, so a small one stands between. `timeout` waits for the
+# tool, so its own usage includes the tool's.
+WATCHER = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]))
+"""
+
+
 def measure(python: str, program: str, source: Path, target: Path, *, external: bool) -> Cost:
     """Run `program` on `source` in a process of its own, on one thread, and say what it took."""
     command = [python, "-c", program, str(source), str(target), *(["external"] if external else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(["timeout", str(LIMIT_SECONDS), *command], stdout=said, stderr=said, env=environment)
-        # `timeout` waits for the tool, so its own usage includes the tool's.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    with tempfile.TemporaryFile("w+") as said:
+        limited = ["timeout", str(LIMIT_SECONDS), *command]
+        watched = [sys.executable, "-S", "-c", WATCHER, *limited]
+        done = subprocess.run(watched, stdout=subprocess.PIPE, stderr=said, env=environment, text=True, check=True)
+        status, seconds, megabytes = json.loads(done.stdout)
         said.seek(0)
-        lines = said.read().decode(errors="replace").strip().splitlines()
+        lines = said.read().strip().splitlines()
     failure = ""
-    if process.returncode == 124:
+    if status == 124:
         failure = f"stopped after {LIMIT_SECONDS} s"
-    elif process.returncode:
-        failure = lines[-1] if lines else f"ended with status {process.returncode}"
-    return Cost(usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, failure)
+    elif status:
+        failure = lines[-1] if lines else f"ended with status {status}"
+    return Cost(seconds, megabytes, failure)
 
 
 def norms_left(path: Path) -> int:

@@ -5,6 +5,7 @@ each with all tensors on the device, and the fused one as a CUDA graph too. floa
 TF32 (CUDA only), float16. Every call ends with a synchronization: what is measured is one answer, not throughput.
 """
 
+import contextlib
 import copy
 import random
 import statistics
@@ -120,17 +121,25 @@ def _measure_precision(
             want = network(x)
         makers = _torch_variants(module, compiled, x.to(device, kind))
         makers |= _onnx_variants(files, plan.device, x.to(kind), tf32=precision == "tf32")
-        _set_tf32(precision == "tf32")
-        try:
+        with _tf32(precision == "tf32"):
             yield from _interleaved(makers, want, plan, (name, precision, batch))
-        finally:
-            _set_tf32(False)
 
 
-def _set_tf32(on: bool) -> None:
-    """Choose for torch whether products of float32 may be rounded to TF32."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if on else "ieee"  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def _tf32(on: bool) -> Iterator[None]:
+    """Choose for torch whether products of float32 may be rounded to TF32; as it was, afterwards.
+
+    Convolutions and recurrent layers are set together: torch refuses to compile while cuDNN's two settings differ.
+    """
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "tf32" if on else "ieee"
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 def _torch_variants(module: nn.Module, compiled: Any, x: Tensor) -> dict[str, Callable[[], Call]]:
