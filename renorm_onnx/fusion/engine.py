@@ -197,7 +197,7 @@ class _Engine:
             return False
         self._apply(plan)
         for entry in entries:
-            entry.outcome, entry.way, entry.into, entry.refusals = "folded", plan.way, tuple(plan.into), ()
+            entry.fold(plan.way, plan.into)
         return True
 
     def _merge_branches(self, graph: ir.Graph) -> int:
@@ -226,7 +226,7 @@ class _Engine:
         self._clean()
         if merge.norm is not None:
             for entry in self._entries_of(merge.norm):
-                entry.outcome, entry.way, entry.into, entry.refusals = "folded", "branches", (label(keep),), ()
+                entry.fold("branches", [label(keep)])
 
     def _apply(self, plan: Plan) -> None:
         changed = list(plan.changed)

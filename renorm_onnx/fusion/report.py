@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +92,10 @@ class NormReport:
     way: str = ""
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def fold(self, way: str, into: Iterable[str]) -> None:
+        """Note, in place, that the norm is gone: by which way, and into which operators."""
+        self.outcome, self.way, self.into, self.refusals = "folded", way, tuple(into), ()
 
     @property
     def label(self) -> str:
