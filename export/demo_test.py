@@ -1,7 +1,6 @@
 """The whole path on a tiny run: what the demo reports is what its files do."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -180,10 +179,7 @@ def test_an_interruption_is_said_in_one_line(
     assert capsys.readouterr().err == "export.demo: interrupted\n"
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("RENORM_REQUIRE_CUDA") != "1", reason="needs an NVIDIA GPU"
-)
+@pytest.mark.cuda("torch", "onnxruntime")
 def test_on_a_gpu_the_demo_trains_there_and_runs_the_cuda_provider(tmp_path: Path) -> None:
     assert demo.main([*TINY, "--device", "cuda", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "report.json").read_text())

@@ -1,7 +1,6 @@
 """The quick part of the parity matrix, and models that are wrong on purpose, which it must not let through."""
 
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -23,12 +22,11 @@ from runtime_tests.parity_matrix import (
     exports,
     judge,
     main,
-    unavailable,
 )
 
 QUICK = exports(quick=True)
 ROWS = [
-    pytest.param(case, id=str(case), marks=[pytest.mark.cuda] if case.provider == "cuda" else [])
+    pytest.param(case, id=str(case), marks=[pytest.mark.cuda("onnxruntime")] if case.provider == "cuda" else [])
     for export in QUICK
     for case in cases(export, ["cpu", "cuda"])
 ]
@@ -44,10 +42,6 @@ def _exports_are_shared_by_the_rows():
 
 @pytest.mark.parametrize("case", ROWS)
 def test_every_row_of_the_matrix_holds(case):
-    if reason := unavailable(case.provider):
-        if os.environ.get("RENORM_REQUIRE_CUDA") == "1":
-            pytest.fail(f"RENORM_REQUIRE_CUDA=1, but {reason}")
-        pytest.skip(reason)
     outcome = judge(case, build(case.export))
     if outcome.status == "skip":
         pytest.skip(outcome.note)

@@ -1,4 +1,4 @@
-"""The CUDA path. Each test is skipped by name without a GPU, and fails instead if RENORM_REQUIRE_CUDA=1."""
+"""The CUDA path of the layers."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from renorm_onnx.layers.conftest import LAYERS, make_batch, outcome, shaken, worst
 from renorm_onnx.layers.schedules import HardSwitch, Ramp
 
-pytestmark = pytest.mark.cuda
+pytestmark = pytest.mark.cuda("torch")
 
 
 def pair(cuda, rank=4, dtype=torch.float64, **options):
