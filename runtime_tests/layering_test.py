@@ -23,6 +23,7 @@ ORDER = [
     "layers.step",
     "layers.direct",
     "layers.modules",
+    "layers.activated",
     "layers.swap",
     "layers.distributed layers.running_stats",
     "layers.convert layers.adoption layers.keras_weights",

@@ -4,18 +4,23 @@ Both are the same affine map at evaluation, by the same buffers under the same n
 new layer takes over the very parameters and buffers of the old one, and evaluation is equal to the bit.
 """
 
+import functools
 import logging
+import re
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.layers.distributed import SyncBatchRenorm
+from renorm_onnx.layers.activated import Activated, BatchRenormAct2d
+from renorm_onnx.layers.distributed import SyncBatchRenorm, SyncBatchRenormAct
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from renorm_onnx.layers.schedules import CONSTANT, Schedule, as_schedule
-from renorm_onnx.layers.swap import carry_attributes, plan_swaps, quoted, share_state, swap_layers, why_not
+from renorm_onnx.layers.swap import carry_attributes, home_of, plan_swaps, quoted, share_state, swap_layers, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +30,13 @@ _RENORM_OF: dict[type[_BatchNorm], type[_BatchRenorm]] = {
     nn.BatchNorm3d: BatchRenorm3d,
     nn.SyncBatchNorm: SyncBatchRenorm,
 }  # torch's layer for the ranks of input that one of ours takes; where it takes more, only SyncBatchNorm does.
+# Subclasses of torch's layers that go on with their modules `drop` and `act`: library and class that defines forward.
+_ACTIVATED_OF: dict[tuple[str, str], type[Activated]] = {
+    ("timm", "BatchNormAct2d"): BatchRenormAct2d,
+    ("timm", "SyncBatchNormAct"): SyncBatchRenormAct,
+}
+# Names of layers that normalize by running statistics and do not derive from torch's: FrozenBatchNorm2d, InPlaceABN...
+_UNRELATED = re.compile(r"batch_?norm|abn$", re.IGNORECASE)
 _NORM_BY_RANKS: dict[tuple[int, ...], type[_BatchNorm]] = {
     BatchRenorm1d.ranks: nn.BatchNorm1d,
     BatchRenorm2d.ranks: nn.BatchNorm2d,
@@ -45,8 +57,11 @@ def convert_batchnorm(
     stays one layer; training flags, hooks and attributes such as `qconfig` are kept. eps and momentum stay those of
     each layer (torch's default momentum is 0.1; for batch renormalization the paper uses 0.01).
 
-    Left alone, and named in a logged warning: subclasses with a forward of their own (timm's `BatchNormAct2d` applies
-    an activation), layers under parametrization or pruning, and whatever else their state alone does not describe.
+    timm's `BatchNormAct2d` and `SyncBatchNormAct` keep the activation that they apply, under its name.
+
+    Left alone, and named in a logged warning: other subclasses with a forward of their own, layers under
+    parametrization or pruning, whatever else their state alone does not describe, and batch normalization that does
+    not derive from torch's (torchvision's `FrozenBatchNorm2d`).
 
     A schedule says how to come from batch normalization to renormalization, a way that a pretrained network has
     behind it. So where a layer has been trained (it has counted a batch, or its statistics are not 0 and 1),
@@ -78,13 +93,17 @@ def convert_batchnorm(
 
     def build(name: str, old: nn.Module) -> nn.Module | None:
         if not isinstance(old, _BatchNorm):
+            if _is_unrelated(old):
+                alone.append(f"{quoted(name)} ({type(old).__name__} does not derive from torch's BatchNorm)")
             return None
         if isinstance(old, LazyModuleMixin):
             raise InputError(
                 f"convert_batchnorm: {quoted(name)} is a {type(old).__name__} that does not know its number of "
                 "features yet; run one batch through the model first"
             )
-        reason = why_not(old)
+        known = _ACTIVATED_OF.get(_origin(old))
+        followers = () if known is None else known.followers
+        reason = why_not(old, known=None if known is None else home_of(old, "forward"), children=followers)
         if reason:
             alone.append(f"{quoted(name)} ({reason})")
             return None
@@ -118,7 +137,11 @@ def _checked_options(options: dict[str, Any]) -> tuple[float, float]:
 
 def _renormed(name: str, old: _BatchNorm, schedule: Schedule, options: dict[str, Any]) -> _BatchRenorm:
     """A BatchRenorm with the state of `old`."""
-    kind = next(ours for theirs, ours in _RENORM_OF.items() if isinstance(old, theirs))
+    kind: Callable[..., _BatchRenorm] = next(ours for theirs, ours in _RENORM_OF.items() if isinstance(old, theirs))
+    activated = _ACTIVATED_OF.get(_origin(old))
+    if activated is not None:
+        followers = {part: old._modules.get(part) or nn.Identity() for part in activated.followers}
+        kind = functools.partial(activated, origin=type(old), **followers)
     # num_features may be stale (channel pruning edits the tensors); batch norm never reads it, our check does.
     state = [tensor for tensor in (old.running_mean, old.weight) if tensor is not None]
     features = state[0].numel() if state else old.num_features
@@ -138,6 +161,19 @@ def _renormed(name: str, old: _BatchNorm, schedule: Schedule, options: dict[str,
     if isinstance(old, nn.SyncBatchNorm) and isinstance(new, SyncBatchRenorm):
         new.process_group = old.process_group
     return share_state(new, old)
+
+
+def _origin(layer: nn.Module) -> tuple[str, str]:
+    """The library and the name of the class that defines the forward of `layer`."""
+    home = home_of(layer, "forward") or nn.Module
+    return home.__module__.partition(".")[0], home.__name__
+
+
+def _is_unrelated(module: nn.Module) -> bool:
+    """Whether a module is batch normalization of its own kind: by its name and by what it holds."""
+    if isinstance(module, _BatchRenorm) or not _UNRELATED.search(type(module).__name__):
+        return False
+    return all(isinstance(getattr(module, name, None), torch.Tensor) for name in ("running_mean", "running_var"))
 
 
 def _has_learned(layer: _BatchNorm) -> bool:
@@ -180,7 +216,8 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
     For handing a trained model to code that knows torch's layers alone: evaluation is equal to the bit, parameters and
     buffers stay the same tensors. Training is not: it normalizes by the batch without r and d from then on.
     `SyncBatchRenorm`, and a layer adopted from a library whose layer takes any rank, become `torch.nn.SyncBatchNorm`,
-    which alone of torch's layers takes any rank and is ordinary batch norm where no process group is initialized.
+    which alone of torch's layers takes any rank and is ordinary batch norm where no process group is initialized. A
+    layer that was timm's becomes timm's again.
 
     Left alone, and named in a logged warning: subclasses with a forward of their own.
 
@@ -195,12 +232,16 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
     def build(name: str, old: nn.Module) -> nn.Module | None:
         if not isinstance(old, _BatchRenorm):
             return None
-        reason = why_not(old)
+        followers = old.followers if isinstance(old, Activated) else ()
+        reason = why_not(old, children=followers)
         if reason:
             alone.append(f"{quoted(name)} ({reason})")
             return None
-        kind = _NORM_BY_RANKS.get(old.ranks, nn.SyncBatchNorm)
-        new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, device="meta")
+        kind = old.origin if isinstance(old, Activated) else _NORM_BY_RANKS.get(old.ranks, nn.SyncBatchNorm)
+        with torch.device("meta"):
+            new = kind(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+        for part in followers:
+            setattr(new, part, getattr(old, part))
         if isinstance(old, SyncBatchRenorm) and isinstance(new, nn.SyncBatchNorm):
             new.process_group = old.process_group
         carry_attributes(new, old, but=_OUR_ATTRIBUTES)
@@ -213,4 +254,4 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
 
 
 # What a converted layer leaves behind, so that its pickle does not need this package.
-_OUR_ATTRIBUTES = frozenset(vars(SyncBatchRenorm(1, device="meta")))
+_OUR_ATTRIBUTES = frozenset(vars(SyncBatchRenorm(1, device="meta"))) | {"origin"}

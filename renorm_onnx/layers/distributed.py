@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers.activated import Activated
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.swap import plan_swaps, quoted, swap_layers, why_not
@@ -198,6 +199,10 @@ class SyncBatchRenorm(_BatchRenorm):
         return y
 
 
+class SyncBatchRenormAct(Activated, SyncBatchRenorm):
+    """`SyncBatchRenorm`, then `drop`, then `act`; arguments as in `Activated`."""
+
+
 def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
     """Turn every `BatchRenorm*d` of a model into `SyncBatchRenorm`, in place but for the root.
 
@@ -216,10 +221,14 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
     """
 
     def build(name: str, old: nn.Module) -> nn.Module | None:
-        if not isinstance(old, _BatchRenorm) or isinstance(old, SyncBatchRenorm) or why_not(old):
+        activated = isinstance(old, Activated)
+        if not isinstance(old, _BatchRenorm) or isinstance(old, SyncBatchRenorm):
+            return None
+        if why_not(old, children=Activated.followers if activated else ()):
             return None
         _refuse_ghosts(quoted(name), old.virtual_batch_size)
-        new = SyncBatchRenorm.__new__(SyncBatchRenorm)
+        kind = SyncBatchRenormAct if activated else SyncBatchRenorm
+        new: SyncBatchRenorm = kind.__new__(kind)
         state = old.__getstate__()
         vars(new).update({key: copy.copy(value) if key in _OWN_TABLES else value for key, value in state.items()})
         new.process_group = process_group

@@ -17,7 +17,10 @@ _NOT_CARRIED = frozenset({"training", "_parameters", "_buffers", "_modules", "_c
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 # Where the methods of a norm layer may be defined for its state to say everything about it.
 _HOMES = frozenset(
-    {"torch.nn.modules.batchnorm", *(f"renorm_onnx.layers.{name}" for name in ("modules", "distributed", "adoption"))}
+    {
+        "torch.nn.modules.batchnorm",
+        *(f"renorm_onnx.layers.{name}" for name in ("modules", "activated", "distributed", "adoption")),
+    }
 )
 _STATE = frozenset(
     {"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "renorm_mean", "renorm_var"}
@@ -128,7 +131,12 @@ def quoted(name: str) -> str:
     return repr(name) if name else "the model itself"
 
 
-def why_not(module: nn.Module) -> str:
+def home_of(module: nn.Module, method: str) -> type | None:
+    """Return the class that defines a method of `module`."""
+    return next((kind for kind in type(module).__mro__ if method in vars(kind)), None)
+
+
+def why_not(module: nn.Module, *, known: type | None = None, children: Collection[str] = ()) -> str:
     """Say why a norm layer cannot be replaced by its parameters and buffers alone.
 
     A subclass that computes something else, a parametrization, weight norm, pruning or a patched instance would
@@ -136,15 +144,17 @@ def why_not(module: nn.Module) -> str:
 
     Args:
         module: A layer that derives from one of torch's norms or ours.
+        known: A class whose methods the caller knows.
+        children: Submodules that the caller takes over.
 
     Returns:
         The reason for a message, or the empty string.
     """
     for method in ("forward", "_forward", "_check_input_dim"):
-        home = next((kind for kind in type(module).__mro__ if method in vars(kind)), None)
-        if home is not None and home.__module__ not in _HOMES:
+        home = home_of(module, method)
+        if home is not None and home is not known and home.__module__ not in _HOMES:
             return f"{type(module).__name__} defines its own {method}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    extra = sorted({*module._parameters, *module._buffers, *module._modules} - _STATE)
+    extra = sorted({*module._parameters, *module._buffers, *module._modules} - _STATE - set(children))
     return f"it also holds {', '.join(extra)}" if extra else ""
