@@ -52,17 +52,17 @@ class AffineMap:
     @property
     def is_identity(self) -> bool:
         """Whether y equals x."""
-        return bool((self.scale == 1).all() and (self.shift == 0).all())
+        return not self.has_scale and not self.has_shift
 
     @property
     def has_shift(self) -> bool:
         """Whether any shift differs from zero."""
-        return bool((self.shift != 0).any())
+        return bool(np.count_nonzero(self.shift))
 
     @property
     def has_scale(self) -> bool:
         """Whether any scale differs from one."""
-        return bool((self.scale != 1).any())
+        return bool(np.count_nonzero(self.scale != 1))
 
     @property
     def is_monotone(self) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -36,7 +35,7 @@ def _expand(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     narrow = inputs[0] if inputs[0].is_constant else None
     if content is None or dims is None or not fixed or math.prod(dims) > MAX_COMPUTED_ELEMENTS:  # type: ignore[arg-type]
         return [Fact(dims, dtype=inputs[0].dtype, unexpanded=narrow)]
-    return [replace(computed(np.broadcast_to(content, dims), inputs[0].dtype), unexpanded=narrow)]  # type: ignore[arg-type]
+    return [computed(np.broadcast_to(content, dims), inputs[0].dtype)._replace(unexpanded=narrow)]  # type: ignore[arg-type]
 
 
 def _reshaped(fact: Fact, dims: Dims) -> Fact:

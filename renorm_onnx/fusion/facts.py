@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +37,7 @@ Dims = tuple["int | Dimension", ...]
 Content = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, eq=False)
-class Fact:
+class Fact(NamedTuple):
     """What is proven about one value.
 
     Args:
@@ -141,8 +139,12 @@ class Facts:
         """The fact about `value`; derived without recursion, since graphs may be 10,000 operators deep."""
         if value is None:
             return UNKNOWN
-        if value in self._known:
-            return self._known[value]
+        known = self._known.get(value)
+        if known is not None:
+            return known
+        if value.producer() is None:
+            known = self._known[value] = self._leaf(value)
+            return known
         stack = [value]
         while stack:
             current = stack[-1]
@@ -205,11 +207,11 @@ class Facts:
         for index, output in enumerate(node.outputs):
             fact = found[index] if index < len(found) else UNKNOWN
             if fact.dtype is None and output.dtype is not None:
-                fact = replace(fact, dtype=output.dtype)
+                fact = fact._replace(dtype=output.dtype)
             if fact.content is not None:
                 self._remembered += fact.content.size
                 if self._remembered > MAX_REMEMBERED_ELEMENTS:
-                    fact = replace(fact, content=None)
+                    fact = fact._replace(content=None)
             self._known[output] = fact
 
 

@@ -11,15 +11,17 @@ file is read block by block as well: mapped into memory, it would count as the m
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx import TensorProto
 
 from renorm_onnx.external_data import read_rows
 from renorm_onnx.fusion.facts import Fact, to_float64
@@ -29,10 +31,13 @@ Array = npt.NDArray[np.float64]
 # One block and its float64 products stay in a processor's cache; larger tensors are computed while they are written.
 BLOCK_ELEMENTS = 1 << 17
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+# Item size -> the unsigned integers of that size, and all of their bits but the sign.
+_BITS = {size: (np.dtype(f"u{size}"), np.dtype(f"u{size}").type(2 ** (8 * size - 1) - 1)) for size in (2, 4, 8)}
+# How `raw_data` holds the floats.
+_LITTLE_ENDIAN = {kind.value: kind.numpy().newbyteorder("<") for kind in FLOATS}
 
 
-@dataclass(frozen=True, eq=False)
-class Parameter:
+class Parameter(NamedTuple):
     """A constant operand: ``base * factors[0] * factors[1] * ...``, to be rounded to `dtype`.
 
     Args:
@@ -68,37 +73,41 @@ class Parameter:
         """This operand times `factor`, which has the same rank and broadcasts to its shape."""
         array = np.asarray(factor, np.float64)
         assert array.ndim == len(self.shape), (array.shape, self.shape)
+        factors = [*self.factors, array]
         for i, known in enumerate(self.factors):
             if known.shape == array.shape:
-                return replace(self, factors=(*self.factors[:i], known * array, *self.factors[i + 1 :]))
-        return replace(self, factors=(*self.factors, array))
+                factors[i] = known * factors.pop()
+                break
+        return Parameter(self.base, self.dtype, self.shape, tuple(factors))
 
     def mapped(self, scale: Array, shift: Array) -> Parameter:
         """``scale * self + shift``; both have the operand's rank and broadcast to its shape."""
-        if (shift == 0).all():
+        if not np.count_nonzero(shift):
             return self.scaled(scale)
         return Parameter.new(self.float64() * scale + shift, self.dtype)
 
     def float64(self) -> Array:
         """All elements as products in float64. Shape `shape`; not to be written to."""
-        return self._multiplied(self._stored(), slice(None))
+        return self._multiplied(self._stored(), None)
 
     def blocks(self) -> Iterator[tuple[slice, Array]]:
         """The products in float64, in blocks of whole rows along axis 0, for tensors too large to hold twice."""
         for part, block in self._stored_blocks():
-            yield part, self._multiplied(block, part)
+            yield slice(None) if part is None else part, self._multiplied(block, part)
 
     def _stored(self) -> npt.NDArray[Any]:
         if isinstance(self.base, np.ndarray):
             return self.base
+        if isinstance(self.base, ir.serde.TensorProtoTensor):
+            return _read(self.base, self.shape)
         if isinstance(self.base, ir.ExternalTensor) and self.shape:
             return read_rows(self.base, 0, self.shape[0])
         return self.base.numpy()
 
-    def _stored_blocks(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-        """The elements as they are stored, without factors, in blocks of whole rows; one block if there is no row."""
+    def _stored_blocks(self) -> Iterator[tuple[slice | None, npt.NDArray[Any]]]:
+        """The elements as they are stored, without factors, in blocks of whole rows, or all at once with None."""
         if math.prod(self.shape) <= BLOCK_ELEMENTS:
-            yield slice(None), self._stored()
+            yield None, self._stored()
             return
         rows = max(1, BLOCK_ELEMENTS // math.prod(self.shape[1:]))
         # A tensor in a message is copied out of it each time it is asked for; one in a file is read piece by piece.
@@ -110,10 +119,10 @@ class Parameter:
             elif isinstance(self.base, ir.ExternalTensor):
                 yield part, read_rows(self.base, part.start, part.stop)
 
-    def _multiplied(self, block: npt.NDArray[Any], part: slice) -> Array:
+    def _multiplied(self, block: npt.NDArray[Any], part: slice | None) -> Array:
         result: Array = block.astype(np.float64, copy=False)
         for factor in self.factors:
-            result = result * (factor if factor.ndim == 0 or factor.shape[0] == 1 else factor[part])
+            result = result * (factor if part is None or factor.shape[0] == 1 else factor[part])
         return result
 
     def contract(self, vector: Array, axis: int) -> Array:
@@ -151,9 +160,14 @@ class Parameter:
 
     def tensor(self, name: str) -> ir.TensorProtocol:
         """What goes into the file: the elements themselves, or for a large stored tensor a recipe that streams them."""
-        if isinstance(self.base, np.ndarray) or math.prod(self.shape) <= BLOCK_ELEMENTS:
-            return ir.Tensor(self.rounded(), dtype=self.dtype, name=name)
-        return StreamedTensor(self, name)
+        if not isinstance(self.base, np.ndarray) and math.prod(self.shape) > BLOCK_ELEMENTS:
+            return StreamedTensor(self, name)
+        elements = self.rounded()
+        if sys.byteorder == "big":
+            elements = elements.byteswap()
+        # A message, as a tensor that was read is: written as it is.
+        proto = TensorProto(name=name, data_type=self.dtype.value, dims=self.shape, raw_data=elements.tobytes())
+        return ir.serde.TensorProtoTensor(proto)
 
 
 class StreamedTensor(ir.LazyTensor):
@@ -195,23 +209,38 @@ def rounded(array: Array, dtype: ir.DataType) -> npt.NDArray[Any]:
         return near.astype(ml_dtypes.bfloat16)
 
 
+def _read(tensor: ir.serde.TensorProtoTensor, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """The elements of a tensor in a message; not to be written to.
+
+    onnx-ir finds out anew how each is kept, which for a row of statistics takes longer than the fold.
+    """
+    proto = tensor.raw
+    dtype = _LITTLE_ENDIAN.get(proto.data_type)
+    if dtype is None or not proto.HasField("raw_data"):
+        return tensor.numpy()
+    return np.frombuffer(proto.raw_data, dtype).reshape(shape)
+
+
 def _magnitude(block: npt.NDArray[Any], axes: tuple[int, ...]) -> Array:
     """Largest absolute value over some axes: without their sign, IEEE 754 numbers are ordered as integers are."""
-    bits = block.view(f"u{block.itemsize}")
-    tops = np.asarray(np.bitwise_and(bits, bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max(axis=axes, initial=0))
-    return tops.view(block.dtype).astype(np.float64)
+    unsigned, positive = _BITS[block.itemsize]
+    tops = np.bitwise_and(block.view(unsigned), positive).max(axis=axes, initial=0)
+    return np.asarray(tops).view(block.dtype).astype(np.float64)
 
 
+@functools.cache
 def numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
     """The numpy element type of a float type of ONNX."""
     return np.dtype(ml_dtypes.bfloat16) if dtype == ir.DataType.BFLOAT16 else dtype.numpy()
 
 
+@functools.cache
 def largest(dtype: ir.DataType) -> float:
     """The largest finite number of a float type."""
     return float(ml_dtypes.finfo(numpy_type(dtype)).max)  # type: ignore[no-untyped-call]
 
 
+@functools.cache
 def smallest_normal(dtype: ir.DataType) -> float:
     """The smallest positive number that a float type holds with all its digits."""
     return float(ml_dtypes.finfo(numpy_type(dtype)).smallest_normal)  # type: ignore[no-untyped-call]

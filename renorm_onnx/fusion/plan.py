@@ -13,6 +13,7 @@ What makes the walk sound, and linear in the nodes it visits:
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -287,17 +288,15 @@ class Planner:
                 return None
             top = float(np.abs(parameter.base).max())
             return None if top <= limit else (Reason.OVERFLOW, _too_large(top, limit))
-        rank = len(parameter.shape)
-        keep = tuple(i for i in range(rank) if i == 0 or any(f.shape[i] > 1 for f in parameter.factors))
-        factor = np.abs(parameter.factors[0])
-        for f in parameter.factors[1:]:
-            factor = factor * np.abs(f)
-        factor = factor.squeeze(axis=tuple(i for i in range(rank) if i not in keep))
+        factor = np.abs(functools.reduce(np.multiply, parameter.factors))
+        keep = tuple(i for i, size in enumerate(factor.shape) if i == 0 or size > 1)
         before = self._magnitudes_of(parameter, keep)
-        after = before * factor
+        after = before * factor.reshape([factor.shape[i] for i in keep])
+        tiny = smallest_normal(parameter.dtype)
+        if after.size and after.min() >= tiny and after.max() <= limit:
+            return None
         if not (after <= limit).all() and (after[np.isfinite(before)] > limit).any():
             return Reason.OVERFLOW, _too_large(float(after[np.isfinite(before)].max()), limit)
-        tiny = smallest_normal(parameter.dtype)
         if (after < tiny).any():
             rows = tuple(range(1, after.ndim))
             lost = (after.max(axis=rows) < tiny) & (before.max(axis=rows) >= tiny) & (after.max(axis=rows) > 0)

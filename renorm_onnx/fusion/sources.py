@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
@@ -28,6 +29,7 @@ from renorm_onnx.fusion.parameters import FLOATS
 from renorm_onnx.fusion.report import Reason, Refusal
 
 CONSTANT_OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg")
+_ZERO = np.zeros(1)
 OLDEST_OPSET = 6  # BatchNormalization-1 to -5 have consumed_inputs and other defaults.
 
 
@@ -39,8 +41,8 @@ class Norm:
         nodes: In graph order; each reads the one before and nobody else does.
         input: The value it maps.
         map: What it computes, or why that is not known.
-        kappa: How many standard deviations the input lies from zero: the factor by which a forward fold may multiply
-            the rounding error of the operator that absorbs it.
+        ratios: How many standard deviations the input lies from zero: |mean| / sigma, per channel or one number.
+        gains: What the output of each channel is multiplied by after that division.
         kind: "norm", or "affine" for a constant operator that normalizes nothing by itself.
         form: "BatchNormalization" or "chain".
     """
@@ -48,7 +50,8 @@ class Norm:
     nodes: tuple[ir.Node, ...]
     input: ir.Value
     map: AffineMap | Refusal
-    kappa: float
+    ratios: npt.NDArray[np.float64]
+    gains: npt.NDArray[np.float64]
     kind: str
     form: str
 
@@ -61,6 +64,18 @@ class Norm:
     def name(self) -> str:
         """How reports call it: the name of its output."""
         return self.output.name or ""
+
+    @property
+    def kappa(self) -> float:
+        """The factor by which a forward fold may multiply the rounding error of the operator that absorbs it.
+
+        Formula::
+
+            sqrt(sum of (ratio * gain)^2 / sum of gain^2)       over channels
+        """
+        ratios, gains = np.broadcast_arrays(self.ratios, self.gains)
+        total = float(np.sum(gains**2))
+        return float(np.sqrt(np.sum((ratios * gains) ** 2) / total)) if total > 0 else 0.0
 
 
 def find_norms(nodes: Sequence[ir.Node], desk: Desk) -> Iterator[Norm]:
@@ -89,11 +104,15 @@ def batch_normalization(node: ir.Node, desk: Desk) -> Norm:
     data = node.inputs[0]
     assert data is not None
     found = _batch_normalization_map(node, desk)
-    values, kappa = found if isinstance(found, tuple) else (found, 0.0)
-    return Norm((node,), data, values, kappa, "norm", "BatchNormalization")
+    if isinstance(found, Refusal):
+        return Norm((node,), data, found, _ZERO, _ZERO, "norm", "BatchNormalization")
+    return Norm((node,), data, *found, "norm", "BatchNormalization")
 
 
-def _batch_normalization_map(node: ir.Node, desk: Desk) -> tuple[AffineMap, float] | Refusal:
+def _batch_normalization_map(
+    node: ir.Node, desk: Desk
+) -> tuple[AffineMap, npt.NDArray[np.float64], npt.NDArray[np.float64]] | Refusal:
+    """The map, the ratios |mean| / sigma and the gains; or why they are not known."""
     if desk.opset < OLDEST_OPSET:
         return refuse(Reason.OPSET, node, f"is of opset {desk.opset}; folding starts at opset {OLDEST_OPSET}")
     if why := _training(node, desk.opset):
@@ -112,17 +131,17 @@ def _batch_normalization_map(node: ir.Node, desk: Desk) -> tuple[AffineMap, floa
     if not attribute(node, "spatial", 1) and scale.ndim > 1:
         return refuse(Reason.AXIS, node, "normalizes every position by itself (spatial=0)")
     epsilon = float(attribute(node, "epsilon", np.float32(1e-5)))
-    if (var < 0).any():
+    if var.size and var.min() < 0:
         return refuse(Reason.NEGATIVE_VARIANCE, node, f"has a negative variance in channel {int(np.argmin(var))}")
     with np.errstate(all="ignore"):
         sigma = np.sqrt(var + epsilon)
         gain = scale / sigma
         result = AffineMap.of(gain, bias - mean * gain, 1)
-        kappa = _weighted(mean / sigma, scale)
+        ratios = mean / sigma
     if not result.is_finite:
         channel = int(np.argmin(np.isfinite(result.scale) & np.isfinite(result.shift)))
         return refuse(Reason.NON_FINITE, node, f"has parameters that are not finite in channel {channel}")
-    return result, kappa
+    return result, ratios, scale
 
 
 def _training(node: ir.Node, opset: int) -> str:
@@ -168,25 +187,19 @@ def _as_norm(links: Sequence[_Link], total: AffineMap) -> Norm:
     values: AffineMap | Refusal = total
     if not total.is_finite:
         values = refuse(Reason.NON_FINITE, links[-1].node, "computes with constants that are not finite")
-    return Norm(tuple(link.node for link in links), links[0].data, values, _kappa(links), kind, "chain")
+    nodes = tuple(link.node for link in links)
+    return Norm(nodes, links[0].data, values, *_ratios_and_gains(links), kind, "chain")
 
 
-def _kappa(links: Sequence[_Link]) -> float:
-    """``|mean| / sigma`` of a chain that subtracts before it divides; zero where the input is scaled first."""
+def _ratios_and_gains(links: Sequence[_Link]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """``|mean| / sigma`` of a chain that subtracts before it divides, and the gain; zero where it scales first."""
     shift, rest = IDENTITY, [link.map for link in links]
     while rest and (not rest[0].has_scale or (rest[0].scale == -1).all()):
         shift = shift.then(rest.pop(0))
     if not rest or not shift.has_shift:
-        return 0.0
+        return _ZERO, _ZERO
     gain = functools.reduce(AffineMap.then, rest[1:], IDENTITY)
-    return _weighted(shift.shift * rest[0].scale, gain.scale)
-
-
-def _weighted(ratios: np.ndarray, gains: np.ndarray) -> float:
-    """Root mean square of the ratios, weighted by the squares of the gains."""
-    ratios, gains = np.broadcast_arrays(ratios, gains)
-    total = float(np.sum(gains**2))
-    return float(np.sqrt(np.sum((ratios * gains) ** 2) / total)) if total > 0 else 0.0
+    return shift.shift * rest[0].scale, gain.scale
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
