@@ -185,6 +185,25 @@ def _layout(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.ra
     return None
 
 
+def _regroup(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.random.Generator) -> None:
+    """Split an axis in two, or join two neighbours, and sometimes turn the axes in between, as a shuffle does."""
+    name, shape = x
+    axis = int(rng.integers(len(shape)))
+    if rng.random() < 0.5 and len(shape) < 6 and axis > 0 and shape[axis] % 2 == 0 and shape[axis] > 2:
+        parts = (2, shape[axis] // 2) if rng.random() < 0.5 else (shape[axis] // 2, 2)
+        full = (*shape[:axis], *parts, *shape[axis + 1 :])
+        g.node("Reshape", [name, g.constant((0, *full[1:]), np.int64)], full)
+        if rng.random() < 0.7:
+            perm = [*range(axis), axis + 1, axis, *range(axis + 2, len(full))]
+            turned = tuple(full[p] for p in perm)
+            g.node("Transpose", [g.values[-1][0]], turned, perm=perm)
+        return
+    if axis + 1 < len(shape):
+        full = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+        dims = (-1, *full[1:]) if axis == 0 else (0, *full[1:])
+        g.node("Reshape", [name, g.constant(dims, np.int64)], full)
+
+
 def _cut(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.random.Generator) -> None:
     name, shape = x
     axis = int(rng.integers(len(shape)))
@@ -239,6 +258,7 @@ MAKERS: dict[str, Maker] = {
     "activation": _activation,
     "pool": _pool,
     "layout": _layout,
+    "regroup": _regroup,
     "cut": _cut,
     "join": _join,
 }
@@ -256,7 +276,7 @@ STEPS = st.lists(
 )
 
 
-def build(steps: list[Step], shape: Shape, outputs: int) -> onnx.ModelProto | None:
+def build(steps: list[Step], shape: Shape, outputs: int, *, open_batch: bool = False) -> onnx.ModelProto | None:
     """The model that the steps describe; its outputs are the last value and `outputs - 1` others. None if empty."""
     g = Graph(np.random.default_rng(0))
     g.values.append(("x", shape))
@@ -270,14 +290,15 @@ def build(steps: list[Step], shape: Shape, outputs: int) -> onnx.ModelProto | No
     made = g.values[1:]
     chosen = dict.fromkeys([made[-1], *made[: outputs - 1]])
     infos = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, s) for n, s in chosen]
-    given_info = helper.make_tensor_value_info("x", TensorProto.DOUBLE, shape)
+    declared = ("n", *shape[1:]) if open_batch else shape
+    given_info = helper.make_tensor_value_info("x", TensorProto.DOUBLE, declared)
     graph = helper.make_graph(g.nodes, "random", [given_info], infos, g.initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def check(steps: list[Step], shape: Shape, outputs: int) -> Counter[str]:
+def check(steps: list[Step], shape: Shape, outputs: int, *, open_batch: bool = False) -> Counter[str]:
     """Build, fuse, compare; raise AssertionError with a readable model if they differ."""
-    model = build(steps, shape, outputs)
+    model = build(steps, shape, outputs, open_batch=open_batch)
     counts: Counter[str] = Counter()
     if model is None:
         return counts
@@ -316,9 +337,9 @@ def main() -> int:
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
-    @given(STEPS, SHAPES, st.integers(1, 3))
-    def search(steps: list[Step], shape: Shape, outputs: int) -> None:
-        total.update(check(steps, shape, outputs))
+    @given(STEPS, SHAPES, st.integers(1, 3), st.booleans())
+    def search(steps: list[Step], shape: Shape, outputs: int, open_batch: bool) -> None:
+        total.update(check(steps, shape, outputs, open_batch=open_batch))
         total["models"] += 1
 
     search()

@@ -11,9 +11,9 @@ folded: Counter[str] = Counter()
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(STEPS, SHAPES, st.integers(1, 3))
-def test_random_graphs_compute_the_same_after_fusing(steps, shape, outputs):
-    folded.update(check(steps, shape, outputs))
+@given(STEPS, SHAPES, st.integers(1, 3), st.booleans())
+def test_random_graphs_compute_the_same_after_fusing(steps, shape, outputs, open_batch):
+    folded.update(check(steps, shape, outputs, open_batch=open_batch))
 
 
 def test_random_graphs_do_fold():

@@ -1,15 +1,18 @@
-"""The value that everything here moves: ``y = scale * x + shift`` along one axis, in float64.
+"""The value that everything here moves: ``y = scale * x + shift`` along some axes, mostly one, in float64.
 
 A normalization at inference is such a map (Ioffe 2017, arXiv:1702.03275, Algorithm 2; ONNX BatchNormalization)::
 
     y = gamma * (x - mean) / sqrt(var + eps) + beta
       = scale * x + shift,   scale = gamma / sqrt(var + eps),   shift = beta - mean * scale
+
+A Reshape that splits the channels makes it run along several axes, and one that joins them with a batch of open size
+makes it repeat itself along that axis. Carriers that expect one axis ask for `axis`, and are not asked otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +22,19 @@ Vector = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """``y = scale * x + shift``, one pair of numbers per index of `axis`.
+    """``y = scale * x + shift``, one pair of numbers per index of `axes`.
 
     Args:
-        scale: Shape (C,), or (1,) for a uniform map.
+        scale: Shape (C,) along one axis, one length for each of several axes, or (1,) for a uniform map.
         shift: Same shape as `scale`, in units of y.
-        axis: Axis of the tensor that C runs along, counted from 0; None for a uniform map, which needs no axis.
+        axes: Axes of the tensor that the numbers run along, ascending from 0; none for a uniform map.
+        periodic: Those of the axes whose length is open and a multiple of that of the numbers, which repeat.
     """
 
     scale: Vector
     shift: Vector
-    axis: int | None
+    axes: tuple[int, ...]
+    periodic: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, scale: npt.ArrayLike, shift: npt.ArrayLike, axis: int | None) -> AffineMap:
@@ -37,17 +42,28 @@ class AffineMap:
         one, two = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
         if one.shape != two.shape or one.ndim != 1:
             one, two = np.broadcast_arrays(np.atleast_1d(one), two)
-        return cls(one.reshape(-1), two.reshape(-1), axis)
+        return cls(one.reshape(-1), two.reshape(-1), () if axis is None else (axis,))
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether the map runs along one axis at most, and has a number for each element of it."""
+        return len(self.axes) < 2 and not self.periodic
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of a simple map; None for a uniform one."""
+        assert self.is_simple, f"the map runs along axes {self.axes}"
+        return self.axes[0] if self.axes else None
 
     @property
     def channels(self) -> int:
-        """Length of the axis; 1 for a uniform map."""
+        """Length of the axis, or product of the lengths; 1 for a uniform map."""
         return int(self.scale.size)
 
     @property
     def is_uniform(self) -> bool:
         """Whether every element of the tensor meets the same two numbers."""
-        return self.axis is None
+        return not self.axes
 
     @property
     def is_identity(self) -> bool:
@@ -77,7 +93,8 @@ class AffineMap:
     def equals(self, other: AffineMap) -> bool:
         """Whether both are the same map, number by number."""
         return (
-            self.axis == other.axis
+            self.axes == other.axes
+            and self.periodic == other.periodic
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.shift, other.shift)
         )
@@ -89,50 +106,119 @@ class AffineMap:
 
             outer.scale * (scale * x + shift) + outer.shift
         """
-        axis = self.axis if self.axis is not None else outer.axis
-        assert outer.axis in (None, axis), "maps along two different axes do not compose to one map"
-        return AffineMap.of(self.scale * outer.scale, self.shift * outer.scale + outer.shift, axis)
+        one, two = together(self, outer)
+        return replace(one, scale=one.scale * two.scale, shift=one.shift * two.scale + two.shift)
 
     def without_shift(self) -> AffineMap:
         """The same scale with a zero shift."""
-        return AffineMap(self.scale, np.zeros_like(self.shift), self.axis)
+        return replace(self, shift=np.zeros_like(self.shift))
 
     def without_scale(self) -> AffineMap:
         """The same shift with a scale of one."""
-        return AffineMap(np.ones_like(self.scale), self.shift, self.axis)
+        return replace(self, scale=np.ones_like(self.scale))
+
+    def with_shift(self, shift: Vector) -> AffineMap:
+        """The same scale with another shift, of the same shape."""
+        return replace(self, shift=shift)
 
     def on_axis(self, axis: int | None) -> AffineMap:
         """The same numbers along another axis; a uniform map stays uniform."""
-        return self if self.axis is None else AffineMap(self.scale, self.shift, axis)
+        return self if self.axis is None or axis is None else replace(self, axes=(axis,))
 
-    def take(self, indices: npt.NDArray[np.int64] | slice) -> AffineMap:
-        """The map restricted to some channels, in that order; a uniform map stays as it is."""
-        return self if self.axis is None else AffineMap(self.scale[indices], self.shift[indices], self.axis)
-
-    def repeat(self, count: int) -> AffineMap:
-        """Each channel `count` times in a row, as Flatten lays out (C, H*W)."""
-        if self.axis is None:
+    def moved(self, place: Callable[[int], int]) -> AffineMap:
+        """The same numbers where each axis has gone to `place(axis)`."""
+        axes = [place(a) for a in self.axes]
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        if not axes:
             return self
-        return AffineMap(np.repeat(self.scale, count), np.repeat(self.shift, count), self.axis)
+        scale, shift = self.scale.transpose(order), self.shift.transpose(order)
+        return AffineMap(scale, shift, tuple(sorted(axes)), frozenset(place(a) for a in self.periodic))
 
-    def spread(self, channels: int, axis: int) -> AffineMap:
-        """A uniform map written out per channel; a per-channel map is returned as it is, whatever its length."""
-        if self.axis is not None:
+    def reduced(self) -> AffineMap:
+        """The same map without the axes along which its numbers do not change."""
+        same = [
+            i
+            for i in range(len(self.axes))
+            if all((v == v.take([0], axis=i)).all() for v in (self.scale, self.shift)) and self.scale.shape[i]
+        ]
+        if not same:
             return self
-        return AffineMap(np.full(channels, self.scale[0]), np.full(channels, self.shift[0]), axis)
+        left = tuple(a for i, a in enumerate(self.axes) if i not in same)
+        index = tuple(0 if i in same else slice(None) for i in range(len(self.axes)))
+        scale, shift = np.atleast_1d(self.scale[index]), np.atleast_1d(self.shift[index])
+        return AffineMap(scale, shift, left, self.periodic & frozenset(left))
+
+    def take(self, indices: npt.NDArray[np.int64] | slice, axis: int | None = None) -> AffineMap:
+        """The map restricted to some places along an axis, in that order; as it is where it does not run along it.
+
+        Args:
+            indices: Places from 0.
+            axis: None for the only one.
+        """
+        axis = self.axis if axis is None else axis
+        if axis not in self.axes:
+            return self
+        assert axis not in self.periodic, "places of an open axis are not counted"
+        place = self.axes.index(axis)
+        where = np.arange(self.scale.shape[place])[indices]
+        return replace(self, scale=self.scale.take(where, place), shift=self.shift.take(where, place))
+
+    def spread(self, length: int, axis: int) -> AffineMap:
+        """The map written out along an axis, if it does not run along it yet; else as it is, whatever its length."""
+        if axis in self.axes:
+            return self
+        return together(self, AffineMap(np.ones(length), np.zeros(length), (axis,)))[0]
+
+    def scattered(self, indices: npt.NDArray[np.int64] | slice, length: int, axis: int) -> AffineMap:
+        """The map of `length` places along `axis` that is this one at `indices`, and the identity elsewhere."""
+        where = np.arange(length)[indices]
+        own = self.spread(where.size, axis)
+        place = own.axes.index(axis)
+        shape = (*own.scale.shape[:place], length, *own.scale.shape[place + 1 :])
+        scale, shift = np.ones(shape), np.zeros(shape)
+        np.moveaxis(scale, place, 0)[where] = np.moveaxis(own.scale, place, 0)
+        np.moveaxis(shift, place, 0)[where] = np.moveaxis(own.shift, place, 0)
+        return replace(own, scale=scale, shift=shift)
 
     def along(self, rank: int) -> tuple[Vector, Vector]:
         """Scale and shift shaped to broadcast against a tensor of that rank: (1, C, 1, ...)."""
+        assert not self.periodic, "no array of fixed size repeats itself"
         shape = [1] * rank
-        if self.axis is not None:
-            shape[self.axis] = self.channels
+        for axis, size in zip(self.axes, self.scale.shape, strict=False):
+            shape[axis] = size
         return self.scale.reshape(shape), self.shift.reshape(shape)
 
 
-IDENTITY = AffineMap(np.ones(1), np.zeros(1), None)
+def together(one: AffineMap, two: AffineMap) -> tuple[AffineMap, AffineMap]:
+    """Two maps of the same tensor, with numbers along all axes of both."""
+    if one.axes == two.axes and one.scale.shape == two.scale.shape:
+        return one, two
+    assert one.periodic == two.periodic or not (one.axes and two.axes), "maps repeat themselves along different axes"
+    axes = tuple(sorted({*one.axes, *two.axes}))
+    rank = max(axes, default=0) + 1
+    arrays = np.broadcast_arrays(*_placed(one, rank), *_placed(two, rank))
+    shape = [arrays[0].shape[a] for a in axes] or [1]
+    flat = [a.reshape(shape) for a in arrays]
+    periodic = one.periodic | two.periodic
+    return AffineMap(flat[0], flat[1], axes, periodic), AffineMap(flat[2], flat[3], axes, periodic)
+
+
+def _placed(given: AffineMap, rank: int) -> tuple[Vector, Vector]:
+    return replace(given, periodic=frozenset()).along(rank)
+
+
+IDENTITY = AffineMap(np.ones(1), np.zeros(1), ())
 
 
 def concatenate(maps: Sequence[AffineMap], lengths: Sequence[int], axis: int) -> AffineMap:
-    """One map along `axis` from maps of consecutive pieces of it, each of the given length."""
+    """One map from maps of pieces that lie side by side along `axis`, each of the given length there."""
     spread = [m.spread(n, axis) for m, n in zip(maps, lengths, strict=True)]
-    return AffineMap(np.concatenate([m.scale for m in spread]), np.concatenate([m.shift for m in spread]), axis)
+    axes = tuple(sorted({a for m in spread for a in m.axes}))
+    periodic = frozenset[int]().union(*(m.periodic for m in spread))
+    assert axis not in periodic, "pieces of an open axis have no length"
+    arrays = [np.stack(_placed(m, axes[-1] + 1)) for m in spread]
+    shape = np.broadcast_shapes(*(np.take(a, [0], axis + 1).shape for a in arrays))
+    shapes = [(*shape[: axis + 1], n, *shape[axis + 2 :]) for n in lengths]
+    both = np.concatenate([np.broadcast_to(a, s) for a, s in zip(arrays, shapes, strict=True)], axis + 1)
+    both = both.reshape([2, *(both.shape[a + 1] for a in axes)])
+    return AffineMap(both[0], both[1], axes, periodic)

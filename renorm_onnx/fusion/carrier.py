@@ -72,6 +72,8 @@ class Desk:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self.pending: dict[tuple[ir.Node, int], Parameter] = {}
+        # Whether others read what Slice and Gather leave out of their data, so that it must stay as it is.
+        self.apart = False
 
     @property
     def opset(self) -> int:
@@ -137,10 +139,13 @@ class Carrier:
     """What one operator family does with a map; the base refuses everything.
 
     Subclasses live in `fusion/carriers/`, one file for each family, whose docstring states Before, After, Formula and
-    Refuses when. They never change a graph.
+    Refuses when. They never change a graph. Those with `many_axes` are also asked about maps that are not simple;
+    those that `cut` read a part of their data.
     """
 
     operators: tuple[str, ...] = ()
+    many_axes = False
+    cuts = False
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Answer a demand.
@@ -178,6 +183,15 @@ def no_rule(node: ir.Node) -> Refusal:
         f"{domain}{label(node)} neither absorbs nor passes a scale and shift",
         structural=True,
     )
+
+
+def ask(carrier: Carrier | None, way: str, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+    """The answer of `carrier`, going "backward" or "forward"; without one, or for a map that it does not take, no."""
+    if carrier is None:
+        return no_rule(node)
+    if not carrier.many_axes and not all(m.is_simple for m in maps.values()):
+        return refuse(Reason.AXIS, node, "takes maps along one axis, and the channels are split over several")
+    return carrier.backward(node, maps, desk) if way == "backward" else carrier.forward(node, maps, desk)
 
 
 def refuse(reason: Reason, node: ir.Node, why: str, *, structural: bool = False) -> Refusal:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
-from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, label, no_rule, refuse
+from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
 from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import Array, Parameter, largest, smallest_normal
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -93,7 +93,12 @@ class Planner:
             return (refuse(Reason.MALFORMED, norm.nodes[0], why.replace("\n", " ")),)
 
     def _either_way(self, norm: Norm, demand: AffineMap) -> Plan | tuple[Refusal, ...]:
+        self._desk.apart = False
         backward = self._backward(norm, demand)
+        if isinstance(backward, Refusal) and backward.reason == Reason.CONSUMER:
+            self._desk.apart = True
+            again = self._backward(norm, demand)
+            backward = again if isinstance(again, Plan) else backward
         if isinstance(backward, Plan):
             return backward
         forward = self._forward(norm, demand)
@@ -159,13 +164,22 @@ class Planner:
             for user, position in value.uses():
                 if (user, position) in settled or reads_no_elements(user, position):
                     continue
+                if self._reads_another_part(user, position, maps[index]):
+                    continue
                 if user.graph is not node.graph:
                     return Refusal(
                         Reason.SUBGRAPH, value.name or "", f"{value.name!r} is read inside a subgraph by {label(user)}"
                     )
                 return Refusal(Reason.CONSUMER, value.name or "", f"{label(node)} is read by {label(user)} too")
-        carrier = self._carrier(node)
-        return no_rule(node) if carrier is None else carrier.backward(node, maps, self._desk)
+        return ask(self._carrier(node), "backward", node, maps, self._desk)
+
+    def _reads_another_part(self, user: ir.Node, position: int, given: AffineMap) -> bool:
+        """Whether `user` cuts out of its data only what the map leaves as it is."""
+        carrier = self._carrier(user)
+        if carrier is None or not carrier.cuts or position != 0 or not self._desk.apart:
+            return False
+        step = ask(carrier, "forward", user, {0: given}, self._desk)
+        return isinstance(step, Step) and bool(step.onward) and all(m.is_identity for m in step.onward.values())
 
     def _demand(
         self,
@@ -180,8 +194,9 @@ class Planner:
         value = node.inputs[index] if index < len(node.inputs) else None
         parameter = self._desk.parameter(node, index)
         if parameter is not None:
-            rank, axis = len(parameter.shape), onward.axis
-            if axis is not None and (axis >= rank or parameter.shape[axis] != onward.channels):
+            rank, shape = len(parameter.shape), dict(enumerate(parameter.shape))
+            lengths = zip(onward.axes, onward.scale.shape, strict=False)
+            if onward.periodic or any(shape.get(a) != n for a, n in lengths):
                 return refuse(Reason.SHAPE, node, f"has operand {index} of shape {parameter.shape}, not of the map's")
             return self._take(plan, node, Step((SetInput(node, index, parameter.mapped(*onward.along(rank))),)))
         if value is None:
@@ -224,9 +239,8 @@ class Planner:
             node = heapq.heappop(heap)[2]
             if node in self._dead_forward:
                 return self._dead_forward[node]
-            carrier = self._carrier(node)
             maps = {i: arrivals[v] for i, v in enumerate(node.inputs) if v is not None and v in arrivals}
-            step = no_rule(node) if carrier is None else carrier.forward(node, maps, self._desk)
+            step = ask(self._carrier(node), "forward", node, maps, self._desk)
             if isinstance(step, Refusal):
                 if step.structural:
                     self._mark_forward(trail, node, step)

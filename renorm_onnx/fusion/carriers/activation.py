@@ -33,6 +33,7 @@ class Rectifier(Carrier):
     """Functions with f(s x) = s f(x) for s >= 0."""
 
     operators = ("Relu", "LeakyRelu", "PRelu")
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Pass a scale that is not negative."""
@@ -68,7 +69,7 @@ class Bounded(Carrier):
             return refuse(Reason.WEIGHT, node, "gets its bounds from the norm")
         given = maps[0]
         with np.errstate(divide="ignore", invalid="ignore"):
-            inverse = AffineMap(1.0 / given.scale, -given.shift / given.scale, given.axis)
+            inverse = AffineMap(1.0 / given.scale, -given.shift / given.scale, given.axes)
         return self._pass(node, given, inverse, desk)
 
     def _pass(self, node: ir.Node, given: AffineMap, bound: AffineMap, desk: Desk) -> Step | Refusal:

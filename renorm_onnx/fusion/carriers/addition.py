@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.affine import AffineMap, together
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, refuse
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Parameter
@@ -38,15 +38,12 @@ PASSING = (
 
 
 def aligned(given: AffineMap, rank: int | None, output_rank: int | None) -> AffineMap | None:
-    """A map of the output seen from an operand that is broadcast to it; None where the operand lacks that axis."""
-    if given.axis is None:
-        return given
+    """A map of the output seen from an operand that is broadcast to it; None where the operand lacks an axis of it."""
     if given.channels == 1:
-        return AffineMap.of(given.scale, given.shift, None)
-    if rank is None or output_rank is None:
+        return given.reduced()
+    if rank is None or output_rank is None or given.axes[0] < output_rank - rank:
         return None
-    axis = given.axis - (output_rank - rank)
-    return given.on_axis(axis) if axis >= 0 else None
+    return given.moved(lambda axis: axis - (output_rank - rank))
 
 
 def output_rank(node: ir.Node, desk: Desk) -> int | None:
@@ -62,16 +59,15 @@ def output_rank(node: ir.Node, desk: Desk) -> int | None:
 def has_channels(value: ir.Value | None, given: AffineMap, desk: Desk) -> bool:
     """Whether `value` is proven to vary along the whole map, rather than to broadcast along it."""
     dims = desk.dims(value)
-    return given.axis is None or (dims is not None and dims[given.axis] == given.channels)
+    lengths = zip(given.axes, given.scale.shape, strict=False)
+    return not given.axes or (dims is not None and not given.periodic and all(dims[a] == n for a, n in lengths))
 
 
 def outward(given: AffineMap, rank: int | None, output_rank: int | None) -> AffineMap | None:
     """A map of an operand seen from the output that it is broadcast to; None where a rank is not known."""
-    if given.axis is None or given.channels == 1:
-        return AffineMap.of(given.scale, given.shift, None)
-    if rank is None or output_rank is None:
-        return None
-    return given.on_axis(given.axis + output_rank - rank)
+    if given.channels == 1:
+        return given.reduced()
+    return None if rank is None or output_rank is None else given.moved(lambda axis: axis + output_rank - rank)
 
 
 def widened(parameter: Parameter, given: AffineMap, rank: int | None, desk: Desk) -> Parameter | None:
@@ -80,15 +76,22 @@ def widened(parameter: Parameter, given: AffineMap, rank: int | None, desk: Desk
     None where that is not possible: the operand has another length there, or the opset is one in which operands do not
     broadcast (before 7).
     """
-    seen = aligned(given, len(parameter.shape), rank)
-    if seen is not None and (seen.axis is None or parameter.shape[seen.axis] == seen.channels):
-        return parameter.mapped(*seen.along(len(parameter.shape)))
-    if rank is None or given.axis is None or rank < len(parameter.shape) or desk.opset < 7:
+    own = len(parameter.shape)
+    seen = aligned(given, own, rank)
+    if given.periodic:
         return None
-    if seen is not None and seen.axis is not None and parameter.shape[seen.axis] != 1:
+    lengths = () if seen is None else zip(seen.axes, seen.scale.shape, strict=False)
+    if seen is not None and all(parameter.shape[a] == n for a, n in lengths):
+        return parameter.mapped(*seen.along(own))
+    if rank is None or rank < own or desk.opset < 7:
         return None
-    shape = (given.channels, *[1] * (rank - 1 - given.axis))
-    mapped = given.scale.reshape(shape) * parameter.float64() + given.shift.reshape(shape)
+    scale, shift = given.along(rank)
+    first = min(rank - own, *given.axes)
+    shape = scale.shape[first:]
+    here = (1,) * (len(shape) - own) + parameter.shape
+    if any(n not in (1, m) for n, m in zip(here, shape, strict=True) if m != 1):
+        return None
+    mapped = scale.reshape(shape) * parameter.float64() + shift.reshape(shape)
     return Parameter.new(np.asarray(mapped), parameter.dtype)
 
 
@@ -127,6 +130,7 @@ class Addition(Carrier):
     """Sums of two or more operands with fixed coefficients."""
 
     operators = ("Add", "Sub", "Sum", "Mean")
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Scale every operand, shift one."""
@@ -141,7 +145,7 @@ class Addition(Carrier):
         for index in range(len(node.inputs)):
             own = demand.without_shift()
             if index in takers:
-                own = AffineMap(demand.scale, demand.shift / share, demand.axis)
+                own = demand.with_shift(demand.shift / share)
             if own.is_identity:
                 continue
             answer = map_operand(node, index, own, rank, desk)
@@ -161,7 +165,7 @@ class Addition(Carrier):
             seen = outward(given, desk.fact(node.inputs[index]).rank, rank)
             if seen is None:
                 return refuse(Reason.SHAPE, node, "has operands of unknown rank")
-            seen = AffineMap(seen.scale, seen.shift * coefficient(node, index), seen.axis)
+            seen = seen.with_shift(seen.shift * coefficient(node, index))
             total = seen if total is None else _sum(total, seen)
             if total is None:
                 return refuse(Reason.CONFLICT, node, "gets operands that lack different scales")
@@ -170,7 +174,7 @@ class Addition(Carrier):
             return _commuted(node, total, desk)
         for index in () if total.has_scale or not total.has_shift else range(len(node.inputs)):
             parameter = desk.parameter(node, index)
-            share = AffineMap(total.scale, total.shift / coefficient(node, index), total.axis)
+            share = total.with_shift(total.shift / coefficient(node, index))
             changed = None if parameter is None else widened(parameter, share, rank, desk)
             if changed is not None:
                 return Step((SetInput(node, index, changed),))
@@ -200,19 +204,18 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
 def _commuted(node: ir.Node, total: AffineMap, desk: Desk) -> Step | Refusal:
     """``s x + t + c = s (x + c) + (t + c - s c)``: a scale goes past a constant that runs along the same axis."""
     link = constant_operator(node, desk)
-    if link is None or (None not in (total.axis, link.map.axis) and total.axis != link.map.axis):
+    if link is None or (total.axes and link.map.axes and total.axes != link.map.axes):
         return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
-    shift = total.shift + link.map.shift - total.scale * link.map.shift
-    return Step((), {0: AffineMap.of(total.scale, shift, total.axis if total.axis is not None else link.map.axis)})
+    total, added = together(total, link.map)
+    return Step((), {0: total.with_shift(total.shift + added.shift - total.scale * added.shift)})
 
 
 def _sum(one: AffineMap, two: AffineMap) -> AffineMap | None:
     """What a sum lacks when its operands lack `one` and `two`; None unless they lack the same scale."""
-    axis = one.axis if one.axis is not None else two.axis
-    if two.axis not in (None, axis):
+    if one.axes and two.axes and (one.axes, one.periodic) != (two.axes, two.periodic):
         return None
-    first, second = np.broadcast_arrays(one.scale, two.scale)
-    return AffineMap.of(first, one.shift + two.shift, axis) if np.array_equal(first, second) else None
+    one, two = together(one, two)
+    return one.with_shift(one.shift + two.shift) if np.array_equal(one.scale, two.scale) else None
 
 
 def coefficient(node: ir.Node, index: int) -> float:

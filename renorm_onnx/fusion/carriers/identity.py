@@ -36,6 +36,7 @@ class Identity(Carrier):
     """Operators that hand on their input at inference."""
 
     operators = ("Identity", "Dropout", "Cast", "CastLike")
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Pass the map to the input."""

@@ -6,13 +6,13 @@ After:
     ``y = concat(s1 * a + t1, s2 * b + t2)``         ``p, q = split(s * x + t)``
 Formula:
     Along the axis that is joined or cut, every piece has its part of the map; a piece that nothing changes has the
-    identity. Along any other axis all pieces must have one and the same map. What Slice and Gather leave out is
-    read by nobody here, so the identity stands there; an index that occurs twice must get the same numbers twice. A
-    single index takes one channel out, whose map is uniform. Source: ONNX Concat, Split-2 to 18, Slice-1, 10, 13,
-    Gather.
+    identity. Maps along other axes stay what they are, and if those of the pieces differ, the whole has a map along
+    both axes. What Slice and Gather leave out has the identity, where someone else reads it; an index that occurs
+    twice must get the same numbers twice. A single index takes one channel out, whose map does not run along that
+    axis. Source: ONNX Concat, Split-2 to 18, Slice-1, 10, 13, Gather.
 Refuses when:
-    sizes, bounds or indices that decide where channels go are not constant; pieces have different maps along
-    another axis; Gather makes several axes of the channels.
+    sizes, bounds or indices that decide where channels go are not constant; Gather makes several axes of the
+    channels.
 """
 
 from __future__ import annotations
@@ -34,15 +34,10 @@ def joined(
     node: ir.Node, maps: Sequence[AffineMap], sizes: Sequence[int] | None, axis: int | None
 ) -> AffineMap | Refusal:
     """One map for the whole, from the maps of pieces that lie side by side along `axis`."""
-    if all(m.equals(maps[0]) for m in maps) and (maps[0].axis is None or maps[0].axis != axis):
+    if all(m.equals(maps[0]) for m in maps) and (not maps[0].axes or (axis is not None and axis not in maps[0].axes)):
         return maps[0]
-    if any(m.axis not in (None, axis) for m in maps):
-        return refuse(Reason.CONFLICT, node, "has pieces that lack different maps along another axis than its own")
-    if (
-        sizes is None
-        or axis is None
-        or any(m.axis == axis and m.channels != n for m, n in zip(maps, sizes, strict=True))
-    ):
+    lengths = [dict(zip(m.axes, m.scale.shape, strict=False)) for m in maps]
+    if sizes is None or axis is None or any(own.get(axis, n) != n for own, n in zip(lengths, sizes, strict=True)):
         return refuse(Reason.SHAPE, node, "has pieces whose sizes are not proven")
     return concatenate(maps, sizes, axis)
 
@@ -51,18 +46,19 @@ def pieces(
     node: ir.Node, given: AffineMap, sizes: Sequence[int] | None, axis: int | None, count: int
 ) -> list[AffineMap] | Refusal:
     """The maps of `count` pieces that lie side by side along `axis`, from that of the whole."""
-    if given.axis is None or (axis is not None and given.axis != axis):
+    if not given.axes or (axis is not None and axis not in given.axes):
         return [given] * count
-    if sizes is None or axis is None or sum(sizes) != given.channels:
+    if sizes is None or axis is None or sum(sizes) != given.scale.shape[given.axes.index(axis)]:
         return refuse(Reason.SHAPE, node, "has pieces whose sizes are not proven")
     ends = np.cumsum(sizes)
-    return [given.take(slice(int(e - n), int(e))) for e, n in zip(ends, sizes, strict=True)]
+    return [given.take(slice(int(e - n), int(e)), axis) for e, n in zip(ends, sizes, strict=True)]
 
 
 class Concat(Carrier):
     """Joins its inputs along one axis."""
 
     operators = ("Concat",)
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Cut the map up for the inputs."""
@@ -93,13 +89,15 @@ class Split(Carrier):
     """Cuts its input along one axis."""
 
     operators = ("Split",)
+    many_axes = True
+    cuts = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Join what is demanded of the outputs; one that nobody reads follows the others."""
         sizes, axis = self._sizes(node, desk)
         default = next(iter(maps.values()))
         unread = [not o.uses() and not o.is_graph_output() for o in node.outputs]
-        spare = default if default.axis is None or default.axis != axis else IDENTITY
+        spare = IDENTITY if axis in default.axes else default
         whole = [maps.get(i, spare if unread[i] else IDENTITY) for i in range(len(node.outputs))]
         total = joined(node, whole, sizes, axis)
         return total if isinstance(total, Refusal) else Step((), {0: total})
@@ -125,6 +123,8 @@ class Slice(Carrier):
     """Cuts a box out of its input."""
 
     operators = ("Slice",)
+    many_axes = True
+    cuts = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Put the map where its channels come from, and the identity elsewhere."""
@@ -136,51 +136,50 @@ class Slice(Carrier):
 
     def _pass(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk, *, backward: bool) -> Step | Refusal:
         given, dims = maps[0], desk.dims(node.inputs[0])
-        if given.axis is None:
+        apart = backward and desk.apart
+        if not given.axes and not apart:
             return Step((), {0: given})
         cuts = None if dims is None else slice_bounds(node, desk.inputs(node), desk.opset, len(dims))
         if dims is None or cuts is None:
-            return refuse(Reason.SHAPE, node, "cuts at places that are not constant")
-        size = dims[given.axis]
+            no = refuse(Reason.SHAPE, node, "cuts at places that are not constant")
+            return no if given.axes else Step((), {0: given})
         for axis, part in cuts:
-            if axis != given.axis:
-                continue
-            if not isinstance(size, int):
+            size = dims[axis]
+            if axis in given.axes and not isinstance(size, int):
                 return refuse(Reason.SHAPE, node, "cuts channels of which the number is not proven")
-            given = _scattered(given, np.arange(size)[part], size) if backward else given.take(part)
+            if not backward:
+                given = given.take(part, axis)
+            elif isinstance(size, int) and (axis in given.axes or (apart and len(range(size)[part]) < size)):
+                given = given.scattered(part, size, axis)
         return Step((), {0: given})
-
-
-def _scattered(given: AffineMap, where: np.ndarray, size: int) -> AffineMap:
-    """The map of `size` channels that is `given` at the places `where`, and the identity elsewhere."""
-    scale, shift = np.ones(size), np.zeros(size)
-    scale[where], shift[where] = given.scale, given.shift
-    return AffineMap(scale, shift, given.axis)
 
 
 class Gather(Carrier):
     """Takes elements along one axis by their indices; of a constant table, rows of it."""
 
     operators = ("Gather",)
+    many_axes = True
+    cuts = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Put the map where its channels come from, and the identity elsewhere."""
         given = maps[0]
-        if given.axis is None:
-            return Step((), {0: given})
         place = self._place(node, desk)
+        if not given.axes and (not desk.apart or place is None):
+            return Step((), {0: given})
         if place is None:
             return refuse(Reason.SHAPE, node, "has operands of unknown rank", structural=True)
         axis, width, size = place
-        if given.axis < axis:
-            return Step((), {0: given})
-        if given.axis >= axis + width:
-            return Step((), {0: given.on_axis(given.axis - width + 1)})
+        cut = {a for a in given.axes if axis <= a < axis + width}
         indices = self._indices(node, desk)
-        if indices is None or width != 1 or not isinstance(size, int):
+        if cut and (indices is None or width != 1 or not isinstance(size, int)):
             return refuse(Reason.AXIS, node, "takes channels at places that are not constant")
-        full = _scattered(given.on_axis(axis), indices % size, size)
-        if not full.take(indices % size).equals(given.on_axis(axis)):
+        own = given.moved(lambda a: a if a < axis + len(cut) else a - width + 1)
+        if indices is None or not isinstance(size, int) or not (cut or (desk.apart and width < 2)):
+            return Step((), {0: own})
+        places = indices.reshape(-1) % size
+        full = own.scattered(places, size, axis)
+        if not full.take(places, axis).equals(own.spread(places.size, axis)):
             return refuse(Reason.CONFLICT, node, "takes one channel twice, for two different maps")
         return Step((), {0: full})
 
@@ -189,19 +188,19 @@ class Gather(Carrier):
         if set(maps) != {0}:
             return refuse(Reason.WEIGHT, node, "gets its indices from the norm")
         given = maps[0]
-        if given.axis is None:
+        if not given.axes:
             return Step((), {0: given})
         place = self._place(node, desk)
         if place is None:
             return refuse(Reason.SHAPE, node, "has operands of unknown rank", structural=True)
         axis, width, size = place
-        if given.axis != axis:
-            return Step((), {0: given.on_axis(given.axis + (width - 1 if given.axis > axis else 0))})
-        indices = self._indices(node, desk)
-        if indices is None or width > 1 or not isinstance(size, int):
-            return refuse(Reason.AXIS, node, "takes channels at places that are not constant")
-        taken = given.take(indices.reshape(-1) % size)
-        return Step((), {0: taken if width else AffineMap.of(taken.scale, taken.shift, None)})
+        if axis in given.axes:
+            indices = self._indices(node, desk)
+            if indices is None or width > 1 or not isinstance(size, int):
+                return refuse(Reason.AXIS, node, "takes channels at places that are not constant")
+            given = given.take(indices.reshape(-1) % size, axis)
+            given = given if width else given.reduced()
+        return Step((), {0: given.moved(lambda a: a + width - 1 if a > axis else a)})
 
     def _place(self, node: ir.Node, desk: Desk) -> tuple[int, int, object] | None:
         """The axis of the data, how many axes of the output stand for it, and its size."""

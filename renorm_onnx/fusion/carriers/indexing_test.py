@@ -47,7 +47,8 @@ def test_a_piece_that_is_joined_twice_cannot_have_two_maps() -> None:
 def test_norms_before_joined_channels_go_forward_together() -> None:
     forward("z = Abs(x) d = Concat<axis=1>(c, z, c)", 12)
     forward("d = Concat<axis=2>(c, c)", 4)
-    forward("z = Abs(x) d = Concat<axis=2>(c, z)", 4, [Reason.CONFLICT])
+    forward("z = Abs(x) d = Concat<axis=2>(c, z)", 4, [Reason.SHAPE])
+    forward("z = Abs(x) d = Concat<axis=2>(c, z)", 4, [Reason.AXIS], inputs="double[2,4,4,5] x")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_norm_behind_one_output_of_split_leaves_the_other_as_it_is() -> None:
     fused = assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **norm(2)))
     assert operators(fused) == {"Conv": 1, "Split": 1, "Relu": 1}
     text = f"c = Conv(x, W) a, b = Split<axis=2, num_outputs=2>(c) y = {bn('a')} z = Relu(b)"
-    assert_fuses(build(text, "double[N,3,4,5] x", "y, z", W=WEIGHTS["W"], **norm(4)), [Reason.CONFLICT])
+    assert_fuses(build(text, "double[N,3,4,5] x", "y, z", W=WEIGHTS["W"], **norm(4)), [Reason.AXIS])
 
 
 def test_an_output_of_split_that_nobody_reads_follows_the_others() -> None:
@@ -95,10 +96,36 @@ def test_slices_before_opset_10_have_attributes() -> None:
     forward("d = Slice<starts=[0,1,-2], ends=[9,3,9]>(c)", 2, opset=9)
 
 
-def test_two_slices_of_one_value_cannot_have_two_maps() -> None:
+def test_a_norm_behind_one_slice_leaves_the_channels_of_another_as_they_are() -> None:
     text = f"c = Conv(x, W) a = Slice(c, o, e, i) b = Slice(c, e, f, i) y = {bn('a')} z = Relu(b)"
     bounds = {"o": np.array([0]), "e": np.array([2]), "f": np.array([4]), "i": np.array([1])}
+    fused = assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **bounds, **norm(2)))
+    assert operators(fused) == {"Conv": 1, "Slice": 2, "Relu": 1}
+    both = f"{text} u = {bn('b', 'bm')} v = Relu(u)"
+    fused = assert_fuses(
+        build(both, IMAGE, "y, z, v", W=WEIGHTS["W"], **bounds, **norm(2), **norm(2, "bm", 5)), [Reason.CONSUMER]
+    )
+    assert operators(fused)["BatchNormalization"] == 1
+    bounds["o"] = np.array([1])
+    assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **bounds, **norm(1)))
+    bounds["f"], bounds["e"] = np.array([3]), np.array([0])
+    assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **{**bounds, "e": np.array([2])}, **norm(1)))
+
+
+def test_two_slices_of_one_channel_cannot_have_two_maps() -> None:
+    text = f"c = Conv(x, W) a = Slice(c, o, e, i) b = Slice(c, o, f, i) y = {bn('a')} z = Relu(b)"
+    bounds = {"o": np.array([1]), "e": np.array([3]), "f": np.array([2]), "i": np.array([1])}
     assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **bounds, **norm(2)), [Reason.CONSUMER])
+
+
+def test_what_is_taken_by_one_index_is_mapped_and_the_rest_stays() -> None:
+    text = (
+        "q = MatMul(x, B) r = Reshape(q, p) a = Gather<axis=2>(r, i) b = Gather<axis=2>(r, j) y = Mul(a, k) z = Abs(b)"
+    )
+    constants = {"p": np.array([0, 0, 3, 4]), "i": np.array(0), "j": np.array(2), "B": quarters([5, 12])}
+    for k in (np.array(0.5), quarters([4])):
+        fused = assert_fuses(build(text, "double[N,L,5] x", "y, z", k=k, **constants))
+        assert operators(fused) == {"MatMul": 1, "Reshape": 1, "Gather": 2, "Abs": 1}
 
 
 @pytest.mark.parametrize(("indices", "channels"), [([2, 0], 2), ([-1, 1, 0], 3), ([3, 3], None)])

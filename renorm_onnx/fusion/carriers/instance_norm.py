@@ -81,7 +81,7 @@ def _by_group(given: AffineMap, groups: int) -> AffineMap | None:
     scale, shift = (v.reshape(groups, -1) for v in (given.scale, given.shift))
     if (scale != scale[:, :1]).any() or (shift != shift[:, :1]).any():
         return None
-    return AffineMap(scale[:, 0], shift[:, 0], given.axis)
+    return AffineMap(scale[:, 0], shift[:, 0], given.axes)
 
 
 class TailNorm(Carrier):

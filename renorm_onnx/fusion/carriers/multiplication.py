@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.affine import AffineMap, together
 from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
 from renorm_onnx.fusion.carriers.addition import (
     absorbs_soon,
@@ -38,6 +38,7 @@ class Multiplication(Carrier):
     """Products and quotients of two operands."""
 
     operators = ("Mul", "Div")
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Scale one factor."""
@@ -65,12 +66,12 @@ class Multiplication(Carrier):
         total = AffineMap.of(1.0, 0.0, None)
         for index, given in maps.items():
             seen = outward(given, desk.fact(node.inputs[index]).rank, rank)
-            if seen is None or (None not in (seen.axis, total.axis) and seen.axis != total.axis):
+            if seen is None or (seen.axes and total.axes and seen.axes != total.axes):
                 return refuse(Reason.SHAPE, node, "gets maps that do not run along one axis of its output")
             if node.op_type == "Div" and index == 1:
                 if (seen.scale == 0).any():
                     return refuse(Reason.SCALE, node, "divides by an operand that lacks a scale of zero")
-                seen = AffineMap.of(1.0 / seen.scale, 0.0, seen.axis)
+                seen = AffineMap(1.0 / seen.scale, seen.shift, seen.axes, seen.periodic)
             total = total.then(seen)
         for index in (0, 1) if node.op_type == "Mul" else (0,):
             parameter = desk.parameter(node, index)
@@ -86,24 +87,25 @@ class Multiplication(Carrier):
             return refuse(Reason.SHIFT, node, "multiplies a shift by something that is not a constant along one axis")
         [given] = maps.values()
         seen = outward(given, desk.fact(link.data).rank, rank)
-        if seen is None or (None not in (seen.axis, link.map.axis) and seen.axis != link.map.axis):
+        if seen is None or (seen.axes and link.map.axes and seen.axes != link.map.axes):
             return refuse(Reason.AXIS, node, "multiplies by a constant that runs along another axis than the map")
-        shift = link.map.scale * seen.shift
-        return Step((), {0: AffineMap.of(seen.scale, shift, seen.axis if seen.axis is not None else link.map.axis)})
+        seen, factor = together(seen, link.map)
+        return Step((), {0: seen.with_shift(factor.scale * seen.shift)})
 
 
 class Negation(Carrier):
     """The opposite number."""
 
     operators = ("Neg",)
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """``s (-x) + t = -(s x - t)``."""
-        return Step((), {0: AffineMap(maps[0].scale, -maps[0].shift, maps[0].axis)})
+        return Step((), {0: maps[0].with_shift(-maps[0].shift)})
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """``-(s x + t) = s (-x) - t``."""
-        return Step((), {0: AffineMap(maps[0].scale, -maps[0].shift, maps[0].axis)})
+        return Step((), {0: maps[0].with_shift(-maps[0].shift)})
 
 
 CARRIERS = (Multiplication(), Negation())

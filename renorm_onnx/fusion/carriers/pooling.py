@@ -41,6 +41,7 @@ class Pooling(Carrier):
         *("MaxPool", "AveragePool", "LpPool", "GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"),
         *("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "ReduceL1", "ReduceL2"),
     )
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Ask for the map at the input."""
@@ -66,7 +67,7 @@ class Pooling(Carrier):
             count = self._count(node, pooled, desk)
             if not count:
                 return refuse(Reason.SHIFT, node, "sums a number of elements that is not fixed")
-            moved = AffineMap(moved.scale, moved.shift / count if backward else moved.shift * count, moved.axis)
+            moved = moved.with_shift(moved.shift / count if backward else moved.shift * count)
         return Step((), {0: moved})
 
     def _pooled(self, node: ir.Node, desk: Desk) -> set[int] | Refusal | None:
@@ -87,17 +88,17 @@ class Pooling(Carrier):
         self, node: ir.Node, given: AffineMap, pooled: set[int] | None, desk: Desk, *, backward: bool
     ) -> AffineMap | Refusal:
         """The map along the axis that is the same one on the other side."""
-        if given.axis is None or (pooled is None and given.axis < 2):
+        if not given.axes or (pooled is None and given.axes[-1] < 2):
             return given
         rank = desk.fact(node.inputs[0]).rank
         if rank is None or pooled is None:
-            return refuse(Reason.AXIS, node, f"pools axis {given.axis}, along which the map runs")
+            return refuse(Reason.AXIS, node, f"pools axis {given.axes[-1]}, along which the map runs")
         gone = pooled if node.op_type.startswith("Reduce") and not attribute(node, "keepdims", 1) else set()
         left = [i for i in range(rank) if i not in gone]
-        axis = left[given.axis] if backward else given.axis
-        if axis in pooled:
-            return refuse(Reason.AXIS, node, f"pools axis {axis}, along which the map runs")
-        return given.on_axis(axis if backward else left.index(axis))
+        hit = pooled.intersection(left[a] if backward else a for a in given.axes)
+        if hit:
+            return refuse(Reason.AXIS, node, f"pools axis {min(hit)}, along which the map runs")
+        return given.moved(left.__getitem__ if backward else left.index)
 
     def _count(self, node: ir.Node, pooled: set[int] | None, desk: Desk) -> int:
         """How many elements are summed; 0 where that is not fixed."""
