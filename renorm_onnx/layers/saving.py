@@ -26,7 +26,8 @@ def save_for_backward(r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         r: Shape (C,).
         d: Shape (C,).
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    # Not is_exporting(): in torch 2.11 it is true of whatever torch.compile traces.
+    if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
         saved: tuple[Tensor, Tensor] = torch.ops.renorm_onnx.save_for_backward(r, d)
         return saved
     return r, d
