@@ -136,7 +136,7 @@ def test_the_tolerance_notices_a_wrong_epsilon(wrong):
     exact = foreign(x)
     layer = adopt(foreign).eval()
     with torch.no_grad():
-        layer.eps = layer.eps + 1e-3 if wrong == "eps added again" else 0.0
+        layer.eps = layer.eps + 1e-3 if wrong == "eps added again" else 1e-12
     assert not torch.allclose(layer(x), exact, rtol=1e-3, atol=1e-3)
 
 

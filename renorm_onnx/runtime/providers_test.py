@@ -130,7 +130,7 @@ def test_preloading_finds_cuda_libraries_of_any_entry_of_the_path(monkeypatch, t
     for library in ("libcudart.so.13", "libcublasLt.so.13", "libcublasLt.so.12", "libcudnn.so.9"):
         (folder / library).touch()
     loaded = []
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "empty"), str(tmp_path)])
     monkeypatch.setattr(providers.ctypes, "CDLL", lambda path, *_: loaded.append(os.path.basename(path)))
     monkeypatch.setattr(providers.onnxruntime(), "cuda_version", "13.0")
     monkeypatch.setattr(providers.onnxruntime(), "preload_dlls", lambda: None)
