@@ -21,7 +21,7 @@ ORDER = [
     "layers.functional",
     "layers.masked layers.operators",
     "layers.step",
-    "layers.direct",
+    "layers.direct layers.exported",
     "layers.modules",
     "layers.activated",
     "layers.swap",
@@ -55,9 +55,11 @@ ORDER = [
     "runtime layers fusion",
     "delivery inspection",
     "exporter_checks",
-    "exporter_training exporter_verification restoring",
+    "exporter_training restoring",
+    "exporter_verification",
     "exporter",
     "cli",
+    "__main__",
 ]
 TORCH_ALLOWED = ["layers", "layers.*", "exporter", "exporter_*", "restoring"]
 TORCH_ON_DEMAND = ["runtime.torch_reference"]  # Imports torch inside a function, for a module the caller made with it.

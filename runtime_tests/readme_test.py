@@ -22,14 +22,17 @@ def blocks(language: str) -> list[str]:
 def test_the_three_steps_run_one_after_another(tmp_path):
     python = blocks("python")
     assert len(python) >= 3
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     fuse = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("renorm-onnx fuse")]
     assert fuse
     for step, block in enumerate(python):
         code = block if "cuda" not in block else block.replace('provider="cuda"', 'provider="cpu"')
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=environment, check=True)
         if step == 0:
-            subprocess.run(fuse[0].split("#")[0].split(), cwd=tmp_path, env=environment, check=True)
+            command = fuse[0].split("#")[0].split()
+            # As a module: the repository's own command, which need not be installed.
+            command[:1] = [sys.executable, "-m", "renorm_onnx"]
+            subprocess.run(command, cwd=tmp_path, env=environment, check=True)
             assert (tmp_path / "model.fused.onnx").exists()
 
 
