@@ -42,12 +42,12 @@ from renorm_onnx.onnx_function import (
     DOMAIN,
     INFERENCE,
     MODULE_KEY,
-    TRAINING_NAMES,
     VERSION,
     attach,
     calls_in,
     inline,
     module_of,
+    training_name,
     unshare,
 )
 
@@ -143,6 +143,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.renorm_onnx.batch_renorm.default: _emit_inference,
         torch.ops.renorm_onnx.batch_renorm_training.default: _emit_training,
+        torch.ops.renorm_onnx.batch_renorm_training_two_sets.default: _emit_two_sets,
     }
 
 
@@ -172,6 +173,7 @@ def _emit_training(  # type: ignore[no-untyped-def]
     running_var,
     r_bound,
     d_bound,
+    share,
     eps: float,
     momentum: float,
     r_max: float,
@@ -179,15 +181,34 @@ def _emit_training(  # type: ignore[no-untyped-def]
     stat: str,
 ) -> list[ir.Value]:
     """Emit one call of the training function, without a definition."""
-    inputs = [x, weight, bias, running_mean, running_var, r_bound, d_bound]
-    attributes: dict[str, float | str] = {
-        "epsilon": eps,
-        "momentum": momentum,
-        "r_max": r_max,
-        "d_max": d_max,
-        "stat": stat,
-    }
-    return _emit(TRAINING_NAMES[stat], inputs, 3, **attributes)
+    inputs = [x, weight, bias, running_mean, running_var, r_bound, d_bound, share]
+    numbers = {"epsilon": eps, "momentum": momentum, "r_max": r_max, "d_max": d_max}
+    return _emit(training_name(stat), inputs, 3, **numbers, stat=stat)
+
+
+def _emit_two_sets(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    r_bound,
+    d_bound,
+    share,
+    renorm_mean,
+    renorm_var,
+    renorm_share,
+    eps: float,
+    momentum: float,
+    r_max: float,
+    d_max: float,
+    stat: str,
+) -> list[ir.Value]:
+    """Emit one call of the training function with two sets of statistics, without a definition."""
+    inputs = [x, weight, bias, running_mean, running_var, r_bound, d_bound, share]
+    inputs += [renorm_mean, renorm_var, renorm_share]
+    numbers = {"epsilon": eps, "momentum": momentum, "r_max": r_max, "d_max": d_max}
+    return _emit(training_name(stat, two_sets=True), inputs, 5, **numbers, stat=stat)
 
 
 def _emit(op_type: str, inputs: Sequence[ir.Value], outputs: int = 1, **attributes: float | str) -> list[ir.Value]:

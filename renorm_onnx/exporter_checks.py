@@ -93,23 +93,12 @@ def check_modes(module: nn.Module, mode: str) -> None:
                 f"to_onnx(mode='train'): the schedule of module {name!r} is a Python function, which has no ONNX form; "
                 "use a Schedule, or None for bounds that hold from the first step"
             )
-        if layer.training and not has_plain_step(layer):
-            raise InputError(
-                f"to_onnx(mode='train'): module {name!r} has momentum={layer.momentum!r}, renorm_momentum="
-                f"{layer.renorm_momentum!r}, virtual_batch_size={layer.virtual_batch_size!r}; the training function "
-                "covers a number, None and None: export it with mode='eval', or train it in torch"
-            )
     for name, m in module.named_modules():
         if isinstance(m, _BatchNorm) and m.training:
             raise InputError(
                 f"to_onnx(mode='train'): module {name!r} is a {type(m).__name__} in training mode, which torch exports "
                 "as inference; convert it with convert_batchnorm or call .eval() on it"
             )
-
-
-def has_plain_step(layer: _BatchRenorm) -> bool:
-    """Whether a training step of `layer` is Algorithm 1 as written, which the training function computes."""
-    return layer.momentum is not None and layer.renorm_momentum is None and layer.virtual_batch_size is None
 
 
 def check_program(program: torch.export.ExportedProgram, mode: str) -> None:

@@ -47,16 +47,6 @@ def with_training(net: nn.Module, name: str) -> nn.Module:
         (small(), {"dynamic_axes": {}, "dynamic_shapes": ()}, "both dynamic_shapes and dynamic_axes given"),
         (small(BatchReNorm()), {}, r"module '2' is a .*BatchReNorm, another library's .* call adopt\(module\) first"),
         (
-            nn.Sequential(BatchRenorm2d(3, momentum=None)),
-            {"mode": "train"},
-            "module '0' has momentum=None, renorm_momentum=None, virtual_batch_size=None; the training function covers",
-        ),
-        (
-            nn.Sequential(BatchRenorm2d(3, virtual_batch_size=2)),
-            {"mode": "train"},
-            "virtual_batch_size=2; .* export it with mode='eval', or train it in torch",
-        ),
-        (
             nn.Sequential(BatchRenorm2d(3, track_running_stats=False)).eval(),
             {},
             "module '0' has track_running_stats=False",

@@ -19,8 +19,8 @@ from torch import nn
 
 from renorm_onnx.exporter_checks import layers_of
 
-#: The buffers that one training step changes, in the order of the outputs.
-STATE = ("running_mean", "running_var", "num_batches_tracked")
+#: The buffers that one training step changes, in the order of the outputs; the last two only with `renorm_momentum`.
+STATE = ("running_mean", "running_var", "num_batches_tracked", "renorm_mean", "renorm_var")
 UPDATED = ".updated"
 #: What the wrapper puts before every path.
 WRAPPED = "module."
@@ -41,18 +41,20 @@ class TrainingStep(nn.Module):
         @functools.wraps(module.forward)  # the exporter reads the names of the arguments off the signature
         def forward(*args: Any, **kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
             result = module(*args, **kwargs)
-            return result, [tensor.clone() for layer in training_layers(module).values() for tensor in _state_of(layer)]
+            return result, [tensor.clone() for tensor in training_state(module).values()]
 
         self.forward = forward
 
 
-def training_layers(module: nn.Module) -> dict[str, Any]:
-    """Return our layers in training mode by path."""
-    return {name: layer for name, layer in layers_of(module).items() if layer.training}
-
-
-def _state_of(layer: nn.Module) -> list[torch.Tensor]:
-    return [getattr(layer, name) for name in STATE]
+def training_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that one step of `module` changes, by path, in the order of the outputs."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, layer in layers_of(module).items()
+        if layer.training
+        for name in STATE
+        if (tensor := layer._buffers.get(name)) is not None
+    }
 
 
 def open_statistics(model: ir.Model, module: nn.Module) -> dict[str, ir.TensorProtocol]:
@@ -71,7 +73,7 @@ def open_statistics(model: ir.Model, module: nn.Module) -> dict[str, ir.TensorPr
     for value in list(graph.initializers.values()):
         if value.name is not None and value.name.startswith(WRAPPED):
             value.name = value.name.removeprefix(WRAPPED)
-    names = [f"{path}.{name}" if path else name for path in training_layers(module) for name in STATE]
+    names = list(training_state(module))
     defaults = {}
     for output, name in zip(graph.outputs[-len(names) :], names, strict=True):
         output.name = f"{name}{UPDATED}"

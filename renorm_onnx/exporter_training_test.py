@@ -15,8 +15,9 @@ from renorm_onnx.exporter import to_onnx
 from renorm_onnx.exporter_training import UPDATED
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.schedules import linear
-from renorm_onnx.onnx_function import DOMAIN, TRAINING, TRAINING_NAMES
+from renorm_onnx.onnx_function import DOMAIN, TRAINING, TRAINING_NAMES, TWO_SETS
 from renorm_onnx.onnx_layers import layers_in
+from renorm_onnx.restoring import restore
 
 STEPS = 50
 SHAPES = {"rows": (8, 3), "line": (4, 3, 6), "image": (4, 3, 4, 5), "volume": (2, 3, 3, 2, 4)}
@@ -49,33 +50,46 @@ def batches(steps: int) -> list[list[np.ndarray]]:
 
 
 class Algorithm1:
-    """One layer in float64, from the paper."""
+    """One layer in float64, from the paper; with ghost batches, a second set of statistics or a cumulative average."""
 
-    def __init__(self, layer: nn.Module, name: str) -> None:
+    def __init__(self, layer: nn.Module, stat: str) -> None:
         self.weight, self.bias = (v.detach().double().numpy() for v in (layer.weight, layer.bias))
-        self.mean, self.var, self.stat, self.step = np.zeros(3), np.ones(3), STATS[name], 0
+        self.momentum, self.renorm_momentum, self.size = layer.momentum, layer.renorm_momentum, layer.virtual_batch_size
+        self.stat, self.step = stat, 0
+        self.running, self.renorm = (np.zeros(3), np.ones(3)), (np.zeros(3), np.ones(3))
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        parts = [x] if self.size is None else np.array_split(x, len(x) // self.size)
+        done = [self.normalized(part.astype(np.float64)) for part in parts]
+        mean, spread = (np.mean([statistics[i] for _, statistics in done], axis=0) for i in (0, 1))
+        self.step += 1
+        momentum = 1 / self.step if self.momentum is None else self.momentum
+        self.running = self.moved(*self.running, mean, spread, momentum)
+        if self.renorm_momentum is not None:
+            self.renorm = self.moved(*self.renorm, mean, spread, self.renorm_momentum)
+        return np.concatenate([y for y, _ in done])
+
+    def normalized(self, x: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
         rise = min(max((self.step - 5) / 40, 0.0), 1.0)
         r_max, d_max = 1 + 1.0 * rise, 1.0 * rise
-        x = x.astype(np.float64)
+        mean, var = self.running if self.renorm_momentum is None else self.renorm
         rows = np.moveaxis(x, 1, 0).reshape(3, -1)
         count, mean_b, var_b = rows.shape[1], rows.mean(1), rows.var(1)
-        sigma_b, sigma = np.sqrt(var_b + 1e-3), np.sqrt(self.var + 1e-3)
+        sigma_b, sigma = np.sqrt(var_b + 1e-3), np.sqrt(var + 1e-3)
         r = np.clip(sigma_b / sigma, 1 / r_max, r_max)
-        d = np.clip((mean_b - self.mean) / sigma, -d_max, d_max)
+        d = np.clip((mean_b - mean) / sigma, -d_max, d_max)
         mean_b_, sigma_b_, r, d, weight, bias = (
             v.reshape(1, 3, *[1] * (x.ndim - 2)) for v in (mean_b, sigma_b, r, d, self.weight, self.bias)
         )
-        y = ((x - mean_b_) / sigma_b_ * r + d) * weight + bias
-        self.mean = self.mean + 0.1 * (mean_b - self.mean)
-        if self.stat == "sigma":
-            self.var = (sigma + 0.1 * (sigma_b - sigma)) ** 2 - 1e-3
-        else:
-            target = var_b * count / (count - 1) if self.stat == "var_unbiased" else var_b
-            self.var = self.var + 0.1 * (target - self.var)
-        self.step += 1
-        return y
+        spread = {"sigma": sigma_b, "var": var_b, "var_unbiased": var_b * count / (count - 1)}[self.stat]
+        return ((x - mean_b_) / sigma_b_ * r + d) * weight + bias, (mean_b, spread)
+
+    def moved(self, mean, var, mean_b, spread, share: float) -> tuple[np.ndarray, np.ndarray]:
+        mean = mean + share * (mean_b - mean)
+        if self.stat != "sigma":
+            return mean, var + share * (spread - var)
+        sigma = np.sqrt(var + 1e-3)
+        return mean, (sigma + share * (spread - sigma)) ** 2 - 1e-3
 
 
 def session_of(proto: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -108,21 +122,24 @@ def proto(ranks) -> onnx.ModelProto:
     return proto
 
 
-def largest_error(proto: onnx.ModelProto, ranks: nn.Module, *, feed_back: bool = True) -> float:
+def largest_error(proto: onnx.ModelProto, net: nn.Module, *, feed_back: bool = True) -> float:
+    """max|onnxruntime - float64| / max|float64| over fifty steps of every layer; statistics are compared at the end."""
     session, state = session_of(proto), {}
-    layers = [Algorithm1(getattr(ranks, name), name) for name in SHAPES]
+    layers = {name: Algorithm1(layer, layer.stat) for name, layer in net.named_children()}
     worst = 0.0
     for inputs in batches(STEPS):
-        outputs, updated = step(session, dict(zip(SHAPES, inputs, strict=True)), state)
+        given = dict(zip(SHAPES, inputs, strict=True))
+        outputs, updated = step(session, given, state)
         state = updated if feed_back else {}
-        for layer, x, y in zip(layers, inputs, outputs, strict=True):
-            want = layer(x)
+        for (name, layer), y in zip(layers.items(), outputs, strict=True):
+            want = layer(given.get(name, given["image"]))
             worst = max(worst, np.abs(y - want).max() / np.abs(want).max())
-    for name, layer in zip(SHAPES, layers, strict=True):
-        if feed_back:
-            assert state[f"{name}.num_batches_tracked"] == STEPS
-            np.testing.assert_allclose(state[f"{name}.running_mean"], layer.mean, rtol=1e-5, atol=1e-5)
-            np.testing.assert_allclose(state[f"{name}.running_var"], layer.var, rtol=1e-5, atol=1e-5)
+    for name, layer in layers.items() if feed_back else ():
+        assert state[f"{name}.num_batches_tracked"] == STEPS
+        sets = {"running": layer.running, "renorm": layer.renorm}
+        for kind in ("running",) if layer.renorm_momentum is None else sets:
+            for moment, want in zip(("mean", "var"), sets[kind], strict=True):
+                np.testing.assert_allclose(state[f"{name}.{kind}_{moment}"], want, rtol=1e-5, atol=1e-5)
     return worst
 
 
@@ -139,6 +156,82 @@ def test_each_kind_of_statistic_has_its_function_and_the_layers_can_be_listed(pr
     listed = {info.name: info for info in layers_in(ir.from_proto(proto))}
     assert {name: info.stat for name, info in listed.items()} == STATS
     assert all(info.training and info.r_max == 2.0 for info in listed.values())
+
+
+KINDS = {
+    "cumulative": {"momentum": None},
+    "second": {"renorm_momentum": 0.3},
+    "second_var": {"renorm_momentum": 0.3, "momentum": None, "stat": "var"},
+    "ghosts": {"virtual_batch_size": 1},
+    "ghosts_unbiased": {"virtual_batch_size": 3, "stat": "var_unbiased"},
+    "ghosts_second": {"virtual_batch_size": 2, "renorm_momentum": 0.3},
+}
+
+
+class Kinds(nn.Module):
+    """Layers that take other steps than the usual one, all of the same images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, options in KINDS.items():
+            usual = {"momentum": 0.1, "eps": 1e-3, "r_max": 2.0, "d_max": 1.0, "schedule": linear(5, 45)}
+            layer = BatchRenorm2d(3, **{**usual, **options})
+            nn.init.uniform_(layer.weight, 0.5, 2.0)
+            nn.init.normal_(layer.bias)
+            self.add_module(name, layer)
+
+    def forward(self, rows, line, image, volume):
+        return [layer(image) for layer in self.children()]
+
+
+@pytest.fixture(scope="module")
+def kinds() -> nn.Module:
+    torch.manual_seed(0)
+    return Kinds().train()
+
+
+@pytest.fixture(scope="module")
+def kinds_path(kinds, tmp_path_factory):
+    path = tmp_path_factory.mktemp("kinds") / "step.onnx"
+    to_onnx(kinds, tuple(torch.from_numpy(x) for x in batches(1)[0]), path, mode="train")
+    return path
+
+
+def test_fifty_steps_of_every_other_kind_follow_algorithm_1(kinds, kinds_path) -> None:
+    proto = onnx.load(kinds_path)
+    assert largest_error(proto, kinds) < 1e-5
+    assert largest_error(proto, kinds, feed_back=False) > 0.01
+    usual = {name: f"{TRAINING_NAMES[layer.stat]}" for name, layer in kinds.named_children()}
+    called = {info.name: info.calls for info in layers_in(ir.from_proto(proto))}
+    assert called == {name: 4 if name == "ghosts" else 2 if name == "ghosts_second" else 1 for name in KINDS}
+    for call in (n for n in proto.graph.node if n.domain == DOMAIN):
+        name = call.name.removesuffix("_1").removesuffix("_2").removesuffix("_3")
+        assert call.op_type == usual[name] + (TWO_SETS if "second" in name else "")
+
+
+def test_both_sets_of_statistics_are_restored(kinds, kinds_path) -> None:
+    trained = copy.deepcopy(kinds)
+    with torch.no_grad():
+        for inputs in batches(12):
+            trained(*map(torch.from_numpy, inputs))
+    path = kinds_path.with_name("trained.onnx")
+    to_onnx(trained, tuple(torch.from_numpy(x) for x in batches(1)[0]), path, mode="train", verify=False)
+    fresh = Kinds()
+    assert restore(fresh, path) == len(KINDS)
+    for inputs in batches(3):
+        for mine, theirs in zip(*(net(*map(torch.from_numpy, inputs)) for net in (fresh, trained)), strict=True):
+            assert torch.equal(mine, theirs)
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in fresh.state_dict().items())
+    to_onnx(trained.eval(), tuple(torch.from_numpy(x) for x in batches(1)[0]), path, verify=False)
+    restore(fresh, path)
+    assert torch.equal(fresh.second.renorm_var, trained.second.running_var)  # a file for inference has one set
+    assert not torch.equal(trained.second.renorm_var, trained.second.running_var)
+
+
+def test_ghost_batches_need_a_batch_of_fixed_size() -> None:
+    net = nn.Sequential(BatchRenorm2d(3, virtual_batch_size=2)).train()
+    with pytest.raises(InputError, match="in layer '0': InputError: BatchRenorm2d: virtual_batch_size=2 splits the"):
+        to_onnx(net, torch.randn(4, 3, 4, 4), mode="train", dynamic_shapes=({0: "batch"},))
 
 
 class Mixed(nn.Module):

@@ -21,8 +21,8 @@ from torch import nn
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, VerificationError
 from renorm_onnx.exporter_checks import quiet
+from renorm_onnx.exporter_training import training_state
 from renorm_onnx.fusion.engine import fuse
-from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.runtime.comparison import Comparison, Tolerance, compare
 from renorm_onnx.runtime.estimate import LIMIT, estimate
 from renorm_onnx.runtime.reference import evaluate
@@ -212,9 +212,7 @@ def _outputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     with torch.no_grad():
         result = twin(*inputs[0], **inputs[1])
     tensors = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
-    for layer in twin.modules():
-        if isinstance(layer, _BatchRenorm) and layer.training:
-            tensors += [v for v in (layer.running_mean, layer.running_var, layer.num_batches_tracked) if v is not None]
+    tensors += training_state(twin).values()
     return [_numpy(v) for v in tensors]
 
 

@@ -6,8 +6,8 @@ the layer and go on training (`renorm_onnx.onnx_layers`).
 
 ``renorm_onnx::BatchRenormalizationTraining`` is one training step: it normalizes by the batch, corrected towards the
 running statistics (Ioffe 2017, arXiv:1702.03275, Algorithm 1), and returns the updated statistics, to be fed back.
-Its body differs with what the running variance tracks, and an ONNX function cannot branch on a string, so there is
-one name per kind of `stat`.
+Its body differs with what the running variance tracks, and with whether r and d have statistics of their own, and an
+ONNX function cannot branch on either, so there is one name per kind.
 
 Every call states every attribute: `onnx.reference` does not know defaults of attributes that a body refers to.
 """
@@ -36,6 +36,13 @@ TRAINING_NAMES: Final = {
     "var_unbiased": f"{TRAINING}VarUnbiased",
 }
 
+#: Behind such a name: the step of a layer that takes r and d from a second set of statistics (`renorm_momentum`).
+TWO_SETS: Final = "TwoSets"
+
+_TRAINING_KINDS: Final = {
+    name + suffix: (stat, bool(suffix)) for stat, name in TRAINING_NAMES.items() for suffix in ("", TWO_SETS)
+}
+
 #: Attributes and their defaults. num_batches_tracked is -1 where the exporter did not know the module.
 DEFAULTS: Final[dict[str, float | str | int]] = {
     "epsilon": 1e-5,
@@ -48,8 +55,11 @@ DEFAULTS: Final[dict[str, float | str | int]] = {
 
 #: Formal inputs of both functions; all but X are of shape (C,). In a file, a layer ``bn`` owns ``bn.weight`` etc.
 INPUTS: Final = ("X", "scale", "B", "input_mean", "input_var")
-#: Further inputs of a training step, 0-d: r_max and d_max as the schedule has them at this step.
-BOUNDS: Final = ("r_bound", "d_bound")
+#: Further inputs of a training step, 0-d, since they change from step to step: r_max and d_max as the schedule has
+#: them, and the share of this batch in the statistics, which is momentum, or 1/n in a cumulative average.
+CHANGING: Final = ("r_bound", "d_bound", "share")
+#: Inputs of a step with two sets of statistics, behind the others.
+SECOND: Final = ("renorm_mean", "renorm_var", "renorm_share")
 PARAMETERS: Final = ("weight", "bias", "running_mean", "running_var")
 
 #: Node metadata: the path of the torch module that a call came from.
@@ -87,7 +97,8 @@ def inference_function(opset: int) -> ir.Function:
     return ir.Function(DOMAIN, INFERENCE, graph=graph, attributes=ir.convenience.convert_attributes(DEFAULTS))
 
 
-#: Algorithm 1 without its last line. Statistics are of type T1, the type in which everything is computed.
+#: Algorithm 1 without its last two lines. Statistics are of type T1, the type in which everything is computed; r and d
+#: are measured from those in braces.
 _STEP = """
     three = Constant <value_ints = [0, 0, -1]> ()
     axes = Constant <value_ints = [0, 2]> ()
@@ -95,14 +106,12 @@ _STEP = """
     x = CastLike (x_flat, input_mean)
     eps_f = Constant <value_float: float = @epsilon> ()
     eps = CastLike (eps_f, input_mean)
-    momentum_f = Constant <value_float: float = @momentum> ()
-    alpha = CastLike (momentum_f, input_mean)
     r_high = CastLike (r_bound, input_mean)
     r_low = Reciprocal (r_high)
     d_high = CastLike (d_bound, input_mean)
     d_low = Neg (d_high)
-    mean = Unsqueeze (input_mean, axes)
-    var = Unsqueeze (input_var, axes)
+    mean = Unsqueeze ({mean}, axes)
+    var = Unsqueeze ({var}, axes)
     var_eps = Add (var, eps)
     sigma = Sqrt (var_eps)
     batch_mean = ReduceMean <keepdims = 1> (x, axes)
@@ -128,27 +137,16 @@ _STEP = """
     shape = Shape (X)
     y = Reshape (y_flat, shape)
     Y = CastLike (y, X)
-    mean_step = Mul (moved, alpha)
-    mean_new = Add (mean, mean_step)
-    running_mean = Squeeze (mean_new, axes)
+    mean_seen = Squeeze (batch_mean, axes)
 """
 
-#: The last line of Algorithm 1, for each kind of `stat`.
-_UPDATE = {
+#: What the batch contributes to the running variance, for each kind of `stat`.
+_SEEN = {
     "sigma": """
-    sigma_moved = Sub (batch_sigma, sigma)
-    sigma_step = Mul (sigma_moved, alpha)
-    sigma_new = Add (sigma, sigma_step)
-    sigma_square = Mul (sigma_new, sigma_new)
-    var_free = Sub (sigma_square, eps)
-    var_new = Relu (var_free)
-    running_var = Squeeze (var_new, axes)
+    spread_seen = Squeeze (batch_sigma, axes)
 """,
     "var": """
-    var_moved = Sub (batch_var, var)
-    var_step = Mul (var_moved, alpha)
-    var_new = Add (var, var_step)
-    running_var = Squeeze (var_new, axes)
+    spread_seen = Squeeze (batch_var, axes)
 """,
     "var_unbiased": """
     x_size = Size (x)
@@ -160,30 +158,52 @@ _UPDATE = {
     m_less = CastLike (m_less_int, input_mean)
     batch_sum = Mul (batch_var, m)
     batch_unbiased = Div (batch_sum, m_less)
-    var_moved = Sub (batch_unbiased, var)
-    var_step = Mul (var_moved, alpha)
-    var_new = Add (var, var_step)
-    running_var = Squeeze (var_new, axes)
+    spread_seen = Squeeze (batch_unbiased, axes)
 """,
 }
 
+#: The last two lines of Algorithm 1 for one set of statistics, {p}_mean and {p}_var, from {mean} and {var}.
+_MEAN_UPDATE = """
+    {p}_alpha = CastLike ({share}, input_mean)
+    {p}_mean_moved = Sub (mean_seen, {mean})
+    {p}_mean_step = Mul ({p}_mean_moved, {p}_alpha)
+    {p}_mean = Add ({mean}, {p}_mean_step)
+"""
+_SIGMA_UPDATE = """
+    {p}_var_eps = Add ({var}, eps)
+    {p}_sigma = Sqrt ({p}_var_eps)
+    {p}_sigma_moved = Sub (spread_seen, {p}_sigma)
+    {p}_sigma_step = Mul ({p}_sigma_moved, {p}_alpha)
+    {p}_sigma_new = Add ({p}_sigma, {p}_sigma_step)
+    {p}_square = Mul ({p}_sigma_new, {p}_sigma_new)
+    {p}_var_free = Sub ({p}_square, eps)
+    {p}_var = Relu ({p}_var_free)
+"""
+_VAR_UPDATE = """
+    {p}_var_moved = Sub (spread_seen, {var})
+    {p}_var_step = Mul ({p}_var_moved, {p}_alpha)
+    {p}_var = Add ({var}, {p}_var_step)
+"""
 
-def training_function(opset: int, *, stat: str = "sigma") -> ir.Function:
-    """Return one training step: (`INPUTS`, `BOUNDS`) -> (Y, running_mean, running_var).
+
+def training_function(opset: int, *, stat: str = "sigma", two_sets: bool = False) -> ir.Function:
+    """Return one training step: (`INPUTS`, `CHANGING`) -> (Y, running_mean, running_var).
 
     Source: Ioffe 2017 (arXiv:1702.03275), Algorithm 1; statistics are those *before* the update::
 
         r = clip(sigma_B / sigma, 1/r_bound, r_bound)    d = clip((mu_B - mu) / sigma, -d_bound, d_bound)
         Y = ((X - mu_B) / sigma_B * r + d) * scale + B
-        running_mean = mu + momentum (mu_B - mu)
-        running_var: sigma + momentum (sigma_B - sigma), squared, less epsilon        for stat="sigma"
+        running_mean = mu + share (mu_B - mu)
+        running_var: sigma + share (sigma_B - sigma), squared, less epsilon        for stat="sigma"
 
-    The bounds are inputs since they follow a schedule; the attributes r_max and d_max are what it ends at. Everything
+    What changes from step to step is an input; the attributes r_max, d_max and momentum describe the layer. Everything
     is computed in the type of the statistics, so float32 statistics keep float16 inputs accurate.
 
     Args:
         opset: Of the body and of the model that calls it.
         stat: A key of `TRAINING_NAMES`.
+        two_sets: mu and sigma above are renorm_mean and renorm_var, further inputs (`SECOND`), updated likewise by
+            renorm_share into two further outputs, new_mean and new_var.
 
     Returns:
         A fresh function of rank-generic primitive operators (onnxruntime's CUDA provider has no training-mode
@@ -196,15 +216,27 @@ def training_function(opset: int, *, stat: str = "sigma") -> ir.Function:
         raise InputError(f"{TRAINING}: opset {opset} given; the training function needs opset 18 or newer")
     if stat not in TRAINING_NAMES:
         raise InputError(f"{TRAINING}: stat={stat!r} given; expected one of {tuple(TRAINING_NAMES)}")
+    sets = [{"p": "running", "mean": "input_mean", "var": "input_var", "share": "share"}]
+    if two_sets:
+        sets.append({"p": "new", "mean": "renorm_mean", "var": "renorm_var", "share": "renorm_share"})
+    update = _MEAN_UPDATE + (_SIGMA_UPDATE if stat == "sigma" else _VAR_UPDATE)
+    body_text = _STEP.format(**sets[-1]) + _SEEN[stat] + "".join(update.format(**names) for names in sets)
+    inputs = INPUTS + CHANGING + (SECOND if two_sets else ())
+    outputs = ["Y", *(f"{names['p']}_{moment}" for names in sets for moment in ("mean", "var"))]
+    name = training_name(stat, two_sets=two_sets)
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{TRAINING_NAMES[stat]} <epsilon, momentum> ({', '.join(INPUTS + BOUNDS)})"
-        f" => (Y, running_mean, running_var)\n{{{_STEP}{_UPDATE[stat]}}}"
+        f"{name} <epsilon> ({', '.join(inputs)}) => ({', '.join(outputs)})\n{{{body_text}}}"
     )
     body = ir.serde.deserialize_function(onnx.parser.parse_function(text)).graph
     body.doc_string = "One training step of Batch Renormalization (arXiv:1702.03275, Algorithm 1)"
     attributes = ir.convenience.convert_attributes({**DEFAULTS, "stat": stat})
-    return ir.Function(DOMAIN, TRAINING_NAMES[stat], graph=body, attributes=attributes)
+    return ir.Function(DOMAIN, name, graph=body, attributes=attributes)
+
+
+def training_name(stat: str, *, two_sets: bool = False) -> str:
+    """Return the name of a training function; arguments as in `training_function`."""
+    return TRAINING_NAMES[stat] + (TWO_SETS if two_sets else "")
 
 
 def is_inference(function: ir.Function) -> bool:
@@ -226,12 +258,12 @@ def is_inference(function: ir.Function) -> bool:
 
 def is_training(function: ir.Function) -> bool:
     """Whether a function is our training step, possibly with a prefix that onnx.compose put before its name."""
-    return function.domain == DOMAIN and function.name.endswith(tuple(TRAINING_NAMES.values()))
+    return function.domain == DOMAIN and function.name.endswith(tuple(_TRAINING_KINDS))
 
 
 def calls_in(model: ir.Model) -> Iterator[ir.Node]:
     """Yield every call of ours in the graph, its subgraphs and the functions, with or without a definition."""
-    names = {INFERENCE, *TRAINING_NAMES.values()}
+    names = {INFERENCE, *_TRAINING_KINDS}
     for scope in scopes_of(model):
         for node in scope.all_nodes():
             if node.domain != DOMAIN:
@@ -261,9 +293,10 @@ def attach(model: ir.Model) -> int:
         count += 1
         if call.op_identifier() in model.functions:
             continue
-        kinds = {name: stat for stat, name in TRAINING_NAMES.items()}
-        stat = kinds.get(call.op_type)
-        function = inference_function(opset) if stat is None else training_function(opset, stat=stat)
+        kind = _TRAINING_KINDS.get(call.op_type)
+        function = (
+            inference_function(opset) if kind is None else training_function(opset, stat=kind[0], two_sets=kind[1])
+        )
         model.functions[function.identifier()] = function
     if count:
         for scope in scopes_of(model):

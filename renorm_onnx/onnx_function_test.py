@@ -9,11 +9,14 @@ from onnx.reference import ReferenceEvaluator
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.onnx_function import (
+    CHANGING,
     DEFAULTS,
     DOMAIN,
     INFERENCE,
     MODULE_KEY,
+    SECOND,
     TRAINING_NAMES,
+    TWO_SETS,
     attach,
     calls_in,
     inference_function,
@@ -22,12 +25,14 @@ from renorm_onnx.onnx_function import (
     is_training,
     module_of,
     training_function,
+    training_name,
     unshare,
 )
 
 SHAPES = {2: (6, 3), 3: (4, 3, 5), 4: (2, 3, 4, 5), 5: (2, 3, 2, 3, 2)}
-ATTRIBUTES = {**DEFAULTS, "epsilon": 0.02, "momentum": 0.1}
+ATTRIBUTES = {**DEFAULTS, "epsilon": 0.02, "momentum": 0.9}  # momentum is only written down: the share is an input
 BOUNDS = (1.5, 0.25)  # of r and d, narrow enough to act
+SHARES = {"share": 0.1, "renorm_share": 0.4}
 
 
 def layer_model(op_type: str, rank: int, opset: int, *, dtype: type = np.float32, **attributes: object) -> ir.Model:
@@ -36,11 +41,13 @@ def layer_model(op_type: str, rank: int, opset: int, *, dtype: type = np.float32
     shape = SHAPES[rank]
     kind = ir.DataType.from_numpy(np.dtype(dtype))
     inputs = [ir.val(n, kind, shape if n == "x" else [3]) for n in ("x", "weight", "bias", "mean", "var")]
-    outputs = 1 if op_type == INFERENCE else 3
-    if outputs == 3:
-        inputs += [ir.val(n, kind, []) for n in ("r_bound", "d_bound")]
+    outputs = 1 if op_type == INFERENCE else 5 if op_type.endswith(TWO_SETS) else 3
+    if outputs >= 3:
+        inputs += [ir.val(n, kind, []) for n in CHANGING]
+    if outputs == 5:
+        inputs += [ir.val(n, kind, [] if n == "renorm_share" else [3]) for n in SECOND]
     call = ir.node(op_type, inputs, domain=DOMAIN, num_outputs=outputs, attributes={**ATTRIBUTES, **attributes})
-    for value, name in zip(call.outputs, ("y", "mean_new", "var_new"), strict=False):
+    for value, name in zip(call.outputs, ("y", "mean_new", "var_new", "mean_2", "var_2"), strict=False):
         value.name, value.type, value.shape = name, ir.TensorType(kind), ir.Shape(shape if name == "y" else [3])
     graph = ir.Graph(inputs, call.outputs, nodes=[call], opset_imports={"": opset}, name="layer")
     model = ir.Model(graph, ir_version=8)
@@ -54,8 +61,13 @@ def layer_model(op_type: str, rank: int, opset: int, *, dtype: type = np.float32
         "mean": rng.normal(0.5, 1.0, 3).astype(dtype),
         "var": rng.uniform(0.2, 2.0, 3).astype(dtype),
     }
-    if outputs == 3:
-        model.meta["feeds"] |= {"r_bound": np.array(BOUNDS[0], dtype), "d_bound": np.array(BOUNDS[1], dtype)}
+    scalars = {"r_bound": BOUNDS[0], "d_bound": BOUNDS[1], **SHARES}
+    model.meta["feeds"] |= {k: np.array(v, dtype) for k, v in scalars.items() if k in {i.name for i in inputs}}
+    if outputs == 5:
+        model.meta["feeds"] |= {
+            "renorm_mean": rng.normal(-0.5, 1.0, 3).astype(dtype),
+            "renorm_var": rng.uniform(1.0, 3.0, 3).astype(dtype),
+        }
     return model
 
 
@@ -65,13 +77,14 @@ def run(model: ir.Model) -> list[np.ndarray]:
     return ReferenceEvaluator(proto).run(None, model.meta["feeds"])
 
 
-def algorithm_1(feeds: dict[str, np.ndarray], stat: str) -> list[np.ndarray]:
-    """One step in float64, written from the paper."""
-    x, weight, bias, mean, var = (feeds[k].astype(np.float64) for k in ("x", "weight", "bias", "mean", "var"))
-    eps, momentum = ATTRIBUTES["epsilon"], ATTRIBUTES["momentum"]
-    r_max, d_max = BOUNDS
+def algorithm_1(feeds: dict[str, np.ndarray], stat: str, *, two_sets: bool = False) -> list[np.ndarray]:
+    """One step in float64, written from the paper; with two sets, r and d are measured from the second."""
+    x, weight, bias = (feeds[k].astype(np.float64) for k in ("x", "weight", "bias"))
+    names = [("mean", "var", "share"), *([("renorm_mean", "renorm_var", "renorm_share")] if two_sets else [])]
+    sets = [(feeds[m].astype(np.float64), feeds[v].astype(np.float64), SHARES[s]) for m, v, s in names]
+    eps, (r_max, d_max), (mean, var, _) = ATTRIBUTES["epsilon"], BOUNDS, sets[-1]
     rows = np.moveaxis(x, 1, 0).reshape(3, -1)
-    batch_mean, batch_var = rows.mean(1), rows.var(1)
+    count, batch_mean, batch_var = rows.shape[1], rows.mean(1), rows.var(1)
     sigma_b, sigma = np.sqrt(batch_var + eps), np.sqrt(var + eps)
     r = np.clip(sigma_b / sigma, 1 / r_max, r_max)
     d = np.clip((batch_mean - mean) / sigma, -d_max, d_max)
@@ -79,14 +92,17 @@ def algorithm_1(feeds: dict[str, np.ndarray], stat: str) -> list[np.ndarray]:
     def column(v: np.ndarray) -> np.ndarray:
         return v.reshape(1, 3, *[1] * (x.ndim - 2))
 
+    def moved(mean: np.ndarray, var: np.ndarray, share: float) -> list[np.ndarray]:
+        sigma = np.sqrt(var + eps)
+        new_var = {
+            "sigma": (sigma + share * (sigma_b - sigma)) ** 2 - eps,
+            "var": var + share * (batch_var - var),
+            "var_unbiased": var + share * (batch_var * count / (count - 1) - var),
+        }[stat]
+        return [mean + share * (batch_mean - mean), new_var]
+
     y = ((x - column(batch_mean)) / column(sigma_b) * column(r) + column(d)) * column(weight) + column(bias)
-    count = rows.shape[1]
-    new_var = {
-        "sigma": (sigma + momentum * (sigma_b - sigma)) ** 2 - eps,
-        "var": var + momentum * (batch_var - var),
-        "var_unbiased": var + momentum * (batch_var * count / (count - 1) - var),
-    }[stat]
-    return [y, mean + momentum * (batch_mean - mean), new_var]
+    return [y, *(value for one in sets for value in moved(*one))]
 
 
 @pytest.mark.parametrize("rank", SHAPES)
@@ -103,16 +119,21 @@ def test_inference_is_the_affine_map_of_the_running_statistics(rank: int, opset:
     assert np.abs(want - (feeds["x"] - column("mean"))).max() > 0.1
 
 
+@pytest.mark.parametrize("two_sets", [False, True])
 @pytest.mark.parametrize("stat", TRAINING_NAMES)
 @pytest.mark.parametrize("rank", SHAPES)
 @pytest.mark.parametrize("opset", [18, 23])
-def test_training_is_one_step_of_algorithm_1(stat: str, rank: int, opset: int) -> None:
-    model = layer_model(TRAINING_NAMES[stat], rank, opset, stat=stat)
-    want = algorithm_1(model.meta["feeds"], stat)
+def test_training_is_one_step_of_algorithm_1(two_sets: bool, stat: str, rank: int, opset: int) -> None:
+    model = layer_model(training_name(stat, two_sets=two_sets), rank, opset, stat=stat)
+    feeds = model.meta["feeds"]
+    want = algorithm_1(feeds, stat, two_sets=two_sets)
     for got, expected in zip(run(model), want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    others = [algorithm_1(model.meta["feeds"], s)[2] for s in TRAINING_NAMES if s != stat]
+    others = [algorithm_1(feeds, s, two_sets=two_sets)[2] for s in TRAINING_NAMES if s != stat]
     assert all(np.abs(o - want[2]).max() > 1e-4 for o in others)  # the kinds differ, so a mix-up fails
+    if two_sets:
+        assert np.abs(algorithm_1(feeds, stat)[0] - want[0]).max() > 0.01  # so do the sets
+        assert np.abs(want[1] - want[3]).max() > 0.01
 
 
 def test_training_with_float16_inputs_computes_in_the_type_of_the_statistics() -> None:
@@ -150,6 +171,7 @@ def test_a_prefix_put_before_the_name_does_not_hide_a_norm() -> None:
 def test_only_a_norm_is_taken_for_one() -> None:
     assert not is_inference(training_function(20))
     assert is_training(training_function(20, stat="var"))
+    assert is_training(training_function(20, two_sets=True))
     other = inference_function(20)
     other[0].attributes["training_mode"] = ir.AttrInt64("training_mode", 1)
     assert not is_inference(other)

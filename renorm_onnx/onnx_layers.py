@@ -19,7 +19,7 @@ class LayerInfo:
     Attributes:
         name: Path of the torch module it came from, else the name of the call.
         training: Whether the call is a training step.
-        calls: How often the model uses the layer.
+        calls: How often the model uses the layer; a training step with ghost batches uses it once for each.
         epsilon: Added to variances.
         momentum: Share of a batch in the running statistics; 0 stands for a cumulative average.
         r_max: The layer's own bound on r.
@@ -27,6 +27,7 @@ class LayerInfo:
         stat: What the running variance follows, a key of `onnx_function.TRAINING_NAMES`.
         num_batches_tracked: Batches seen in training; -1 if the file does not say.
         weight, bias, running_mean, running_var: Shape (C,); None where the model computes the value.
+        renorm_mean, renorm_var: Shape (C,), in a training step with a second set of statistics; else None.
     """
 
     name: str
@@ -42,6 +43,8 @@ class LayerInfo:
     bias: Array | None
     running_mean: Array | None
     running_var: Array | None
+    renorm_mean: Array | None = None
+    renorm_var: Array | None = None
 
     @property
     def num_features(self) -> int | None:
@@ -74,6 +77,7 @@ def _info(model: ir.Model, name: str, calls: list[ir.Node]) -> LayerInfo:
     call = calls[0]
     function = model.functions.get(call.op_identifier())
     weight, bias, mean, var = (_constant(v) for v in call.inputs[1:5])
+    second = [_constant(v) for v in call.inputs[8:10]] or [None, None]  # behind INPUTS and CHANGING
     return LayerInfo(
         name=name,
         training=function is not None and is_training(function),
@@ -88,6 +92,8 @@ def _info(model: ir.Model, name: str, calls: list[ir.Node]) -> LayerInfo:
         bias=bias,
         running_mean=mean,
         running_var=var,
+        renorm_mean=second[0],
+        renorm_var=second[1],
     )
 
 

@@ -20,7 +20,8 @@ def restore(module: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Weights, statistics, eps, momentum, r_max, d_max, stat and the step counter are restored; training goes on as if it
     had not stopped. The schedule is not in the file: it stays the module's own. So does everything that is no batch
-    renormalization, e.g. convolutions.
+    renormalization, e.g. convolutions. A second set of statistics (`renorm_momentum`) is in files of mode="train"
+    alone; from other files it starts as a copy of the first, as from a checkpoint that has one set.
 
     Args:
         module: A model with layers of the same paths and sizes. Unchanged if this raises.
@@ -80,6 +81,11 @@ class _Plan:
                     f"{who}: {name} has shape {value.shape} in the file, {tuple(target.shape)} in the module"
                 )
             tensors[name] = torch.from_numpy(value.astype("float64"))
+        for name in ("mean", "var"):
+            second = getattr(info, f"renorm_{name}")
+            if f"renorm_{name}" in layer._buffers:
+                first = tensors[f"running_{name}"]
+                tensors[f"renorm_{name}"] = first if second is None else torch.from_numpy(second.astype("float64"))
         return cls(layer, info, tensors)
 
     def apply(self) -> None:

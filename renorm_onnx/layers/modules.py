@@ -15,9 +15,10 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 from torch.nn.modules.batchnorm import _NormBase
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.layers import functional, operators
+from renorm_onnx.layers import functional
 from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.direct import take_usual_step
+from renorm_onnx.layers.exported import take_exported_step
 from renorm_onnx.layers.functional import STATS, BatchStatistics, Stat
 from renorm_onnx.layers.masked import check_mask, normalize_masked
 from renorm_onnx.layers.recomputation import Memory
@@ -118,7 +119,7 @@ class _BatchRenorm(_NormBase):
         if self.training:
             self._check_values_per_channel(x)
             if functional.keeping_ops():
-                return self._training_operator(x)
+                return take_exported_step(self, x)
             y = take_usual_step(self, x)
             return take_step(self, x, None) if y is None else y
         if not functional.keeping_ops():
@@ -144,39 +145,6 @@ class _BatchRenorm(_NormBase):
             one = torch.ones(x.size(1), dtype=functional.accumulation_type(x), device=x.device)
             return normalize_masked(x, mask, self.weight, self.bias, one, torch.zeros_like(one), self.eps)
         return take_step(self, x, mask) if self.training else self._forward(x)
-
-    def _training_operator(self, x: Tensor) -> Tensor:
-        """Take one step as the single operator that an exporter translates; its bounds follow the schedule."""
-        mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
-        assert mean is not None
-        assert var is not None
-        assert step is not None
-        plain_step = self.momentum is not None and self.renorm_momentum is None and self.virtual_batch_size is None
-        if not plain_step:
-            raise InputError(
-                f"{type(self).__name__}: momentum={self.momentum!r}, renorm_momentum={self.renorm_momentum!r}, "
-                f"virtual_batch_size={self.virtual_batch_size!r}: the exported training step exists for a number, None "
-                "and None alone"
-            )
-        assert self.momentum is not None
-        out = operators.training_operator(
-            x,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            self.schedule.bounds_on_device(step, self.r_max, self.d_max),
-            self.eps,
-            momentum=self.momentum,
-            r_max=self.r_max,
-            d_max=self.d_max,
-            stat=self.stat,
-        )
-        with torch.no_grad():
-            mean.copy_(out.new_mean)
-            var.copy_(out.new_var)
-            step.add_(1)
-        return out.y
 
     def _batch_statistics(self, x: Tensor) -> BatchStatistics:
         """Return the statistics that normalize x; a subclass may pool them over processes."""

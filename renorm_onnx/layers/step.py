@@ -89,7 +89,7 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
     step = layer.num_batches_tracked
     assert step is not None
     eager = kernels.available(step)
-    parts = _split(layer, x, mask)
+    parts = split(layer, x, mask)
     if eager:
         if len(layer._memory) and recomputation.is_repeated():
             return _joined([_repeat(layer, *part) for part in parts])
@@ -115,8 +115,17 @@ def _momentum(layer: Layer, step: Tensor, now: int | None) -> float | Tensor:
     return 1 / (now + 1) if now is not None else float64(step).reciprocal()
 
 
-def _split(layer: Layer, x: Tensor, mask: Tensor | None) -> Sequence[tuple[Tensor, Tensor | None]]:
-    """The ghost batches of x, each of at least `virtual_batch_size` samples."""
+def split(layer: Layer, x: Tensor, mask: Tensor | None) -> Sequence[tuple[Tensor, Tensor | None]]:
+    """Return the ghost batches of x with their masks, each of at least `virtual_batch_size` samples.
+
+    Args:
+        layer: Says how many samples a ghost batch has.
+        x: Shape (N, C, *).
+        mask: None, or of shape (N, *).
+
+    Raises:
+        InputError: A ghost batch has one value per channel.
+    """
     if layer.virtual_batch_size is None or x.size(0) < 2 * layer.virtual_batch_size:
         return ((x, mask),)
     groups = x.size(0) // layer.virtual_batch_size
