@@ -7,6 +7,7 @@ Results go to stdout, everything else to stderr. Exit status: 0 yes, 1 the verdi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -27,12 +28,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: The arguments without the program's name; None: those of the process.
+        argv: The arguments without the program's name; None: those of the process, which is about to end then: it
+            looks for no garbage, and leaves its memory to the system.
 
     Returns:
         The exit status.
     """
     arguments = _parser().parse_args(argv)
+    if argv is not None:
+        return _run(arguments)
+    gc.disable()
+    status = _run(arguments)
+    gc.freeze()  # or Python would search all of it once more on its way out
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from renorm_onnx.errors import MachineError, RenormError, VerificationError
 
     try:

@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import subprocess
@@ -268,3 +269,17 @@ def test_branches_stay_apart_where_merging_costs_precision(tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "branches kept apart" in said
     assert [n.op_type for n in onnx.load("model.fused.onnx").graph.node].count("Conv") == 2
+
+
+def test_a_process_that_ends_looks_for_no_garbage_and_a_caller_keeps_its_own_ways(model, capsys):
+    program = (
+        "import atexit, gc, sys; from renorm_onnx.cli import main\n"
+        "atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 0, file=sys.stderr))\n"
+        "sys.argv[1:] = ['fuse', 'model.onnx', '--no-verify']; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "False True\n"
+    frozen = gc.get_freeze_count()
+    assert run("inspect", "model.onnx") == cli.YES
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen

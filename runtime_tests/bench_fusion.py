@@ -55,7 +55,7 @@ _SAVE = "onnx.save(m, sys.argv[2], save_as_external_data=len(sys.argv) > 3)"
 PROGRAMS: Mapping[str, str] = {
     COPY: f"import sys, onnx; m = onnx.load(sys.argv[1]); {_SAVE}",
     OURS: "import sys; from renorm_onnx.cli import main;"
-    "sys.exit(main(['fuse', '--no-verify', sys.argv[1], '-o', sys.argv[2]]))",
+    "sys.argv[1:] = ['fuse', '--no-verify', sys.argv[1], '-o', sys.argv[2]]; sys.exit(main())",
 }
 PEERS: Mapping[str, str] = {
     "onnxruntime": _ORT,
