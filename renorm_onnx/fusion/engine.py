@@ -259,7 +259,9 @@ class _Engine:
         total = ir.Value(name=value.name, type=value.type, shape=value.shape)
         self._redirect(value, total)
         value.name = self._fresh(value.name or "value")
-        node = ir.Node("", "Add", [value, self._store(graph, edit.parameter, name)], outputs=[total], name=name)
+        broadcast = [ir.AttrInt64("broadcast", 1)] if self._desk.opset < 7 else []
+        shift = self._store(graph, edit.parameter, name)
+        node = ir.Node("", "Add", [value, shift], attributes=broadcast, outputs=[total], name=name)
         graph.insert_after(edit.node, node)
         self._order[node] = self._order[edit.node] + 0.5
         self._added.add(node)

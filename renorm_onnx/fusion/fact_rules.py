@@ -71,6 +71,8 @@ def _unary(function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Rule:
 
 def _binary(function: Callable[[Any, Any], Any]) -> Rule:
     def rule(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        if opset < 7 and attribute(node, "axis") is not None:  # aligns the second operand, which never broadcasts x
+            return _same_dims(node, inputs, opset)
         dims = broadcast([i.dims for i in inputs])
         contents = [i.elements() for i in inputs]
         sized = dims is not None and all(isinstance(d, int) for d in dims)

@@ -5,15 +5,17 @@ Formulas::
     BatchNormalization    y = scale * (x - mean) / sqrt(var + epsilon) + B          ONNX BatchNormalization-6 .. 15
     chain                 the composition of x * c, x + c, x - c, c - x, x / c, -x
 
-Every batch-renorm layer of today is exported as such a chain. A constant belongs to a chain only if it varies along one
-axis of x at most, and x is proven to have that many elements there: a constant that broadcasts x, or raises its rank,
-is no map of channels. kappa measures how much of the input cancels in ``x - mean``: |mean| / sigma, as the root mean
-square over channels weighted by their gain, which is what the rounding of a fold adds to the next operator's sum.
+Every batch-renorm layer of today is exported as such a chain. A constant belongs to a chain only if its numbers vary
+along one axis of x at most, and x is proven to have as many elements as it wherever it is longer than one: a constant
+that broadcasts x, or raises its rank, is no map of channels. kappa measures how much of the input cancels in ``x -
+mean``: |mean| / sigma, as the root mean square over channels weighted by their gain, which is what the rounding of a
+fold adds to the next operator's sum.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,11 +27,13 @@ from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import Desk, label, refuse
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import MALFORMED
-from renorm_onnx.fusion.parameters import FLOATS
+from renorm_onnx.fusion.parameters import FLOATS, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 
 CONSTANT_OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg")
 _ZERO = np.zeros(1)
+# A constant as large as the data is read to see whether it varies along one axis only; larger ones are not.
+MAX_SEARCHED_ELEMENTS = 1 << 22
 OLDEST_OPSET = 6  # BatchNormalization-1 to -5 have consumed_inputs and other defaults.
 
 
@@ -229,31 +233,58 @@ def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
         is_float = data is not None and not desk.facts.is_constant(data) and desk.fact(data).dtype in FLOATS
         return _Link(node, data, AffineMap.of(-1.0, 0.0, None)) if is_float and data is not None else None
     constant = [desk.is_constant(node, i) for i in range(len(node.inputs))]
-    if sum(constant) != 1 or attribute(node, "axis") is not None:
-        return None  # Before opset 7 an axis attribute aligned the second operand.
+    if sum(constant) != 1:
+        return None
     position = constant.index(True)
     data, parameter = node.inputs[1 - position], desk.parameter(node, position)
     if parameter is None or data is None or (node.op_type == "Div" and position == 0):
         return None
-    where = channel_axis(parameter.shape, desk.dims(data))
-    if where is None:
+    dims = desk.dims(data)
+    shape = aligned_shape(node, position, parameter.shape, None if dims is None else len(dims))
+    found = None if shape is None else along_one_axis(parameter, shape, dims)
+    if found is None:
         return None
     with np.errstate(all="ignore"):
-        values = _operator_map(node.op_type, position, parameter.float64().reshape(-1))
-    return _Link(node, data, AffineMap.of(*values, where if where >= 0 else None))
+        values = _operator_map(node.op_type, position, found[0])
+    return _Link(node, data, AffineMap.of(*values, found[1]))
 
 
-def channel_axis(shape: Sequence[int], dims: Sequence[object] | None) -> int | None:
-    """The axis of x that a constant of this shape runs along, -1 for a single number, None where it is no map."""
-    wide = [i for i, n in enumerate(shape) if n != 1]
+def aligned_shape(node: ir.Node, position: int, shape: tuple[int, ...], rank: int | None) -> tuple[int, ...] | None:
+    """The shape of a constant operand as it broadcasts from the right; None where that is not known.
+
+    Before opset 7 an attribute says at which axis of the first operand the second one begins (ONNX Add-6).
+    """
+    begin = attribute(node, "axis")
+    if begin is None:
+        return shape
+    behind = None if rank is None else rank - int(begin) % rank - len(shape)
+    return (*shape, *[1] * behind) if behind is not None and behind >= 0 and position == 1 else None
+
+
+def along_one_axis(
+    parameter: Parameter, shape: tuple[int, ...], dims: Sequence[object] | None
+) -> tuple[np.ndarray, int | None] | None:
+    """The numbers of a constant and the axis of x that they run along, if they vary along one at most.
+
+    Args:
+        parameter: The constant.
+        shape: Its dimensions, counted from the right against those of x.
+        dims: Those of x; the constant must not be longer anywhere, or it would broadcast x.
+    """
     if not shape:
-        return -1
-    if dims is None or len(shape) > len(dims) or len(wide) > 1:
+        return parameter.float64().reshape(-1), None
+    if dims is None or len(shape) > len(dims):
         return None
-    if not wide:
-        return -1
-    axis = len(dims) - len(shape) + wide[0]
-    return axis if dims[axis] == shape[wide[0]] else None
+    offset = len(dims) - len(shape)
+    wide = [i for i, n in enumerate(shape) if n != 1]
+    if any(dims[offset + i] != shape[i] for i in wide) or (len(wide) > 1 and math.prod(shape) > MAX_SEARCHED_ELEMENTS):
+        return None
+    numbers = parameter.float64().reshape(shape)
+    varies = [i for i in wide if len(wide) == 1 or (numbers != numbers.take([0], axis=i)).any()]
+    if len(varies) > 1:
+        return None
+    index = tuple(slice(None) if i in varies else slice(1) for i in range(len(shape)))
+    return numbers[index].reshape(-1), offset + varies[0] if varies else None
 
 
 def _operator_map(operator: str, position: int, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import pytest
 
 from renorm_onnx import model_file
 from renorm_onnx.fusion.carrier import Desk
-from renorm_onnx.fusion.conftest import Builder, assert_same, operators
+from renorm_onnx.fusion.conftest import Builder, assert_same, largest_difference, operators
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
@@ -225,3 +225,42 @@ def test_clipped_constants_are_constants():
     fused, _ = fuse(model)
     assert operators(fused) == ["Conv"]
     assert_same(model, fused)
+
+
+@pytest.mark.parametrize("shape", [[2, C, 5, 5], [1, C, 5, 5], [C, 5, 5], [C, 5, 1]])
+def test_a_constant_as_large_as_the_data_is_a_channel_map_if_it_varies_along_them_only(shape):
+    for varies, left in ((True, 0), (False, 4)):
+        b = Builder()
+        h = b.conv("x", 4, C)
+        for operator in ("Sub", "Div", "Mul", "Add"):
+            numbers = b.rng.uniform(0.5, 2, (C, 1, 1)) * np.ones(shape)
+            numbers[..., 0, -1 if shape[-1] > 1 else 0] *= 1 if varies else 1.5
+            h = b.node(operator, h, b.constant(numbers), out="y" if operator == "Add" else None)
+        model = b.model({"x": [2, 4, 7, 7]}, ["y"])
+        fused, _ = fuse(model)
+        assert len(operators(fused)) == 1 + left
+        assert_same(model, fused)
+
+
+def test_a_large_constant_whose_data_may_be_smaller_is_no_map():
+    b = Builder()
+    b.node("Mul", b.conv("x", 4, C), b.constant(np.ones((C, 5, 5)) * b.rng.uniform(0.5, 2, (C, 1, 1))), out="y")
+    model = b.model({"x": ["n", 4, "h", 7]}, ["y"])
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Conv", "Mul"]
+    assert_same(model, fused, n=2, h=3)
+
+
+@pytest.mark.parametrize("axis", [1, None])
+def test_arithmetic_before_opset_7_begins_at_its_axis(axis):
+    """With an axis the constant runs along the channels, without one along the columns, of which there are as many."""
+    b = Builder()
+    h = b.conv("x", 4, C)
+    for operator in ("Sub", "Div", "Mul", "Add"):
+        more = {} if axis is None else {"axis": axis}
+        constant = b.constant(b.rng.uniform(0.5, 2, C))
+        h = b.node(operator, h, constant, out="y" if operator == "Add" else None, broadcast=1, **more)
+    model = b.model({"x": [2, 4, C + 2, C + 2]}, ["y"], opset=6)
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Conv"] if axis else ["Conv", "Sub", "Div", "Mul", "Add"]
+    assert largest_difference(model, fused) < 3e-6

@@ -85,7 +85,8 @@ class ConvTranspose(Carrier):
             if bias is None and desk.has_input(node, 2):
                 return refuse(Reason.WEIGHT, node, "has a bias that is not constant", structural=True)
             group = int(attribute(node, "group", 1))
-            taps = weight.float64().sum(axis=tuple(range(2, len(weight.shape)))) * full.shift[:, None]
+            spatial = tuple(range(2, len(weight.shape)))
+            taps = np.concatenate([block.sum(axis=spatial) for _, block in weight.blocks()]) * full.shift[:, None]
             total = taps.reshape(group, inputs // group, per_group).sum(axis=1).reshape(-1)
             total = total + (0.0 if bias is None else bias.float64())
             edits.append(SetInput(node, 2, Parameter.new(total, weight.dtype if bias is None else bias.dtype)))

@@ -52,8 +52,10 @@ class MatMul(Carrier):
             return Step((), onward)
         if not onward and not any(constant):
             return refuse(Reason.SHIFT, node, "has no constant factor, and the shift would stay an Add")
-        if desk.opset < 7:
-            return refuse(Reason.OPSET, node, "would need an Add that broadcasts, which opset 7 introduced")
+        if desk.opset < 7 and demand.axis not in (None, (rank or 0) - 1):
+            return refuse(
+                Reason.OPSET, node, "would need an Add that broadcasts along the last axes, as from opset 7 on"
+            )
         dtype = element_type(node, desk)
         if dtype is None:
             return refuse(Reason.DTYPE, node, "has an unknown element type")
@@ -102,12 +104,14 @@ class MatMul(Carrier):
             edits.append(SetInput(node, 1 - side, other.scaled(scale)))
         if not given.has_shift:
             return Step(tuple(edits))
-        if desk.opset < 7:
-            return refuse(Reason.OPSET, node, "would need an Add that broadcasts, which opset 7 introduced")
-        total: Array = (other.float64() * shift).sum(axis=inner)
+        total = _contracted(other, shift, inner)
+        if desk.opset < 7 and (total.ndim != 1 or side):
+            return refuse(
+                Reason.OPSET, node, "would need an Add that broadcasts along the last axes, as from opset 7 on"
+            )
         if total.ndim == 1 and side == 0 and following_add(node, desk):
             return Step(tuple(edits), {0: AffineMap.of(1.0, total, (_output_rank(ranks) or 1) - 1)})
-        if ranks[side] != 1 and ranks[1 - side] != 1:
+        if (total.ndim > 1 or side) and ranks[side] != 1 and ranks[1 - side] != 1:
             total = np.expand_dims(total, -2 if side == 0 else -1)  # (..., N) -> (..., 1, N); (..., M) -> (..., M, 1)
         return Step((*edits, AddAfter(node, Parameter.new(total, other.dtype))))
 
@@ -131,6 +135,13 @@ def following_add(node: ir.Node, desk: Desk) -> bool:
         return False
     reader = next(iter(uses)).node
     return reader.op_type == "Add" and reader.graph is node.graph and constant_operator(reader, desk) is not None
+
+
+def _contracted(factor: Parameter, shift: Array, inner: int) -> Array:
+    """``sum over axis inner of factor * shift``, in the memory of one block of rows."""
+    if len(factor.shape) < 3:
+        return factor.contract(shift, axis=inner)
+    return np.concatenate([(block * shift).sum(axis=inner) for _, block in factor.blocks()])
 
 
 def _inner_axis(side: int, ranks: Sequence[int | None]) -> int:

@@ -101,10 +101,15 @@ def test_the_axis_of_a_square_product_is_not_mixed_up() -> None:
     assert_fuses(build(body, "double[6,6] x", "y", B=quarters([6, 6]), **norm(6)), [Reason.GRAPH_INPUT])
 
 
-def test_no_add_is_put_behind_a_product_before_operators_broadcast() -> None:
+def test_before_opset_7_only_a_shift_along_the_last_axis_is_put_behind_a_product() -> None:
     norm_6 = "BatchNormalization<epsilon=0.0, is_test=1>"
     operands = "bn_s, bn_b, bn_m, bn_v"
     text = f"a = MatMul(x, B) y = {norm_6}(a, {operands})"
-    assert_fuses(build(text, "double[5,3] x", "y", opset=6, B=quarters([3, 6]), **norm(6)), [Reason.OPSET])
+    fused = assert_fuses(build(text, "double[5,3] x", "y", opset=6, B=quarters([3, 6]), **norm(6)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+    assert_fuses(build(text, "double[2,4,3] x", "y", opset=6, B=quarters([3, 6]), **norm(4)), [Reason.OPSET])
     text = f"a = {norm_6}(x, {operands}) y = MatMul(a, B)"
-    assert_fuses(build(text, "double[5,3] x", "y", opset=6, B=quarters([3, 6]), **norm(3)), [Reason.OPSET])
+    fused = assert_fuses(build(text, "double[5,3] x", "y", opset=6, B=quarters([3, 6]), **norm(3)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+    text = text.replace("MatMul(a, B)", "MatMul(B, a)")
+    assert_fuses(build(text, "double[2,5,3] x", "y", opset=6, B=quarters([3, 5]), **norm(5)), [Reason.OPSET])
