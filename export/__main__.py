@@ -21,21 +21,19 @@ from torch import Tensor, nn
 from export.deploy import INPUT, OUTPUT, Deployment, deploy, provider_states, sha256
 from export.progress import Stages
 from export.versions import versions
-from models import MODELS, Entry
+from models import MODELS
+from models.calibration import calibrated
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, RenormError
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from renorm_onnx.layers.running_stats import update_stats
 from renorm_onnx.runtime.session import Session
 from renorm_onnx.runtime.table import text_table
 
 SCHEMA_VERSION = 1
 
-_NORMS: Mapping[int, type[nn.Module]] = {0: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}
 _SUFFIXES = {"inference": "", "fused": ".fused", "training": ".training"}
 _STAGES = 5  # per network, as announced
-_STEPS, _BATCH = 4, 4  # of the brief training that gives weights, biases and statistics values of their own
 _TRAINING_LIMIT = 1e-4  # RMS error of one training step in onnxruntime, relative to float64
 
 
@@ -85,33 +83,6 @@ def run(options: argparse.Namespace) -> int:
     return 0 if all(entry["ok"] for entry in entries.values()) else 1
 
 
-def calibrated(entry: Entry, *, small: bool, seed: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """Build a network and train it briefly on seeded inputs, so that no parameter or statistic is at its first value.
-
-    Args:
-        entry: Of the table `MODELS`.
-        small: Take the small network and its inputs.
-        seed: Of weights, inputs and targets.
-
-    Returns:
-        The network in inference mode, and example inputs.
-    """
-    norm = _NORMS[entry.spatial_dims]
-    torch.manual_seed(seed)
-    network = entry.build(norm=lambda channels: norm(channels, schedule=None), **(entry.small if small else {}))
-    sizes = entry.small_inputs if small else {}
-    batches = [entry.example_inputs(_BATCH, seed=seed + 1 + step, **sizes) for step in range(_STEPS)]
-    optimizer = torch.optim.SGD(network.parameters(), 0.01)
-    for batch in batches:
-        y = network(*batch)
-        target = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
-        optimizer.zero_grad()
-        torch.autograd.backward(nn.functional.mse_loss(y, target))
-        optimizer.step()
-    update_stats(network, batches)
-    return network.eval(), entry.example_inputs(2, seed=seed, **sizes)
-
-
 def _written(
     name: str, options: argparse.Namespace, providers: Sequence[str], announce: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -124,7 +95,7 @@ def _written(
     )  # fmt: skip
     announce("export for training")
     for module in network.modules():
-        module.training = isinstance(module, tuple(_NORMS.values()))
+        module.training = isinstance(module, (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d))
     to_onnx(
         network, inputs, files["training"], mode="train",
         dynamic_shapes=({0: "batch"},), input_names=[INPUT], output_names=[OUTPUT],

@@ -15,6 +15,7 @@ from torch import nn
 from export import __main__ as command
 from export.deploy import sha256
 from models import MODELS
+from models.calibration import calibrated
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
 
 NAMES = ["mlp", "repvgg"]
@@ -61,7 +62,7 @@ def test_both_functions_are_called_once_per_norm(folder: Path, manifest: dict[st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_files_compute_what_torch_computes(folder: Path, name: str) -> None:
-    network, inputs = command.calibrated(MODELS[name], small=True, seed=0)
+    network, inputs = calibrated(MODELS[name], small=True, seed=0)
     with torch.no_grad():
         want = network(*inputs).numpy()
     for suffix in ("", ".fused"):
@@ -77,8 +78,8 @@ def test_norms_after_fusing_are_those_that_the_file_has(folder: Path, manifest: 
 
 
 def test_calibration_moves_every_parameter_and_statistic_from_its_first_value() -> None:
-    network, _ = command.calibrated(MODELS["mlp"], small=True, seed=0)
-    again, _ = command.calibrated(MODELS["mlp"], small=True, seed=0)
+    network, _ = calibrated(MODELS["mlp"], small=True, seed=0)
+    again, _ = calibrated(MODELS["mlp"], small=True, seed=0)
     assert not any(module.training for module in network.modules())
     for (name, tensor), other in zip(network.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(tensor, other), name
@@ -87,7 +88,7 @@ def test_calibration_moves_every_parameter_and_statistic_from_its_first_value() 
 
 
 def test_the_training_error_is_large_for_another_network(folder: Path) -> None:
-    network, inputs = command.calibrated(MODELS["mlp"], small=True, seed=0)
+    network, inputs = calibrated(MODELS["mlp"], small=True, seed=0)
     for module in network.modules():
         module.training = isinstance(module, BatchRenorm1d)
     before = copy.deepcopy(network.state_dict())

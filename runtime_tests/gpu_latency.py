@@ -18,8 +18,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export.__main__ import calibrated
 from models import MODELS
+from models.calibration import calibrated
 from renorm_onnx.errors import RenormError
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.fusion.engine import fuse

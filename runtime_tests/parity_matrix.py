@@ -28,8 +28,8 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from export.__main__ import calibrated
 from models import MODELS
+from models.calibration import calibrated
 from renorm_onnx import model_file
 from renorm_onnx.errors import MachineError
 from renorm_onnx.exporter import to_onnx
