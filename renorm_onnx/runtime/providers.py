@@ -108,6 +108,8 @@ def onnxruntime() -> Any:
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # what an extension makes of it while it is loaded
+            raise KeyboardInterrupt from error
         raise MachineError(
             f"onnxruntime cannot be imported ({error}); install one of: pip install onnxruntime (CPU), "
             f"{_INSTALL_CUDA} (NVIDIA GPU)"

@@ -149,3 +149,12 @@ def test_another_cuda_version_is_noticed_only_where_the_right_one_is_missing(mon
     )
     assert providers._other_majors(13) == (12,)
     assert providers._other_majors(12) == ()
+
+
+def test_an_interrupt_while_onnxruntime_is_loaded_stays_an_interrupt(monkeypatch):
+    def interrupted(name):
+        raise ImportError("initialization failed") from KeyboardInterrupt()
+
+    monkeypatch.setattr(providers.importlib, "import_module", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        providers.onnxruntime()

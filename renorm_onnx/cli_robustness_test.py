@@ -1,0 +1,163 @@
+"""What a shell can do to the command: broken pipes, closed streams, full disks, interrupts, names in no encoding."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnx
+import pytest
+
+from renorm_onnx import cli
+from renorm_onnx.cli_test import small_model
+
+COMMAND = [sys.executable, "-m", "renorm_onnx"]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    onnx.save(small_model(), tmp_path / "model.onnx")
+    return tmp_path
+
+
+def started(folder, *arguments, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | options.pop("env", {})
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([*COMMAND, *map(os.fsdecode, arguments)], cwd=folder, env=environment, **streams)
+
+
+def finished(folder, *arguments, **options) -> tuple[int, str, str]:
+    process = started(folder, *arguments, **options)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, (out or b"").decode(errors="surrogateescape"), (err or b"").decode()
+
+
+FINE = [["fuse"], ["verify"], ["inspect"], ["inline"], ["bench", "--rounds", "1"]]
+
+
+@pytest.mark.parametrize("command", FINE, ids=lambda c: c[0])
+def test_a_file_name_in_no_encoding_is_a_file_name(folder, command):
+    os.rename(folder / "model.onnx", os.fsencode(folder) + b"/a b \xff.onnx")
+    status, out, err = finished(folder, *command, "--json", b"a b \xff.onnx", env={"LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert (status, err) == (cli.YES, "")
+    assert json.loads(out)["schema_version"] == 1
+    assert finished(folder, "inspect", b"a b \xff.onnx", env={"LC_ALL": "C", "PYTHONUTF8": "0"})[::2] == (cli.YES, "")
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "model.onnx"], ["fuse", "model.onnx"]], ids=lambda a: a[0])
+def test_a_reader_that_goes_away_changes_nothing(folder, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    assert finished(folder, *arguments, stdout=write) == (cli.YES, "", "")
+    os.close(write)
+
+
+def test_a_reader_that_goes_away_does_not_turn_a_no_into_a_yes(folder):
+    onnx.save(small_model(scale=0.7001), folder / "wrong.onnx")
+    read, write = os.pipe()
+    os.close(read)
+    assert finished(folder, "verify", "model.onnx", "wrong.onnx", stdout=write) == (cli.NO, "", "")
+    os.close(write)
+
+
+def test_a_result_that_cannot_be_printed_is_one_line(folder):
+    with open("/dev/full", "w") as full:
+        status, _, err = finished(folder, "inspect", "model.onnx", stdout=full)
+    assert (status, err) == (cli.BAD_INPUT, "renorm-onnx inspect: cannot print the result: no space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_process_without_its_standard_streams_does_its_work(folder, closed):
+    words = " ".join(COMMAND)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(f"{words} fuse model.onnx {closed}", shell=True, cwd=folder, env=environment, timeout=120)
+    assert done.returncode == cli.YES
+    assert onnx.load(folder / "model.fused.onnx").graph.node[0].op_type == "Conv"
+
+
+def test_an_error_never_goes_to_stdout(folder):
+    command = f"{' '.join(COMMAND)} inspect absent.onnx --json 2>&-"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, cwd=folder, env=environment, timeout=120, stdout=subprocess.PIPE)
+    assert done.returncode == cli.BAD_INPUT
+    assert json.loads(done.stdout)["error"]["type"] == "ModelFileError"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "kind"),
+    [
+        (["fuse", "model.onnx"], cli.YES, None),
+        (["fuse", "model.onnx", "--check"], cli.NO, None),
+        (["verify", "model.onnx", "wrong.onnx"], cli.NO, None),
+        (["fuse", "absent.onnx"], cli.BAD_INPUT, "ModelFileError"),
+        (["bench", "model.onnx", "--rounds", "1", "--plot", "absent/x.png"], cli.BAD_INPUT, "ModelFileError"),
+        (["verify", "model.onnx", "--ep", "gpu9000"], cli.BAD_INPUT, "InputError"),
+        (["inline"], cli.BAD_INPUT, "UsageError"),
+        (["absent"], cli.BAD_INPUT, "UsageError"),
+        (["inspect", "model.onnx", "--absent"], cli.BAD_INPUT, "UsageError"),
+    ],
+    ids=str,
+)
+def test_json_is_one_document_at_every_exit_status(folder, capsys, monkeypatch, arguments, status, kind):
+    monkeypatch.chdir(folder)
+    onnx.save(small_model(scale=0.7001), "wrong.onnx")
+    assert cli.main([*arguments, "--json"]) == status
+    said = json.loads(capsys.readouterr().out)
+    assert said.get("error", {}).get("type") == kind
+    assert kind is None or (said["ok"], said["exit_status"]) == (False, status)
+
+
+def test_a_machine_without_memory_is_exit_3(folder, capsys, monkeypatch):
+    from renorm_onnx import inspection
+
+    def hungry(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(inspection, "inspect_model", hungry)
+    assert cli.main(["inspect", str(folder / "model.onnx"), "--json"]) == cli.BAD_MACHINE
+    said = capsys.readouterr()
+    assert said.err == "renorm-onnx inspect: out of memory\n"
+    assert json.loads(said.out)["error"] == {"type": "MemoryError", "message": "out of memory"}
+
+
+def small_files() -> None:
+    """In a child: no file may grow beyond 300 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+
+
+@pytest.mark.parametrize("command", ["fuse", "inline"])
+def test_a_disk_that_takes_no_more_leaves_nothing_behind(folder, command):
+    before = sorted(os.listdir(folder))
+    status, out, err = finished(folder, command, "model.onnx", preexec_fn=small_files)
+    assert (status, out) == (cli.BAD_INPUT, "")
+    assert "would pass the size limit of this process" in err
+    assert err.count("\n") == 1
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["fuse", "--ep", "cpu"], ["verify", "--inputs", "500"], ["bench", "--rounds", "100000"]],
+    ids=lambda c: c[0],
+)
+def test_an_interrupt_is_one_line_and_leaves_nothing_behind(folder, command):
+    before = sorted(os.listdir(folder))
+    interrupted = 0
+    for delay in (0.4, 0.8, 1.6):
+        process = started(folder, *command, "model.onnx")
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in (cli.INTERRUPTED, cli.YES), err
+        if process.returncode == cli.INTERRUPTED:
+            interrupted += 1
+            assert err.decode() == f"renorm-onnx {command[0]}: interrupted\n"
+        (folder / "model.fused.onnx").unlink(missing_ok=True)
+        assert sorted(os.listdir(folder)) == before
+    assert interrupted
