@@ -31,6 +31,7 @@ from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import constant_operator
 
 ABSORBING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "DequantizeLinear")
+BENDING = ("Relu", "LeakyRelu", "PRelu", "Mul", "Div")
 PASSING = (
     *("Identity", "Dropout", "Relu", "LeakyRelu", "MaxPool", "AveragePool", "Reshape", "Transpose", "Flatten"),
     *("Squeeze", "Unsqueeze", "Add", "Sub", "Mul", "Neg", "Pad", "Resize", "Upsample", "DepthToSpace", "Cast"),
@@ -112,15 +113,21 @@ def map_operand(node: ir.Node, index: int, own: AffineMap, rank: int | None, des
     return Step((), {index: seen})
 
 
-def absorbs_soon(value: ir.Value | None, limit: int = 8) -> bool:
-    """Whether the way back from `value` looks like one that ends in an absorber: a guess that decides a preference."""
+def absorbs_soon(value: ir.Value | None, *, shift: bool, limit: int = 8) -> bool:
+    """Whether the way back from `value` looks like one that ends in an absorber: a guess that decides a preference.
+
+    Args:
+        value: Where the way begins.
+        shift: Whether a shift must go that way, and not a scale alone.
+        limit: How many operators to look at.
+    """
     for _ in range(limit):
         node = None if value is None else value.producer()
         if node is None or value is None or value.is_graph_output() or len(value.uses()) > 1:
             return False
         if node.op_type in ABSORBING:
             return True
-        if node.op_type not in PASSING or not node.inputs:
+        if node.op_type not in PASSING or not node.inputs or (shift and node.op_type in BENDING):
             return False
         value = node.inputs[0]
     return False
@@ -198,7 +205,7 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
                 fits.append(places)
     if not fits:
         return refuse(Reason.SHAPE, node, "has no operand that is proven to take a shift along the map")
-    return next((f for f in fits if absorbs_soon(node.inputs[f[0]])), fits[0])
+    return next((f for f in fits if absorbs_soon(node.inputs[f[0]], shift=True)), fits[0])
 
 
 def _commuted(node: ir.Node, total: AffineMap, desk: Desk) -> Step | Refusal:

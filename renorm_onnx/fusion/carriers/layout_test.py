@@ -140,13 +140,20 @@ def test_channels_joined_to_an_open_batch_repeat_themselves() -> None:
 def test_what_needs_an_element_for_each_channel_refuses_a_map_that_repeats_itself() -> None:
     back = {"p": np.array([-1, 4, 4, 5]), "inputs": "double[N,3,4,5] x"}
     for line, reason in (
-        ("f = MatMul(e, B)", Reason.AXIS),
+        ("f = MatMul(e, B)", Reason.SHAPE),
         ("f = Add(e, z)", Reason.SHAPE),
         ("f = Slice(e, o, i, o)", Reason.SHAPE),
     ):
         constants = {"B": quarters([20, 20]), "z": quarters([8, 1]), "o": np.array([0]), "i": np.array([8])}
         used = {k: v for k, v in constants.items() if k in line}
         backward(f"e = Flatten<axis=2>(c) {line} d = Reshape(f, p)", 4, [reason], **back, **used)
+
+
+def test_a_scale_that_repeats_itself_passes_a_product_of_rows() -> None:
+    lines = "e = Flatten<axis=2>(c) f = MatMul(e, B) d = Reshape(f, p)"
+    more = {"p": np.array([-1, 4, 4, 5]), "B": quarters([20, 20]), "shift": False}
+    backward(lines, 4, inputs="double[N,3,4,5] x", **more)
+    forward(lines, 4, inputs="double[N,4,4,5] x", **more)
 
 
 def test_a_batch_of_fixed_size_repeats_the_map_in_full() -> None:

@@ -33,6 +33,7 @@ class MatMul(Carrier):
     """Matrix product of two tensors, with leading axes that broadcast."""
 
     operators = ("MatMul",)
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Scale one factor; add the shift behind."""
@@ -40,19 +41,21 @@ class MatMul(Carrier):
         constant = [desk.parameter(node, i) is not None for i in range(2)]
         ranks = [desk.fact(v).rank for v in node.inputs]
         rank = _output_rank(ranks)
-        if rank is None and (demand.axis is not None or demand.has_shift):
+        if demand.periodic and demand.has_shift:
+            return refuse(Reason.SHAPE, node, "has an output of open size along which the shift repeats itself")
+        if rank is None and (demand.axes or demand.has_shift):
             return refuse(Reason.SHAPE, node, "has operands of unknown rank", structural=True)
         onward: dict[int, AffineMap] = {}
         if demand.has_scale:
             target = self._scaled_factor(node, demand, constant, ranks, desk)
             if isinstance(target, Refusal):
                 return target
-            onward[target[0]] = demand.without_shift().on_axis(target[1])
+            onward[target[0]] = target[1]
         if not demand.has_shift:
             return Step((), onward)
         if not onward and not any(constant):
             return refuse(Reason.SHIFT, node, "has no constant factor, and the shift would stay an Add")
-        if desk.opset < 7 and demand.axis not in (None, (rank or 0) - 1):
+        if desk.opset < 7 and demand.axes not in ((), ((rank or 0) - 1,)):
             return refuse(
                 Reason.OPSET, node, "would need an Add that broadcasts along the last axes, as from opset 7 on"
             )
@@ -60,26 +63,31 @@ class MatMul(Carrier):
         if dtype is None:
             return refuse(Reason.DTYPE, node, "has an unknown element type")
         # (C,) -> (C, 1, ...): right-aligned against the output.
-        shape = (demand.channels, *[1] * ((rank or 1) - 1 - demand.axis)) if demand.axis is not None else ()
+        shape = demand.along(rank or 0)[1].shape[demand.axes[0] :] if demand.axes else ()
         return Step((AddAfter(node, Parameter.new(demand.shift.reshape(shape), dtype)),), onward)
 
     def _scaled_factor(
         self, node: ir.Node, demand: AffineMap, constant: Sequence[bool], ranks: Sequence[int | None], desk: Desk
-    ) -> tuple[int, int | None] | Refusal:
-        """The factor that takes the scale, and along which of its axes."""
-        if demand.axis is None:
-            return (0 if constant[0] and not constant[1] else 1), None
-        places = [axis_in_factor(demand.axis, side, ranks) for side in range(2)]
+    ) -> tuple[int, AffineMap] | Refusal:
+        """The factor that takes the scale, and what is asked of it."""
+        scale = demand.without_shift()
+        if not demand.axes:
+            return (0 if constant[0] and not constant[1] else 1), scale
         fits = []
-        for side, place in enumerate(places):
+        for side in range(2):
+            places = {axis: axis_in_factor(axis, side, ranks) for axis in demand.axes}
             dims = desk.dims(node.inputs[side])
-            if place is None or dims is None:
+            if dims is None or None in places.values():
                 continue
+            own = scale.moved(lambda axis, places=places: places[axis] or 0)  # type: ignore[misc]
             # M and N cannot broadcast, leading axes can.
-            if dims[place] == demand.channels or (place >= len(dims) - 2 and not isinstance(dims[place], int)):
-                fits.append((side, place))
+            if all(
+                dims[p] == n or (p >= len(dims) - 2 and not isinstance(dims[p], int))
+                for p, n in zip(own.axes, own.scale.shape, strict=True)
+            ):
+                fits.append((side, own))
         if not fits:
-            return refuse(Reason.SHAPE, node, f"has no factor that is proven to vary along axis {demand.axis}")
+            return refuse(Reason.SHAPE, node, f"has no factor that is proven to vary along axes {demand.axes}")
         return next((f for f in fits if constant[f[0]]), fits[-1])
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
@@ -91,7 +99,7 @@ class MatMul(Carrier):
         if ranks[0] is None or ranks[1] is None or not ranks[0] or not ranks[1]:
             return refuse(Reason.SHAPE, node, "has operands of unknown rank", structural=True)
         other = desk.parameter(node, 1 - side)
-        if given.axis not in (None, _inner_axis(side, ranks)) or (other is None and not given.has_shift):
+        if given.axes not in ((), (_inner_axis(side, ranks),)) or (other is None and not given.has_shift):
             return self._pass_outer(node, side, given, ranks)
         if other is None:
             return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
@@ -119,12 +127,10 @@ class MatMul(Carrier):
         """A scale along an axis that is not summed over scales the product along the same axis."""
         if given.has_shift:
             return refuse(Reason.AXIS, node, "does not sum over the axis that the map runs along")
-        if given.axis is None:
-            return Step((), {0: given})
-        for axis in range(_output_rank(ranks) or 0):
-            if axis_in_factor(axis, side, ranks) == given.axis:
-                return Step((), {0: given.on_axis(axis)})
-        return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
+        places = {axis_in_factor(axis, side, ranks): axis for axis in range(_output_rank(ranks) or 0)}
+        if _inner_axis(side, ranks) in given.axes:
+            return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=len(given.axes) == 1)
+        return Step((), {0: given.moved(places.__getitem__)})
 
 
 def following_add(node: ir.Node, desk: Desk) -> bool:

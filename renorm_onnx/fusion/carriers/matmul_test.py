@@ -113,3 +113,38 @@ def test_before_opset_7_only_a_shift_along_the_last_axis_is_put_behind_a_product
     assert operators(fused) == {"MatMul": 1, "Add": 1}
     text = text.replace("MatMul(a, B)", "MatMul(B, a)")
     assert_fuses(build(text, "double[2,5,3] x", "y", opset=6, B=quarters([3, 5]), **norm(5)), [Reason.OPSET])
+
+
+HEADS = {"p": np.array([0, 0, 2, 3]), "q": np.array([0, 0, 6])}
+
+
+def test_a_scale_behind_attention_goes_into_the_values_of_all_heads() -> None:
+    text = "v = MatMul(x, B) r = Reshape(v, p) t = Transpose<perm=[0,2,1,3]>(r) o = MatMul(a, t) "
+    text += "u = Transpose<perm=[0,2,1,3]>(o) j = Reshape(u, q) y = Mul(j, k)"
+    inputs = "double[N,L,5] x, double[N,2,L,L] a"
+    fused = assert_fuses(build(text, inputs, "y", B=quarters([5, 6]), k=quarters([6], 1), **HEADS))
+    assert operators(fused) == {"MatMul": 2, "Reshape": 2, "Transpose": 2}
+    assert_fuses(
+        build(text, "double[N,L,5] x, double[N,1,L,L] a", "y", B=quarters([5, 6]), k=quarters([6], 1), **HEADS)
+    )
+    turned = text.replace("MatMul(a, t)", "MatMul(t, a)")
+    model = build(turned, "double[N,L,5] x, double[N,2,3,3] a", "y", B=quarters([5, 6]), k=quarters([6], 1), **HEADS)
+    assert_fuses(model, [Reason.GRAPH_INPUT])
+
+
+def test_a_scale_before_attention_goes_forward_past_the_weights_of_all_heads() -> None:
+    text = "n = Mul(x, k) r = Reshape(n, p) t = Transpose<perm=[0,2,1,3]>(r) o = MatMul(a, t) "
+    text += "u = Transpose<perm=[0,2,1,3]>(o) j = Reshape(u, q) y = MatMul(j, B)"
+    inputs = "double[N,L,6] x, double[N,2,L,L] a"
+    fused = assert_fuses(build(text, inputs, "y", B=quarters([6, 5]), k=quarters([6], 1), **HEADS))
+    assert operators(fused) == {"MatMul": 2, "Reshape": 2, "Transpose": 2}
+    summed = text.replace("MatMul(a, t)", "MatMul(t, a)")
+    inputs = "double[N,L,6] x, double[N,2,3,3] a"
+    assert_fuses(build(summed, inputs, "y", B=quarters([6, 5]), k=quarters([6], 1), **HEADS), [Reason.WEIGHT])
+
+
+def test_a_shift_goes_into_the_branch_that_does_not_bend() -> None:
+    text = f"a = Conv(x, W) r = Relu(a) c = Conv(x, V) d = Add(r, c) y = {bn('d')}"
+    weights = {"W": quarters([4, 3, 1, 1]), "V": quarters([4, 3, 1, 1], 3)}
+    fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", **weights, **norm(4, positive=True)))
+    assert operators(fused) == {"Conv": 2, "Relu": 1, "Add": 1}
