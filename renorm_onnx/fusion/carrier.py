@@ -94,11 +94,15 @@ class Desk:
 
     def parameter(self, node: ir.Node, index: int) -> Parameter | None:
         """The constant float operand at `index`, as it will be; None where absent or not constant."""
-        if (node, index) in self.pending:
-            return self.pending[node, index]
-        if index >= len(node.inputs) or node.inputs[index] is None:
+        pending = self.pending.get((node, index))
+        if pending is not None:
+            return pending
+        inputs = node.inputs
+        value = inputs[index] if index < len(inputs) else None
+        if value is None:
             return None
-        return Parameter.of(self.unexpanded(node, index) or self.facts[node.inputs[index]])
+        fact = None if value.producer() is None else self.unexpanded(node, index)
+        return Parameter.of(self.facts[value] if fact is None else fact)
 
     def is_constant(self, node: ir.Node, index: int) -> bool:
         """Whether the operand at `index` is constant, or is but for an Expand that changes nothing for `node`."""

@@ -158,14 +158,12 @@ class _Engine:
         forwards = True
         while True:
             nodes = list(graph)
-            norms = list(find_norms(nodes, self._desk))
-            for norm in norms:
-                self._entries_of(norm)
+            norms = [(norm, self._entries_of(norm)) for norm in list(find_norms(nodes, self._desk))]
             self._touched.clear()
             self._order = {n: float(i) for i, n in enumerate(nodes)}
             planner = Planner(self._order, self._desk, load_carriers(), self._limits)
             count = len(self._added)
-            folded = sum([self._try(norm, planner) for norm in (norms if forwards else reversed(norms))])
+            folded = sum([self._try(*found, planner) for found in (norms if forwards else reversed(norms))])
             self._clean()
             if not folded or (folded == len(norms) and len(self._added) == count):
                 return
@@ -185,12 +183,11 @@ class _Engine:
             return [entry]
         return list(known.values())
 
-    def _try(self, norm: Norm, planner: Planner) -> bool:
+    def _try(self, norm: Norm, entries: list[NormReport], planner: Planner) -> bool:
         # What an earlier plan of this round changed is no longer what was found: the next round finds it anew.
         if any(n in self._gone or n in self._touched for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
             return False
         plan = planner.plan(norm)
-        entries = self._entries_of(norm)
         if not isinstance(plan, Plan):
             for entry in entries:
                 entry.refusals = plan
@@ -334,7 +331,12 @@ class _Engine:
                 continue
             old = node.inputs[index] if index < len(node.inputs) else None
             hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
-            value = self._store(graph, parameter, self._fresh(hint))
+            name = self._fresh(hint)
+            if old is not None and old.graph is graph and _is_read_once(old):
+                _set_content(old, parameter, name)
+                old.name = name
+                continue
+            value = self._store(graph, parameter, name)
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
             node.replace_input_with(index, value)
@@ -345,12 +347,24 @@ class _Engine:
 
     def _store(self, graph: ir.Graph, parameter: Parameter, name: str) -> ir.Value:
         """A new initializer of `graph`."""
-        value = ir.Value(name=name, type=ir.TensorType(parameter.dtype), shape=ir.Shape(parameter.shape))
-        value.const_value = parameter.tensor(name)
+        value = ir.Value(name=name)
+        _set_content(value, parameter, name)
         graph.register_initializer(value)
         if self._model.ir_version < 4:
             graph.inputs.append(value)
         return value
+
+
+def _is_read_once(value: ir.Value) -> bool:
+    """Whether `value` is stored for one operand alone, so that nobody else sees it change."""
+    return (
+        value.is_initializer() and not value.is_graph_input() and not value.is_graph_output() and len(value.uses()) == 1
+    )
+
+
+def _set_content(value: ir.Value, parameter: Parameter, name: str) -> None:
+    value.const_value = parameter.tensor(name)
+    value.type, value.shape = ir.TensorType(parameter.dtype), ir.Shape(parameter.shape)
 
 
 def count_operators(model: ir.Model) -> Counter[str]:

@@ -27,6 +27,9 @@ MAX_REMEMBERED_ELEMENTS = 1 << 27
 MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
 
 
+_TYPES = {kind.value: kind for kind in ir.DataType}
+
+
 class Dimension:
     """A size that is known only at run time; equal to itself and to nothing else."""
 
@@ -218,8 +221,9 @@ class Facts:
 def stored(tensor: ir.TensorProtocol) -> Fact:
     """The fact about a value that is stored in the file."""
     # onnx-ir builds a new shape each time it is asked for that of a tensor in a message.
-    dims = tensor.raw.dims if isinstance(tensor, ir.serde.TensorProtoTensor) else tensor.shape.numpy()
-    return Fact(tuple(dims), None, tensor, tensor.dtype)
+    if isinstance(tensor, ir.serde.TensorProtoTensor):
+        return Fact(tuple(tensor.raw.dims), None, tensor, _TYPES[tensor.raw.data_type])
+    return Fact(tuple(tensor.shape.numpy()), None, tensor, tensor.dtype)
 
 
 def computed(content: Content, dtype: ir.DataType | None) -> Fact:

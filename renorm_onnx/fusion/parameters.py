@@ -15,6 +15,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterator
+from types import EllipsisType
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -27,6 +28,8 @@ from renorm_onnx.external_data import read_rows
 from renorm_onnx.fusion.facts import Fact, to_float64
 
 Array = npt.NDArray[np.float64]
+# Some rows of an operand, or all of it.
+Rows = slice | EllipsisType
 
 # One block and its float64 products stay in a processor's cache; larger tensors are computed while they are written.
 BLOCK_ELEMENTS = 1 << 17
@@ -88,12 +91,12 @@ class Parameter(NamedTuple):
 
     def float64(self) -> Array:
         """All elements as products in float64. Shape `shape`; not to be written to."""
-        return self._multiplied(self._stored(), None)
+        return self._multiplied(self._stored(), ...)
 
-    def blocks(self) -> Iterator[tuple[slice, Array]]:
+    def blocks(self) -> Iterator[tuple[Rows, Array]]:
         """The products in float64, in blocks of whole rows along axis 0, for tensors too large to hold twice."""
         for part, block in self._stored_blocks():
-            yield slice(None) if part is None else part, self._multiplied(block, part)
+            yield part, self._multiplied(block, part)
 
     def _stored(self) -> npt.NDArray[Any]:
         if isinstance(self.base, np.ndarray):
@@ -104,10 +107,10 @@ class Parameter(NamedTuple):
             return read_rows(self.base, 0, self.shape[0])
         return self.base.numpy()
 
-    def _stored_blocks(self) -> Iterator[tuple[slice | None, npt.NDArray[Any]]]:
-        """The elements as they are stored, without factors, in blocks of whole rows, or all at once with None."""
+    def _stored_blocks(self) -> Iterator[tuple[Rows, npt.NDArray[Any]]]:
+        """The elements as they are stored, without factors, in blocks of whole rows, or all at once."""
         if math.prod(self.shape) <= BLOCK_ELEMENTS:
-            yield None, self._stored()
+            yield ..., self._stored()
             return
         rows = max(1, BLOCK_ELEMENTS // math.prod(self.shape[1:]))
         # A tensor in a message is copied out of it each time it is asked for; one in a file is read piece by piece.
@@ -119,10 +122,10 @@ class Parameter(NamedTuple):
             elif isinstance(self.base, ir.ExternalTensor):
                 yield part, read_rows(self.base, part.start, part.stop)
 
-    def _multiplied(self, block: npt.NDArray[Any], part: slice | None) -> Array:
+    def _multiplied(self, block: npt.NDArray[Any], part: Rows) -> Array:
         result: Array = block.astype(np.float64, copy=False)
         for factor in self.factors:
-            result = result * (factor if part is None or factor.shape[0] == 1 else factor[part])
+            result = result * (factor if part is ... or factor.shape[0] == 1 else factor[part])
         return result
 
     def contract(self, vector: Array, axis: int) -> Array:
@@ -151,12 +154,13 @@ class Parameter(NamedTuple):
 
     def rounded(self) -> npt.NDArray[Any]:
         """The elements in their type, each rounded once. Shape `shape`."""
-        if math.prod(self.shape) <= BLOCK_ELEMENTS:
-            return rounded(self.float64(), self.dtype)
-        result = np.empty(self.shape, numpy_type(self.dtype))
-        for part, block in self.blocks():
-            result[part] = rounded(block, self.dtype)
-        return result
+        with np.errstate(all="ignore"):
+            if math.prod(self.shape) <= BLOCK_ELEMENTS:
+                return rounded(self.float64(), self.dtype)
+            result = np.empty(self.shape, numpy_type(self.dtype))
+            for part, block in self.blocks():
+                result[part] = rounded(block, self.dtype)
+            return result
 
     def tensor(self, name: str) -> ir.TensorProtocol:
         """What goes into the file: the elements themselves, or for a large stored tensor a recipe that streams them."""
@@ -187,8 +191,9 @@ class StreamedTensor(ir.LazyTensor):
 
     def tofile(self, file: BinaryIO) -> None:  # type: ignore[override]
         """Write the elements to an open binary file, one block in memory at a time."""
-        for _, block in self._parameter.blocks():
-            file.write(rounded(block, self._parameter.dtype).reshape(-1).view(np.uint8).data)
+        with np.errstate(all="ignore"):
+            for _, block in self._parameter.blocks():
+                file.write(rounded(block, self._parameter.dtype).reshape(-1).view(np.uint8).data)
 
 
 def rounded(array: Array, dtype: ir.DataType) -> npt.NDArray[Any]:
@@ -198,15 +203,14 @@ def rounded(array: Array, dtype: ir.DataType) -> npt.NDArray[Any]:
     zero, with the last bit set where digits were lost), a float32 still tells on which side of a tie it lies.
     Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums", theorem 2 (24 >= 8 + 2 digits).
     """
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if dtype != ir.DataType.BFLOAT16:
-            return array.astype(numpy_type(dtype))
-        near = np.asarray(array.astype(np.float32))
-        bits = near.view(np.uint32)
-        lost = near != array
-        bits -= np.abs(near) > np.abs(array)
-        bits |= lost
-        return near.astype(ml_dtypes.bfloat16)
+    if dtype != ir.DataType.BFLOAT16:
+        return array.astype(numpy_type(dtype))
+    near = np.asarray(array.astype(np.float32))
+    bits = near.view(np.uint32)
+    lost = near != array
+    bits -= np.abs(near) > np.abs(array)
+    bits |= lost
+    return near.astype(ml_dtypes.bfloat16)
 
 
 def _read(tensor: ir.serde.TensorProtoTensor, shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -31,6 +31,7 @@ from renorm_onnx.fusion.parameters import FLOATS, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 
 CONSTANT_OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg")
+_STARTS = frozenset({"BatchNormalization", *CONSTANT_OPERATORS})
 _ZERO = np.zeros(1)
 # A constant as large as the data is read to see whether it varies along one axis only; larger ones are not.
 MAX_SEARCHED_ELEMENTS = 1 << 22
@@ -86,7 +87,7 @@ def find_norms(nodes: Sequence[ir.Node], desk: Desk) -> Iterator[Norm]:
     """All norms among `nodes`, which are in graph order, each node in one norm at most."""
     taken: set[ir.Node] = set()
     for node in nodes:
-        if node in taken or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in _STARTS or node in taken or node.domain not in ("", "ai.onnx"):
             continue
         try:
             found = _norm_from(node, desk)
@@ -100,7 +101,7 @@ def find_norms(nodes: Sequence[ir.Node], desk: Desk) -> Iterator[Norm]:
 def _norm_from(node: ir.Node, desk: Desk) -> Norm | None:
     if node.op_type == "BatchNormalization":
         return batch_normalization(node, desk)
-    return _chain(node, desk) if node.op_type in CONSTANT_OPERATORS else None
+    return _chain(node, desk)
 
 
 def batch_normalization(node: ir.Node, desk: Desk) -> Norm:
@@ -137,11 +138,10 @@ def _batch_normalization_map(
     epsilon = float(attribute(node, "epsilon", np.float32(1e-5)))
     if var.size and var.min() < 0:
         return refuse(Reason.NEGATIVE_VARIANCE, node, f"has a negative variance in channel {int(np.argmin(var))}")
-    with np.errstate(all="ignore"):
-        sigma = np.sqrt(var + epsilon)
-        gain = scale / sigma
-        result = AffineMap.of(gain, bias - mean * gain, 1)
-        ratios = mean / sigma
+    sigma = np.sqrt(var + epsilon)
+    gain = scale / sigma
+    result = AffineMap.of(gain, bias - mean * gain, 1)
+    ratios = mean / sigma
     if not result.is_finite:
         channel = int(np.argmin(np.isfinite(result.scale) & np.isfinite(result.shift)))
         return refuse(Reason.NON_FINITE, node, f"has parameters that are not finite in channel {channel}")
@@ -244,8 +244,7 @@ def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
     found = None if shape is None else along_one_axis(parameter, shape, dims)
     if found is None:
         return None
-    with np.errstate(all="ignore"):
-        values = _operator_map(node.op_type, position, found[0])
+    values = _operator_map(node.op_type, position, found[0])
     return _Link(node, data, AffineMap.of(*values, found[1]))
 
 
