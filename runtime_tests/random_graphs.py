@@ -80,9 +80,13 @@ def _chain(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.ran
     operator = str(rng.choice(["Mul", "Add", "Sub", "Div", "Neg"]))
     if operator == "Neg":
         return g.node("Neg", [name], shape)
-    form = rng.integers(4)
-    dims = [(), (1,), (1, shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 else (1,), (shape[-1],)][form]
-    k = g.constant(rng.uniform(0.5, 2, dims) * rng.choice([-1, 1], dims))
+    form = rng.integers(5)
+    dims = [(), (1,), (1, shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 else (1,), (shape[-1],), (1,)][form]
+    numbers = rng.uniform(0.5, 2, dims) * rng.choice([-1, 1], dims)
+    if form == 4:  # as large as the data, and constant along all axes but one
+        axis = int(rng.integers(len(shape)))
+        numbers = np.broadcast_to(rng.uniform(0.5, 2, [n if i == axis else 1 for i, n in enumerate(shape)]), shape)
+    k = g.constant(numbers)
     order = [k, name] if rng.random() < 0.3 and operator != "Div" else [name, k]
     return g.node(operator, order, shape)
 
@@ -131,14 +135,19 @@ def _dense(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.ran
 
 def _activation(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.random.Generator) -> None:
     name, shape = x
-    operator = str(rng.choice(["Relu", "LeakyRelu", "Identity", "Dropout", "Sigmoid", "PRelu", "Clip", "Abs"]))
+    names = ["Relu", "LeakyRelu", "Identity", "Dropout", "Sigmoid", "PRelu", "Clip", "Abs", "Max", "Softmax"]
+    operator = str(rng.choice(names))
     inputs, more = [name], {"alpha": 0.25} if operator == "LeakyRelu" else {}
     if operator == "PRelu":
         inputs.append(
             g.constant(rng.uniform(0.1, 0.5, (shape[1], *[1] * (len(shape) - 2)) if len(shape) > 1 else (1,)))
         )
     if operator == "Clip":
-        inputs += [g.constant(-1.5), g.constant(1.0)]
+        inputs += [[g.constant(-1.5), g.constant(1.0)], [g.constant(0.0)], [g.constant(-0.5)], []][rng.integers(4)]
+    if operator == "Max":
+        inputs.append(g.constant(rng.normal(size=[(), (shape[-1],), shape[1:]][rng.integers(3)])))
+    if operator == "Softmax":
+        more = {"axis": int(rng.integers(len(shape)))}
     g.node(operator, inputs, shape, **more)
 
 
@@ -207,7 +216,11 @@ def _regroup(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.r
 def _cut(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.random.Generator) -> None:
     name, shape = x
     axis = int(rng.integers(len(shape)))
-    operator = str(rng.choice(["Slice", "Gather", "Pad", "Split"]))
+    operator = str(rng.choice(["Slice", "Gather", "Pad", "Split", "Tile"]))
+    if operator == "Tile":
+        repeats = [2 if i == axis else 1 for i in range(len(shape))]
+        full = (*shape[:axis], 2 * shape[axis], *shape[axis + 1 :])
+        return g.node(operator, [name, g.constant(repeats, np.int64)], full)
     if operator == "Slice" and shape[axis] > 1:
         inputs = [name, *(g.constant([v], np.int64) for v in (1, shape[axis], axis))]
         return g.node(operator, inputs, (*shape[:axis], shape[axis] - 1, *shape[axis + 1 :]))

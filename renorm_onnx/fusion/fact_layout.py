@@ -126,6 +126,19 @@ def _transpose(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact(tuple(dims[i] for i in order), dtype=inputs[0].dtype)]
 
 
+def _tile(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims, repeats, dtype = inputs[0].dims, inputs[1].integers(), inputs[0].dtype
+    if dims is None or repeats is None or len(dims) != len(repeats):
+        return [Fact(dtype=dtype)]
+    content = inputs[0].elements()
+    counts = [r for r in repeats if isinstance(r, int)]
+    if content is not None and len(counts) == len(dims) and content.size * math.prod(counts) <= MAX_COMPUTED_ELEMENTS:
+        return [computed(np.tile(content, counts), dtype)]
+    pairs = zip(dims, repeats, strict=True)
+    sizes = (d if r == 1 else d * r if isinstance(d, int) and isinstance(r, int) else Dimension() for d, r in pairs)
+    return [Fact(tuple(sizes), dtype=dtype)]
+
+
 def _concat(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     ranks = {i.rank for i in inputs if i.rank is not None}
     if len(ranks) != 1:
@@ -216,6 +229,7 @@ LAYOUT_RULES: Mapping[str, Rule] = {
     "Reshape": _reshape,
     "Slice": _slice,
     "Squeeze": _squeeze,
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }

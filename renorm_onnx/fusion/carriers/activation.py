@@ -6,18 +6,20 @@ After:
     ``y = relu(s * x)``              ``y = clip(s * x, s low, s high)``, ``... if s x > s a ...``
 Formula:
     For s > 0, s f(x) = f(s x) where f is homogeneous: Relu, LeakyRelu and PRelu, whose slopes stay. At s = 0 both
-    sides are zero. Clip takes one map for all elements, since its bounds are single numbers: s clip(x, l, h) + t =
-    clip(s x + t, s l + t, s h + t). ThresholdedRelu likewise without t. At the input all is turned over: what
-    passes forward is the map, and the bounds become (bound - t) / s. Source: ONNX Relu, LeakyRelu, PRelu,
-    ThresholdedRelu, Clip (bounds are attributes before opset 11).
+    sides are zero. s clip(x, l, h) + t = clip(s x + t, s l + t, s h + t) for s > 0; for s < 0 the bounds change
+    places. They are single numbers, so s l + t must be the same for all channels: of a bound of zero, or one that is
+    absent, it is for any scale. ThresholdedRelu likewise without t. At the input all is turned over: what passes
+    forward is the map, and the bounds become (bound - t) / s. Source: ONNX Relu, LeakyRelu, PRelu, ThresholdedRelu,
+    Clip (bounds are attributes before opset 11).
 Refuses when:
-    a scale is negative; there is a shift (Clip: only of a map per channel); Clip or ThresholdedRelu meets a scale
-    per channel, or zero; a bound is not constant.
+    a scale is negative or there is a shift (but for Clip); scales of a bounded function are zero or of both signs; a
+    bound would have to differ between channels, or is not constant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -58,57 +60,67 @@ class Bounded(Carrier):
     """Functions that bend where a constant says, which moves with the map."""
 
     operators = ("Clip", "ThresholdedRelu")
+    many_axes = True
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
-        """Pass a map with one positive scale for all elements; bounds b become s b + t."""
+        """Pass a map that keeps the bounds single numbers; bounds b become s b + t."""
         return self._pass(node, maps[0], maps[0], desk)
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
-        """Pass a map with one positive scale for all elements; bounds b become (b - t) / s."""
+        """Pass a map that keeps the bounds single numbers; bounds b become (b - t) / s."""
         if set(maps) != {0}:
             return refuse(Reason.WEIGHT, node, "gets its bounds from the norm")
         given = maps[0]
         with np.errstate(divide="ignore", invalid="ignore"):
-            inverse = AffineMap(1.0 / given.scale, -given.shift / given.scale, given.axes)
+            inverse = replace(given, scale=1.0 / given.scale, shift=-given.shift / given.scale)
         return self._pass(node, given, inverse, desk)
 
     def _pass(self, node: ir.Node, given: AffineMap, bound: AffineMap, desk: Desk) -> Step | Refusal:
         if given.has_shift and node.op_type == "ThresholdedRelu":
             return refuse(Reason.SHIFT, node, "jumps to zero, so a shift does not pass")
-        if not (given.scale > 0).all():
-            return refuse(Reason.SIGN, node, "has a bound, so only a positive scale passes")
-        if given.channels > 1:
-            return refuse(Reason.SCALE, node, "has one bound for all channels, the map is one per channel")
-        number = AffineMap.of(bound.scale, bound.shift, None)
-        edits = _moved_attributes(node, number) if _has_attributes(node, desk) else _moved_inputs(node, number, desk)
-        return edits if isinstance(edits, Refusal) else Step(edits, {0: given})
+        found = _bounds(node, desk)
+        if isinstance(found, Refusal):
+            return found
+        if not found:
+            return Step((), {0: given})
+        turned = node.op_type == "Clip" and bool((given.scale < 0).all())
+        if not turned and not (given.scale > 0).all():
+            return refuse(Reason.SIGN, node, "has bounds, which scales of both signs, or of zero, do not pass")
+        moved: dict[int, float] = {}
+        for place, value in found.items():
+            values = np.unique(bound.scale * value + bound.shift)
+            if values.size > 1:
+                return refuse(Reason.SCALE, node, "has one bound for all channels, which would have to differ")
+            moved[3 - place if turned else place] = float(values[0])
+        if moved.keys() != found.keys():
+            return refuse(Reason.SIGN, node, "has one bound, which a negative scale makes the other one")
+        return Step(tuple(_set_bound(node, i, v, desk) for i, v in moved.items() if v != found[i]), {0: given})
 
 
-def _has_attributes(node: ir.Node, desk: Desk) -> bool:
-    return node.op_type == "ThresholdedRelu" or desk.opset < 11
-
-
-def _moved_attributes(node: ir.Node, bound: AffineMap) -> tuple[Edit, ...]:
-    names = ("alpha",) if node.op_type == "ThresholdedRelu" else ("min", "max")
-    edits: list[Edit] = []
-    for name in names:
-        given = attribute(node, name, 1.0 if name == "alpha" else None)
-        if given is not None:
-            edits.append(SetAttribute(node, ir.AttrFloat32(name, float(bound.scale[0] * given + bound.shift[0]))))
-    return tuple(edits)
-
-
-def _moved_inputs(node: ir.Node, bound: AffineMap, desk: Desk) -> tuple[Edit, ...] | Refusal:
-    edits: list[Edit] = []
-    for index in (1, 2):
-        if not desk.has_input(node, index):
-            continue
+def _bounds(node: ir.Node, desk: Desk) -> dict[int, float] | Refusal:
+    """The bounds by their place among the operands, 1 the lower and 2 the upper one."""
+    if node.op_type == "ThresholdedRelu":
+        return {1: float(attribute(node, "alpha", 1.0))}
+    if desk.opset < 11:
+        given = {1: attribute(node, "min"), 2: attribute(node, "max")}
+        return {i: float(v) for i, v in given.items() if v is not None}
+    found = {}
+    for index in (i for i in (1, 2) if desk.has_input(node, i)):
         parameter = desk.parameter(node, index)
         if parameter is None:
             return refuse(Reason.NOT_CONSTANT, node, "has a bound that is not constant", structural=True)
-        moved = parameter.float64() * bound.scale.reshape(()) + bound.shift.reshape(())
-        edits.append(SetInput(node, index, Parameter.new(moved, parameter.dtype)))
-    return tuple(edits)
+        found[index] = float(parameter.float64().reshape(-1)[0])
+    return found
+
+
+def _set_bound(node: ir.Node, place: int, value: float, desk: Desk) -> Edit:
+    if node.op_type == "ThresholdedRelu":
+        return SetAttribute(node, ir.AttrFloat32("alpha", value))
+    if desk.opset < 11:
+        return SetAttribute(node, ir.AttrFloat32(("min", "max")[place - 1], value))
+    old = desk.parameter(node, place)
+    assert old is not None, "read before"
+    return SetInput(node, place, Parameter.new(np.full(old.shape, value), old.dtype))
 
 
 CARRIERS = (Rectifier(), Bounded())

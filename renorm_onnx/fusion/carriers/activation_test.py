@@ -50,6 +50,30 @@ def test_one_bound_for_all_channels_takes_no_map_per_channel() -> None:
     forward("d = Clip(c, lo, hi)", 4, [Reason.SIGN], **bounds)
 
 
+def test_a_bound_of_zero_takes_any_positive_scale_and_none_takes_any_map() -> None:
+    for way in (backward, forward):
+        way("d = Clip(c, lo)", 4, positive=True, shift=False, lo=np.array(0.0))
+        way("d = Clip(c, lo)", 4, [Reason.SCALE], positive=True, lo=np.array(0.0))
+        way("d = Clip(c, , hi)", 4, positive=True, shift=False, hi=np.array(0.0))
+        way("d = Clip(c)", 4)
+    backward("d = Clip<min=0.0>(c)", 4, positive=True, shift=False, opset=10)
+
+
+@pytest.mark.parametrize("opset", [20, 10])
+def test_bounds_change_places_under_a_negative_scale(opset: int) -> None:
+    clip = "Clip(c, lo, hi)" if opset > 10 else "Clip<min=-0.5, max=1.25>(c)"
+    bounds = {"lo": np.array(-0.5), "hi": np.array(1.25)} if opset > 10 else {}
+    constants = {"k": np.array(-2.0), "l": np.array([0.75]), "W": quarters([4, 3, 1, 1])}
+    for body in (
+        f"c = Conv(x, W) d = {clip} m = Mul(d, k) y = Add(m, l)",
+        f"m = Mul(x, k) c = Sub(m, l) d = {clip} y = Conv(d, W)",
+    ):
+        model = build(body, "double[N,3,H,W] x", "y", opset=opset, **constants, **bounds)
+        assert operators(assert_fuses(model)) == {"Conv": 1, "Clip": 1}
+    body = "c = Conv(x, W) d = Clip(c, lo) m = Mul(d, k) y = Add(m, l)"
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", lo=np.array(-0.5), **constants), [Reason.SIGN])
+
+
 def test_a_jump_takes_no_shift() -> None:
     body = "c = Conv(x, W) d = ThresholdedRelu<alpha=0.5>(c) y = Add(d, k)"
     model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), k=np.array(1.5))

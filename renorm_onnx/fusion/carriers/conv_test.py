@@ -56,7 +56,7 @@ def test_a_norm_is_absorbed_by_all_its_readers_or_by_none() -> None:
     weights = {"W": quarters([8, 4, 2, 2]), "V": quarters([3, 4, 1, 1], 3), "b": quarters([3], 4)}
     assert_fuses(build(body, "double[N,4,H,W] x", "y, z", **weights, **norm(4)))
     body = f"c = {bn('x')} y = Conv(c, W) z = Abs(c)"
-    assert_fuses(build(body, "double[N,4,H,W] x", "y, z", W=weights["W"], **norm(4)), [Reason.OPERATOR])
+    assert_fuses(build(body, "double[N,4,H,W] x", "y, z", W=weights["W"], **norm(4)), [Reason.SHIFT])
 
 
 def test_a_weight_that_two_convolutions_share_is_copied_before_it_changes() -> None:

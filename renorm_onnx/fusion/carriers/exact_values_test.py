@@ -7,6 +7,7 @@ occurs only inside normalizations by statistics of the input, is replaced by ano
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -54,6 +55,14 @@ def evaluate(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Ar
         outputs = [np.asarray(o, object) if isinstance(o, Fraction) else o for o in outputs]
         values |= {name: v for name, v in zip(node.output, outputs, strict=False) if name}
     return values
+
+
+def _softmax(attributes: Mapping[str, Any], inputs: Sequence[Array], opset: int, count: int) -> Array:
+    """With powers of 16, which are rational for multiples of a quarter, in place of those of e."""
+    powers = np.frompyfunc(lambda x: Fraction(2) ** int(4 * x), 1, 1)(inputs[0])
+    axis = attributes.get("axis", -1 if opset >= 13 else 1) % powers.ndim
+    summed = axis if opset >= 13 else tuple(range(axis, powers.ndim))
+    return np.asarray(powers / powers.sum(axis=summed, keepdims=True))
 
 
 def root(value: Fraction) -> Fraction:
@@ -260,6 +269,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Sum": lambda a, i, o, n: sum(i[1:], i[0]),
     "Mean": lambda a, i, o, n: sum(i[1:], i[0]) / Fraction(len(i)),
     "Abs": _of(np.abs),
+    "Max": lambda a, i, o, n: functools.reduce(np.maximum, i),
+    "Min": lambda a, i, o, n: functools.reduce(np.minimum, i),
+    "Tile": lambda a, i, o, n: np.tile(i[0], i[1]),
+    "Softmax": _softmax,
     "Relu": _of(lambda x: np.maximum(x, Fraction(0))),
     "LeakyRelu": _slope(lambda x, k: _prelu(x, k), float(np.float32(0.01))),
     "ThresholdedRelu": _slope(lambda x, k: x if x > k else Fraction(0), 1.0),

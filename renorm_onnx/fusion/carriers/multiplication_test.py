@@ -48,7 +48,7 @@ def test_the_divisor_takes_no_scale() -> None:
     text = f"a = Abs(z) h = Conv(x, V) g = Clip(h, lo) d = Div(a, g) y = {bn('d')}"
     constants = {"lo": np.array(0.5)} | WEIGHTS | norm(4, shift=False)
     model = build(text, "double[N,3,4,5] x, double[N,4,4,5] z", "y", **constants)
-    assert_fuses(model, [Reason.OPERATOR])
+    assert_fuses(model, [Reason.SIGN])
 
 
 @pytest.mark.parametrize("lines", ["n = Neg(c) d = Neg(n)", "d = Neg(c)", "m = Neg(c) d = Mul(m, k)"])

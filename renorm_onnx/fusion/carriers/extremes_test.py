@@ -1,0 +1,76 @@
+"""Extremes pass what keeps order, absolute values what keeps the sign."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    backward,
+    bn,
+    build,
+    forward,
+    norm,
+    operators,
+    quarters,
+)
+from renorm_onnx.fusion.report import Reason
+
+WEIGHTS = {"W": quarters([4, 3, 1, 1]), "V": quarters([4, 3, 1, 1], 1)}
+
+
+@pytest.mark.parametrize("operator", ["Max", "Min"])
+def test_every_operand_of_an_extreme_takes_a_positive_map(operator: str) -> None:
+    text = f"a = Conv(x, W) b = Conv(x, V) d = {operator}(a, b, k) y = {bn('d')}"
+    constants = {**WEIGHTS, "k": quarters([4, 1, 1], 2)}
+    fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", **constants, **norm(4, positive=True)))
+    assert operators(fused) == {"Conv": 2, operator: 1}
+    assert_fuses(build(text, "double[N,3,H,W] x", "y", **constants, **norm(4)), [Reason.SIGN])
+    lone = text.replace("b = Conv(x, V)", "b = Relu(x)").replace("(a, b, k)", "(a, b)")
+    model = build(lone, "double[N,3,H,W] x", "y", W=quarters([3, 3, 1, 1]), **norm(3, positive=True))
+    assert_fuses(model, [Reason.SHIFT])
+
+
+@pytest.mark.parametrize("operator", ["Max", "Min"])
+def test_a_constant_that_is_compared_gets_the_inverse_of_a_positive_map(operator: str) -> None:
+    """Scales are powers of two, by which float64 divides exactly."""
+    text = f"m = Mul(x, s) c = Add(m, t) d = {operator}(k, c) y = Conv(d, W)"
+    for s, kept in ((np.array([0.5, 2, 4, 1]), []), (np.array([0.5, -2, 4, 1]), [Reason.SIGN])):
+        constants = {"s": s.reshape(4, 1, 1), "t": quarters([4, 1, 1]), "k": quarters([4, 1, 1], 3)}
+        assert_fuses(build(text, "double[N,4,H,W] x", "y", W=quarters([3, 4, 1, 1]), **constants), kept)
+    forward(f"z = Relu(x) d = {operator}(c, z)", 4, [Reason.SCALE], positive=True)
+    forward(f"d = {operator}(c, c)", 4, positive=True)
+
+
+def test_maps_that_differ_do_not_pass_an_extreme() -> None:
+    forward("e = Gather<axis=1>(c, i) d = Max(c, e)", 4, [Reason.CONFLICT], positive=True, i=np.array([1, 0, 3, 2]))
+
+
+def test_a_rectifier_that_is_written_as_a_maximum_keeps_its_zero() -> None:
+    fused = backward("d = Max(c, k)", 4, positive=True, shift=False, k=np.array(0.0))
+    assert {i.name: list(i.dims) for i in fused.graph.initializer}["k"] == []
+
+
+def test_an_absolute_value_passes_the_size_of_a_scale() -> None:
+    backward("d = Abs(c)", 4, positive=True, shift=False)
+    backward("d = Abs(c)", 4, [Reason.SIGN], shift=False)
+    backward("d = Abs(c)", 4, [Reason.SHIFT], positive=True)
+    forward("d = Abs(c)", 4, shift=False)
+    forward("d = Abs(c)", 4, [Reason.SHIFT])
+
+
+def test_a_constant_shift_within_softmax_cancels() -> None:
+    for shape, opset, axis, kept in (
+        ([], 20, "", []),
+        ([4, 1], 20, "", []),
+        ([3], 20, "", [Reason.AXIS]),
+        ([4, 1], 20, "<axis=1>", [Reason.AXIS]),
+        ([2, 1, 1], 11, "", []),
+        ([4, 1], 11, "", [Reason.AXIS]),
+    ):
+        model = build(f"a = Add(x, k) y = Softmax{axis}(a)", "double[2,4,3] x", "y", opset=opset, k=quarters(shape))
+        fused: onnx.ModelProto = assert_fuses(model, kept)
+        assert kept or operators(fused) == {"Softmax": 1}
+    assert_fuses(build("a = Mul(x, k) y = Softmax(a)", "double[2,4,3] x", "y", k=np.array(2.0)), [Reason.SCALE])
