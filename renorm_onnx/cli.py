@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from renorm_onnx import __version__
+from renorm_onnx.interrupts import interrupts_held
 
 YES, NO, BAD_INPUT, BAD_MACHINE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -65,6 +67,14 @@ def _open_standard_streams() -> None:
 
 def _run(argv: Sequence[str]) -> int:
     try:
+        return _run_command(argv)
+    except KeyboardInterrupt:
+        print("renorm-onnx: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run_command(argv: Sequence[str]) -> int:
+    try:
         arguments = _parser().parse_args(argv)
     except _UsageError as error:
         return _fail(error, str(error), BAD_INPUT, json_too="--json" in argv)
@@ -72,6 +82,9 @@ def _run(argv: Sequence[str]) -> int:
 
     who = f"renorm-onnx {arguments.command}"
     try:
+        if arguments.command != "doctor":
+            with interrupts_held():
+                importlib.import_module("onnx")
         status, result = arguments.run(arguments)
         text = json.dumps(result.to_dict(), allow_nan=False, default=str) if arguments.json else str(result)
     except RenormError as error:
@@ -80,9 +93,6 @@ def _run(argv: Sequence[str]) -> int:
         return _fail(error, f"{who}: {error}", status, json_too=arguments.json)
     except MemoryError as error:
         return _fail(error, f"{who}: out of memory", BAD_MACHINE, json_too=arguments.json)
-    except KeyboardInterrupt:
-        print(f"{who}: interrupted", file=sys.stderr)
-        return INTERRUPTED
     return _say(text, who, status)
 
 

@@ -157,7 +157,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing_behind(folder, command):
         assert process.returncode in (cli.INTERRUPTED, cli.YES), err
         if process.returncode == cli.INTERRUPTED:
             interrupted += 1
-            assert err.decode() == f"renorm-onnx {command[0]}: interrupted\n"
+            assert err.decode() == "renorm-onnx: interrupted\n"
         (folder / "model.fused.onnx").unlink(missing_ok=True)
         assert sorted(os.listdir(folder)) == before
     assert interrupted

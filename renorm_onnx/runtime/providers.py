@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from renorm_onnx.errors import InputError, MachineError
+from renorm_onnx.interrupts import interrupts_held
 
 _log = logging.getLogger(__name__)
 _CAPTURE = threading.RLock()
@@ -106,10 +107,9 @@ def onnxruntime() -> Any:
         MachineError: It is not installed, or its files were damaged by installing two of its packages.
     """
     try:
-        module = importlib.import_module("onnxruntime")
+        with interrupts_held():
+            module = importlib.import_module("onnxruntime")
     except ImportError as error:
-        if isinstance(error.__cause__, KeyboardInterrupt):  # what an extension makes of it while it is loaded
-            raise KeyboardInterrupt from error
         raise MachineError(
             f"onnxruntime cannot be imported ({error}); install one of: pip install onnxruntime (CPU), "
             f"{_INSTALL_CUDA} (NVIDIA GPU)"

@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -151,10 +153,16 @@ def test_another_cuda_version_is_noticed_only_where_the_right_one_is_missing(mon
     assert providers._other_majors(12) == ()
 
 
-def test_an_interrupt_while_onnxruntime_is_loaded_stays_an_interrupt(monkeypatch):
-    def interrupted(name):
-        raise ImportError("initialization failed") from KeyboardInterrupt()
+def test_an_interrupt_waits_until_onnxruntime_is_loaded(monkeypatch):
+    loaded = types.SimpleNamespace(InferenceSession=None)
 
-    monkeypatch.setattr(providers.importlib, "import_module", interrupted)
+    def load(name):
+        signal.raise_signal(signal.SIGINT)
+        done.append(name)
+        return loaded
+
+    done: list[str] = []
+    monkeypatch.setattr(providers.importlib, "import_module", load)
     with pytest.raises(KeyboardInterrupt):
         providers.onnxruntime()
+    assert done == ["onnxruntime"]
