@@ -9,8 +9,11 @@ exporter's inliner, optimizer and version converter leave alone; the definition 
 `keep_ops`, the same layers export as ordinary BatchNormalization.
 """
 
+import contextlib
+import io
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,16 +27,19 @@ from torch import nn
 from renorm_onnx import model_file, opset_lowering
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter_checks import (
+    as_args,
     check_layers,
     check_modes,
+    check_names,
     check_options,
     check_program,
-    explain_failure,
+    check_program_args,
+    check_sizes,
     layers_of,
     modes_restored,
     quiet,
-    without_colour,
 )
+from renorm_onnx.exporter_failures import explain_failure, without_colour
 from renorm_onnx.exporter_training import WRAPPED, TrainingStep, open_statistics, set_defaults
 from renorm_onnx.exporter_verification import ExportReport, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops
@@ -81,7 +87,8 @@ def to_onnx(
         mode: "eval"; or "train": layers in training mode become ``BatchRenormalizationTraining``, whose updated
             statistics are further outputs ``{name}.updated`` of the model, to be fed back as the inputs ``{name}``.
         functions: False: plain ONNX, one BatchNormalization per layer, no trace of this package.
-        opset: 15 (mode="train": 18) or newer; None: 20.
+        opset: 15 (mode="train": 18) or newer, up to what the installed onnxruntime loads, or with verify=False up to
+            what the installed onnx defines; None: 20.
         dynamic_shapes: Which sizes may change, as for `torch.export.export`; strings name dimensions.
         dynamic_axes: The older form, ``{"x": {0: "batch"}}``.
         input_names: Names of the model's inputs.
@@ -99,17 +106,17 @@ def to_onnx(
         ModelFileError: `path` lies in a missing or read-only folder, or the model is too large for memory.
         VerificationError: The exported model does not compute what the module computes.
     """
-    opset = check_options(mode, opset, dynamic_shapes, dynamic_axes)
+    opset = check_options(mode, opset, dynamic_shapes, dynamic_axes, verify=verify)
     if path is not None:
         model_file.check_output(path, force=True)
-    args = (args,) if isinstance(args, torch.Tensor) else tuple(args)
-    kwargs = dict(kwargs or {})
+    args, kwargs = as_args(args), dict(kwargs or {})
     live = module if isinstance(module, nn.Module) else None
     if live is not None:
         check_modes(live, mode)
         check_layers(live, functions=functions)
     elif isinstance(module, torch.export.ExportedProgram):
         check_program(module, mode)
+        check_program_args(module, args, kwargs, dynamic_axes if dynamic_shapes is None else dynamic_shapes)
     else:
         raise InputError(
             f"to_onnx: module is a {type(module).__name__}; expected a torch.nn.Module or torch.export.ExportedProgram"
@@ -118,6 +125,8 @@ def to_onnx(
     names = {"input_names": input_names, "output_names": output_names}
     program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **shapes, **names)
     model = program.model
+    check_names(model, input_names, output_names)
+    check_sizes(model, dynamic_shapes)
     calls = _finish(model, opset, live, functions=functions, metadata=metadata)
     if not calls:
         advice = "" if live is not None else "; capture the program inside keep_ops()"
@@ -230,8 +239,9 @@ def _export(
     """Run torch's exporter, quietly; on failure say in which layer."""
     live = module if isinstance(module, nn.Module) else None
     stepping = live is not None and any(layer.training for layer in layers_of(live).values())
+    said = io.StringIO()  # torch prints the graph of a failed capture
     try:
-        with keep_ops(), quiet(), modes_restored(live or nn.Module()):
+        with keep_ops(), quiet(), modes_restored(live or nn.Module()), contextlib.redirect_stderr(said):
             program = torch.onnx.export(
                 TrainingStep(live) if live is not None and stepping else module,
                 args,
@@ -249,11 +259,13 @@ def _export(
                 call.metadata_props[MODULE_KEY] = name.removeprefix(WRAPPED) if stepping else name
             program.optimize()
             set_defaults(program.model, defaults)
-            return program
     except Exception as error:
         if live is None:
             raise InputError(without_colour(f"to_onnx: torch could not export the program: {error}")) from error
-        raise explain_failure(error, live, args, kwargs) from error
+        given = {name: value for name, value in options.items() if name != "opset_version"}
+        raise explain_failure(error, live, args, kwargs, given) from error
+    sys.stderr.write(said.getvalue())
+    return program
 
 
 def _finish(model: ir.Model, opset: int, live: nn.Module | None, *, functions: bool, metadata: bool) -> list[str]:

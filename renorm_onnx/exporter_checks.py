@@ -1,14 +1,15 @@
-"""What `to_onnx` asks before it exports, and what it says when the exporter fails.
+"""What `to_onnx` asks before it exports, and of the result.
 
 Everything here names the module in question by its path in the model, since that is what its owner can act on.
 """
 
 import contextlib
 import copyreg
+import functools
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from renorm_onnx.errors import InputError
+from renorm_onnx.errors import InputError, MachineError
+from renorm_onnx.exporter_failures import described
+from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.schedules import FromFunction
+from renorm_onnx.runtime.session import open_session
 
 #: The exporter's own default, and the range it reaches: below, its converter lacks adapters.
 DEFAULT_OPSET = 20
 OLDEST_OPSET = {"eval": 15, "train": 18}
 
 _FOREIGN = re.compile(r"batch_?re_?norm", re.IGNORECASE)
-_COLOUR = re.compile(r"\x1b\[\d*m")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _NOISY = ("torch", "onnxscript", "onnx_ir")
 #: Code whose warnings during an export concern its own authors; torch puts some at the line that called it.
@@ -43,8 +46,15 @@ def layers_of(module: nn.Module) -> dict[str, _BatchRenorm]:
     return {name: m for name, m in module.named_modules() if isinstance(m, _BatchRenorm)}
 
 
-def check_options(mode: str, opset: int | None, dynamic_shapes: Any, dynamic_axes: Any) -> int:
+def check_options(mode: str, opset: int | None, dynamic_shapes: Any, dynamic_axes: Any, *, verify: bool = True) -> int:
     """Return the opset to ask for.
+
+    Args:
+        mode: As in `to_onnx`, as the rest.
+        opset: None for the default.
+        dynamic_shapes: Or None.
+        dynamic_axes: Or None.
+        verify: Whether the installed onnxruntime, where there is one, must load the model.
 
     Raises:
         InputError: Unknown mode; an opset that cannot be reached; both ways of saying which sizes may change.
@@ -52,17 +62,36 @@ def check_options(mode: str, opset: int | None, dynamic_shapes: Any, dynamic_axe
     if mode not in OLDEST_OPSET:
         raise InputError(f"to_onnx: mode={mode!r} given; expected 'eval' or 'train'")
     opset = DEFAULT_OPSET if opset is None else opset
-    newest = onnx.defs.onnx_opset_version()
+    defined = onnx.defs.onnx_opset_version()
+    newest = newest_loadable() if verify else defined
     if isinstance(opset, bool) or not isinstance(opset, int) or not OLDEST_OPSET[mode] <= opset <= newest:
+        who = f"onnx {onnx.__version__}" if newest == defined else "the installed onnxruntime"
+        beyond = "" if newest == defined else f"; with verify=False up to {defined}, for another runtime"
         raise InputError(
-            f"to_onnx(mode={mode!r}): opset={opset!r} given; expected {OLDEST_OPSET[mode]} to {newest}, which torch's "
-            "exporter and the installed onnx package reach"
+            f"to_onnx(mode={mode!r}): opset={opset!r} given; expected {OLDEST_OPSET[mode]}, the oldest that the "
+            f"exporter reaches, to {newest}, the newest that {who} knows{beyond}"
         )
     if dynamic_shapes is not None and dynamic_axes is not None:
         raise InputError(
             "to_onnx: both dynamic_shapes and dynamic_axes given; pass one of them (dynamic_shapes is newer)"
         )
     return opset
+
+
+@functools.cache
+def newest_loadable() -> int:
+    """Return the newest opset that onnx defines and the installed onnxruntime loads, where there is one."""
+    defined = onnx.defs.onnx_opset_version()
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "probe", [x], [y])
+    for opset in range(defined, DEFAULT_OPSET, -1):
+        probe = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+        try:
+            open_session(probe, "cpu", optimize="off", threads=1)
+        except MachineError:
+            continue
+        return opset
+    return defined  # it loads nothing, so there is nothing to be learned from it
 
 
 def check_modes(module: nn.Module, mode: str) -> None:
@@ -93,6 +122,14 @@ def check_modes(module: nn.Module, mode: str) -> None:
                 f"to_onnx(mode='train'): the schedule of module {name!r} is a Python function, which has no ONNX form; "
                 "use a Schedule, or None for bounds that hold from the first step"
             )
+    pooled = [name for name, m in layers_of(module).items() if m.training and isinstance(m, SyncBatchRenorm)]
+    if pooled:
+        warnings.warn(
+            "to_onnx(mode='train'): SyncBatchRenorm layers are exported as the step of one process, by the statistics "
+            f"of the batch that the model is fed ({len(pooled)} layers, {pooled[0]!r} first)",
+            UserWarning,
+            stacklevel=3,
+        )
     for name, m in module.named_modules():
         if isinstance(m, _BatchNorm) and m.training:
             raise InputError(
@@ -122,6 +159,82 @@ def check_program(program: torch.export.ExportedProgram, mode: str) -> None:
             )
 
 
+def as_args(args: Any) -> tuple[Any, ...]:
+    """Return example inputs as a tuple; a tensor may stand alone.
+
+    Raises:
+        InputError: Neither a tensor nor a sequence of inputs.
+    """
+    if isinstance(args, torch.Tensor):
+        return (args,)
+    if not isinstance(args, (tuple, list)):
+        raise InputError(
+            f"to_onnx: args is a {type(args).__name__}; expected a tensor, or a tuple of what the module is called "
+            "with; inputs by name go into kwargs"
+        )
+    return tuple(args)
+
+
+def check_program_args(
+    program: torch.export.ExportedProgram, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any
+) -> None:
+    """Refuse example inputs that a program does not take, and sizes that it cannot change any more.
+
+    Raises:
+        InputError: The program fails on them; or dynamic sizes are asked for.
+    """
+    if dynamic is not None:
+        raise InputError(
+            "to_onnx: dynamic_shapes or dynamic_axes given for an ExportedProgram, whose sizes were decided when it "
+            "was captured; pass dynamic_shapes to torch.export.export"
+        )
+    try:
+        with quiet(), torch.no_grad():
+            program.module()(*args, **kwargs)
+    except Exception as error:
+        raise InputError(
+            f"to_onnx: the program does not take these args: {type(error).__name__}: {error}\n"
+            f"args: {described(args, kwargs)}"
+        ) from error
+
+
+def check_names(model: ir.Model, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
+    """Refuse a model whose inputs or outputs are not called what they were asked to be.
+
+    Raises:
+        InputError: More names than there are values, or names given twice, which torch drops or changes.
+    """
+    inputs = [v.name for v in model.graph.inputs if not v.is_initializer()]
+    outputs = [v.name for v in model.graph.outputs]
+    for option, wanted, got in (("input_names", input_names, inputs), ("output_names", output_names, outputs)):
+        if wanted is not None and (isinstance(wanted, str) or list(wanted) != got[: len(wanted)]):
+            raise InputError(
+                f"to_onnx: {option}={wanted!r} given, but torch named them {got!r}; expected a list of at most "
+                f"{len(got)} names, each given once"
+            )
+
+
+def check_sizes(model: ir.Model, dynamic_shapes: Any) -> None:
+    """Refuse a model with a fixed size that was asked to be dynamic.
+
+    A module that fixes a size makes torch give up the `torch.export.Dim` for it without a word.
+
+    Raises:
+        InputError: There are fewer dynamic sizes than were asked for.
+    """
+    asked = [
+        leaf for leaf in torch.utils._pytree.tree_leaves(dynamic_shapes) if isinstance(leaf, (str, torch.export.Dim))
+    ]
+    inputs = {
+        v.name: [str(d) if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()] for v in model.graph.inputs
+    }
+    if len(asked) > sum(isinstance(size, str) for shape in inputs.values() for size in shape):
+        raise InputError(
+            f"to_onnx: dynamic_shapes={dynamic_shapes!r} given, but the module fixes some of these sizes: its inputs "
+            f"are {inputs}; export it without them, or change what fixes them, such as a reshape to numbers"
+        )
+
+
 def check_layers(module: nn.Module, *, functions: bool) -> None:
     """Refuse layers without statistics and layers of other libraries; warn about statistics never updated.
 
@@ -136,6 +249,9 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
                 "renormalization, which would be exported as loose arithmetic; call adopt(module) first, or pass "
                 "functions=False"
             )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(f"to_onnx: {name!r} is on the device 'meta', without values; load the weights first")
     layers = layers_of(module)
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
@@ -194,72 +310,3 @@ def modes_restored(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in before:
             m.training = training
-
-
-def explain_failure(
-    error: Exception, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> InputError:
-    """Return an error that names the layer in which the export failed and keeps torch's own message.
-
-    Args:
-        error: What torch.onnx.export raised.
-        module: The model; run once more outside the exporter, to tell a wrong argument from a failed export.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-    """
-    who = type(module).__name__
-    try:
-        with torch.no_grad():
-            module(*args, **kwargs)
-    except Exception as own:
-        where = _layer_in_traceback(own, module)
-        return InputError(
-            f"to_onnx: {who} itself fails on these args{_at(where)}: {type(own).__name__}: {own}\n"
-            f"args: {_described(args, kwargs)}"
-        )
-    root: BaseException = error
-    where = None
-    while True:
-        where = _layer_in_traceback(root, module) or where
-        following = root.__cause__ or root.__context__
-        if following is None:
-            break
-        root = following
-    message = f"to_onnx: torch could not export {who}{_at(where)}: {type(root).__name__}: {root}\n\n{error}"
-    return InputError(without_colour(message))
-
-
-def without_colour(text: str) -> str:
-    """Return a message of torch without the codes that colour it on a terminal."""
-    return _COLOUR.sub("", text)
-
-
-def _at(where: str | None) -> str:
-    return f", in layer {where!r}" if where else ""
-
-
-def _layer_in_traceback(error: BaseException, module: nn.Module) -> str | None:
-    """Return the path of the innermost module whose code, or whose node, was at work when `error` was raised."""
-    names = {id(m): name for name, m in module.named_modules()}
-    found = None
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame = traceback.tb_frame.f_locals
-        if id(frame.get("self")) in names:
-            found = names[id(frame["self"])] or found
-        node = frame.get("node")
-        if isinstance(node, torch.fx.Node):
-            stack = node.meta.get("nn_module_stack") or {}
-            paths = [str(path) for path, _ in stack.values()]
-            found = next((path for path in reversed(paths) if path), found)
-        traceback = traceback.tb_next
-    return found
-
-
-def _described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    def one(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
-        return repr(value)
-
-    return ", ".join([*map(one, args), *(f"{key}={one(value)}" for key, value in kwargs.items())]) or "none"

@@ -3,13 +3,17 @@
 import contextlib
 import warnings
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
+from renorm_onnx import exporter_checks
 from renorm_onnx.errors import InputError, ModelFileError
 from renorm_onnx.exporter import keep_ops, to_onnx
-from renorm_onnx.exporter_checks import check_options, quiet
+from renorm_onnx.exporter_checks import check_options, newest_loadable, quiet
+from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import BatchRenorm2d
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -41,9 +45,14 @@ def with_training(net: nn.Module, name: str) -> nn.Module:
         (small(), {"mode": "train"}, "no batch renorm layer of Sequential is in training mode"),
         (small(nn.BatchNorm2d(3)).train(), {"mode": "train"}, "module '2' is a BatchNorm2d in training mode"),
         (small(), {"mode": "infer"}, "mode='infer' given; expected 'eval' or 'train'"),
-        (small(), {"opset": 14}, r"opset=14 given; expected 15 to"),
-        (small(), {"opset": 99}, r"opset=99 given; expected 15 to"),
-        (small().train(), {"opset": 17, "mode": "train"}, r"opset=17 given; expected 18 to"),
+        (
+            small(),
+            {"opset": 14},
+            r"opset=14 given; expected 15, the oldest that the exporter reaches, to \d\d, the new",
+        ),
+        (small(), {"opset": 99}, r"opset=99 given; expected 15, "),
+        (small(), {"opset": 99, "verify": False}, r"expected 15, .* the newest that onnx 1\.\d+\.\d+ knows$"),
+        (small().train(), {"opset": 17, "mode": "train"}, r"opset=17 given; expected 18, "),
         (small(), {"dynamic_axes": {}, "dynamic_shapes": ()}, "both dynamic_shapes and dynamic_axes given"),
         (small(BatchReNorm()), {}, r"module '2' is a .*BatchReNorm, another library's .* call adopt\(module\) first"),
         (
@@ -99,6 +108,79 @@ def test_arguments_that_do_not_fit_are_told_apart_from_a_failed_export(args, mes
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (None, r"to_onnx: args is a NoneType; expected a tensor, or a tuple"),
+        ({"input": X}, r"to_onnx: args is a dict; expected .* inputs by name go into kwargs"),
+        ((X.numpy(),), r"(?s)to_onnx: Sequential itself fails on these args, .*args: numpy float32\(2, 3, 6, 6\)$"),
+        ((X, list(range(1000))), r"args: float32\(2, 3, 6, 6\), \[0, 1, 2, 3, 4, 5, \.\.\.\]$"),
+    ],
+)
+def test_arguments_of_another_kind_are_described_in_few_words(args, message) -> None:
+    with pytest.raises(InputError, match=message):
+        to_onnx(small(), args)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (X[:, :2], {}, r"to_onnx: the program does not take these args: (?s:.*)args: float32\(2, 2, 6, 6\)$"),
+        ((X, X), {}, r"to_onnx: the program does not take these args: (?s:.*)args: float32\(2, 3, 6, 6\), float32"),
+        ((), {}, r"to_onnx: the program does not take these args: (?s:.*)args: none$"),
+        (X, {"dynamic_shapes": ({0: "n"},)}, "given for an ExportedProgram, whose sizes were decided when it was capt"),
+        (X, {"dynamic_axes": {"x": [0]}}, "given for an ExportedProgram, whose sizes were decided when it was capt"),
+    ],
+)
+def test_what_a_program_does_not_take_is_refused(args, options, message, tmp_path) -> None:
+    with keep_ops():
+        program = torch.export.export(small(), (X,))
+    with pytest.raises(InputError, match=message):
+        to_onnx(program, args, tmp_path / "model.onnx", **options)
+    assert not list(tmp_path.iterdir())
+    assert to_onnx(program, X).functions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"input_names": ["a", "b"]},
+            r"input_names=\['a', 'b'\] given, but torch named them \['a'\]; .* at most 1 names",
+        ),
+        ({"output_names": ["a", "b"]}, r"output_names=\['a', 'b'\] given, but torch named them \['a'\]"),
+        ({"input_names": ["a"], "output_names": ["a"]}, r"output_names=\['a'\] given, but torch named them \['a_1'\]"),
+        ({"input_names": "x"}, r"input_names='x' given, but torch named them \['x'\]; expected a list"),
+    ],
+)
+def test_names_that_torch_drops_or_changes_are_refused(options, message) -> None:
+    with pytest.raises(InputError, match=message):
+        to_onnx(small(), X, **options)
+
+
+class Fixed(nn.Module):
+    """Fixes the size of the batch in its code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("size", ["n", torch.export.Dim("n")], ids=str)
+def test_a_size_that_the_module_fixes_is_never_given_up_silently(size) -> None:
+    with pytest.raises(InputError, match=r"the module fixes some|tracing inferred a static shape") as raised:
+        to_onnx(small(Fixed()), X, dynamic_shapes=({0: size},))
+    assert "dynamic_shapes" in str(raised.value)
+    proto = to_onnx(small(), X, dynamic_shapes=({0: size},))
+    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+
+
+def test_weights_without_values_are_refused_by_name() -> None:
+    with pytest.raises(
+        InputError, match=r"'0\.weight' is on the device 'meta', without values; load the weights first"
+    ):
+        to_onnx(small().to("meta"), X.to("meta"))
+
+
 class Svd(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.linalg.svd(x)[1]
@@ -121,7 +203,44 @@ def test_a_failed_export_names_the_layer_and_keeps_torchs_message(layer, message
         to_onnx(small(nn.Sequential(layer)), X, tmp_path / "model.onnx")
     assert "Exception summary" in str(raised.value)
     assert "\x1b" not in str(raised.value)
+    assert capfd.readouterr() == ("", "")  # torch prints the graph of a failed capture
     assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_onnxruntime_does_not_load_is_refused_unless_nothing_is_to_be_run(monkeypatch) -> None:
+    defined = onnx.defs.onnx_opset_version()
+    monkeypatch.setattr(exporter_checks, "newest_loadable", lambda: defined - 1)
+    message = (
+        rf"opset={defined} given; .* to {defined - 1}, the newest that the installed onnxruntime knows; "
+        rf"with verify=False up to {defined}, for another runtime"
+    )
+    with pytest.raises(InputError, match=message):
+        to_onnx(small(), X, opset=defined)
+    assert to_onnx(small(), X, opset=defined, verify=False).opset_import[0].version == defined
+
+
+def test_the_newest_opset_is_found_by_loading_a_model() -> None:
+    newest = newest_loadable()
+    make = onnx.helper.make_tensor_value_info
+    x, y = make("x", onnx.TensorProto.FLOAT, [1]), make("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+
+    def load(opset: int) -> None:
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
+        onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    load(newest)
+    if newest < onnx.defs.onnx_opset_version():
+        with pytest.raises(Exception, match="under development"):
+            load(newest + 1)
+
+
+def test_a_synchronized_training_step_is_exported_as_that_of_one_process_with_a_warning() -> None:
+    net = nn.Sequential(SyncBatchRenorm(3)).train()
+    with pytest.warns(
+        UserWarning, match=r"SyncBatchRenorm layers are exported as the step of one process, .* '0' first"
+    ):
+        to_onnx(net, X, mode="train")
 
 
 def test_the_default_opset_is_twenty() -> None:

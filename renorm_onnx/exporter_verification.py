@@ -201,8 +201,7 @@ def _check_run(
 
 def _outputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool) -> list[Array]:
     """Return the tensors that a copy of the module gives, then the statistics that its training layers updated."""
-    with quiet():  # copying the module of a program makes torch warn of itself
-        twin = copy.deepcopy(module)
+    twin = _copied(module)
     inputs: Any = (args, dict(kwargs))
     if double:
         twin = twin.double()
@@ -214,6 +213,15 @@ def _outputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     tensors = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
     tensors += training_state(twin).values()
     return [_numpy(v) for v in tensors]
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a copy of the module, also of one that keeps results of an earlier call, which torch does not copy."""
+    kept = (
+        v for m in module.modules() for v in torch.utils._pytree.tree_leaves(vars(m)) if isinstance(v, torch.Tensor)
+    )
+    with quiet():  # copying the module of a program makes torch warn of itself
+        return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept if not v.is_leaf})
 
 
 def _double(value: Any) -> Any:

@@ -93,3 +93,25 @@ def test_code_that_names_float32_is_checked_in_float32() -> None:
     net.norm.running_mean.fill_(1.0)
     with pytest.raises(VerificationError, match="does not compute"):
         verify_export(model, net, (X,), {}, REPORT)
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed, as attention with a cache does; torch refuses to copy such a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.cache = nn.Parameter(torch.arange(3.0) + 1), {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "twice" not in self.cache:
+            self.cache["twice"] = self.weight * 2
+        return x * self.cache["twice"]
+
+
+def test_a_module_that_keeps_an_earlier_result_can_be_checked(caplog) -> None:
+    net = Remembering().eval()
+    net(torch.ones(3))
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(net, torch.ones(2, 3))
+    assert "max error" in caplog.text
+    assert "not checked" not in caplog.text

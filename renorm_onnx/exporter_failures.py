@@ -1,0 +1,90 @@
+"""What `to_onnx` says when torch's exporter fails: in which layer, or that the module itself fails on these inputs."""
+
+import re
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from renorm_onnx.errors import InputError
+
+_COLOUR = re.compile(r"\x1b\[\d*m")
+
+
+def explain_failure(
+    error: Exception, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Mapping[str, Any]
+) -> InputError:
+    """Return an error that names the layer in which the export failed and keeps torch's own message.
+
+    Args:
+        error: What torch.onnx.export raised.
+        module: The model; run once more outside the exporter, to tell a wrong argument from a failed export.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        options: What else the exporter was given; named in the message where it was given at all.
+    """
+    who = type(module).__name__
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    except Exception as own:
+        where = _layer_in_traceback(own, module)
+        return InputError(
+            f"to_onnx: {who} itself fails on these args{_at(where)}: {type(own).__name__}: {own}\n"
+            f"args: {described(args, kwargs)}"
+        )
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # a mere context is what torch stumbled over while it described the cause
+        cause = cause.__cause__
+    root: BaseException | None = error
+    where = None
+    while root is not None:
+        where = _layer_in_traceback(root, module) or where
+        root = root.__cause__ or root.__context__
+    message = f"to_onnx: torch could not export {who}{_at(where)}: {type(cause).__name__}: {cause}"
+    message += "".join(f"\n{name}: {value!r}" for name, value in options.items() if value is not None)
+    message += "" if cause is error else f"\n\n{error}"
+    return InputError(without_colour(message))
+
+
+def without_colour(text: str) -> str:
+    """Return a message of torch without the codes that colour it on a terminal."""
+    return _COLOUR.sub("", text)
+
+
+def _at(where: str | None) -> str:
+    return f", in layer {where!r}" if where else ""
+
+
+def _layer_in_traceback(error: BaseException, module: nn.Module) -> str | None:
+    """Return the path of the innermost module whose code, or whose node, was at work when `error` was raised."""
+    names = {id(m): name for name, m in module.named_modules()}
+    found = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        frame = traceback.tb_frame.f_locals
+        if id(frame.get("self")) in names:
+            found = names[id(frame["self"])] or found
+        node = frame.get("node")
+        if isinstance(node, torch.fx.Node):
+            stack = node.meta.get("nn_module_stack") or {}
+            paths = [str(path) for path, _ in stack.values()]
+            found = next((path for path in reversed(paths) if path), found)
+        traceback = traceback.tb_next
+    return found
+
+
+def described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Return example inputs for a message: types and shapes of arrays and tensors, other values cut short."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{tuple(value.shape)}"
+        if isinstance(value, np.ndarray):
+            return f"numpy {value.dtype}{value.shape}"
+        return reprlib.repr(value)
+
+    return ", ".join([*map(one, args), *(f"{key}={one(value)}" for key, value in kwargs.items())]) or "none"
