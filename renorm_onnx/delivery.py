@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from renorm_onnx import __version__, model_file
 from renorm_onnx.errors import InputError, MachineError
 from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
-from renorm_onnx.fusion.report import FusionReport
+from renorm_onnx.fusion.report import METADATA_KEY, FusionReport
 from renorm_onnx.inlining import inline
 from renorm_onnx.onnx_function import DOMAIN
 from renorm_onnx.runtime.table import text_table
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from renorm_onnx.runtime.parity import Verdict
 
 SCHEMA_VERSION = 1
-METADATA_KEY = "renorm_onnx.fused"
 VERIFY = ("auto", "require", "never")
 
 

@@ -14,6 +14,9 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 
+METADATA_KEY = "renorm_onnx.fused"
+"""Where a fused file says what was folded; in such a file a name means the same value as in the original."""
+
 
 class Reason(enum.StrEnum):
     """Why a norm stays. The values are stable: scripts may test for them."""

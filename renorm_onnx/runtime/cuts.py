@@ -45,7 +45,7 @@ class GraphByNames:
         self.produced = {v.name: v for node in model.graph for v in node.outputs if v.name}
         self.fed = {v.name for v in model.graph.inputs if v.name and v.name not in model.graph.initializers}
         self._order = {node: position for position, node in enumerate(model.graph)}
-        self._data = _data_names(model, self.fed)
+        self._data = data_names(model, self.fed)
 
     def cut(self, name: str, common: set[str]) -> "Cut":
         """Return the nodes between a value and the nearest other common ones.
@@ -76,8 +76,13 @@ class GraphByNames:
         return Cut(self.model, self.produced[name], ordered, inputs, weights)
 
 
-def _data_names(model: ir.Model, fed: set[str]) -> set[str]:
-    """Return the values that depend on what is fed by more than its shape: only they can take any numbers."""
+def data_names(model: ir.Model, fed: set[str]) -> set[str]:
+    """Return the values that depend on what is fed by more than its shape: only they can take any numbers.
+
+    Args:
+        model: Not changed.
+        fed: Names of the inputs that are fed.
+    """
     data = set(fed)
     for node in model.graph:
         subgraphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())

@@ -1,16 +1,15 @@
 """How far two runs of a model are from a third, element by element and as a whole."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from renorm_onnx.runtime.spread import Spread, spread_of
 
-# Share of elements of integer, boolean and string outputs that may differ from both R and U: ties broken otherwise.
-_FLIPS = 1e-3
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -18,17 +17,22 @@ class Errors:
     """How far U and F are from R on one output of one set of inputs.
 
     Attributes:
-        elements: How many were compared: those finite in R, U and F.
+        elements: How many were compared: those finite in R and F.
         size_rms: RMS(R); this and the next five are over those elements, zero elsewhere.
         size_max: max|R|.
-        unfused_rms: RMS(U - R).
+        unfused_rms: RMS(U - R), where U is finite.
         unfused_max: max|U - R|.
         fused_rms: RMS(F - R).
         fused_max: max|F - R|.
         index: Index of the element where F is furthest from R.
         values: R, U and F there.
-        problem: What rules F out whatever its values: shape, type, finiteness, flipped integers; empty if nothing.
-        discrete: The output is integer, boolean or text: the errors are shares of differing elements.
+        problem: What rules F out whatever its values: shape, type, finiteness; empty if nothing.
+        discrete: The output is integer, boolean or text: the errors are shares of differing elements, and `fused_max`
+            is the share of those where F is neither R nor U.
+        near_rms: Largest RMS(N - R) of the neighbours N that were run (`beside`); 0 if none was.
+        near_max: Largest max|N - R|.
+        left_out: How many elements were not compared.
+        spread: How the errors of F are spread, for the report.
     """
 
     elements: int
@@ -42,6 +46,36 @@ class Errors:
     values: tuple[Any, Any, Any]
     problem: str = ""
     discrete: bool = False
+    near_rms: float = 0.0
+    near_max: float = 0.0
+    left_out: int = 0
+    spread: Spread | None = None
+
+    @property
+    def own_rms(self) -> float:
+        """RMS error of the original and its neighbours, whichever is largest."""
+        return max(self.unfused_rms, self.near_rms)
+
+    @property
+    def own_max(self) -> float:
+        """Largest error of the original and its neighbours."""
+        return max(self.unfused_max, self.near_max)
+
+    def beside(self, want: Array, neighbour: Array) -> "Errors":
+        """Return these errors with those of one more neighbour of U taken in.
+
+        Args:
+            want: R.
+            neighbour: N. One of another shape is left out.
+        """
+        if self.problem or neighbour.shape != want.shape or not want.size:
+            return self
+        if self.discrete:
+            share = float(np.mean(want != neighbour))
+            return replace(self, near_rms=max(self.near_rms, share), near_max=max(self.near_max, share))
+        r, n = (np.asarray(array, np.float64) for array in (want, neighbour))
+        error = _masked(n, r, np.isfinite(r) & np.isfinite(n))
+        return replace(self, near_rms=max(self.near_rms, rms(error)), near_max=max(self.near_max, _peak(error)))
 
 
 def errors_of(want: Array, unfused: Array, fused: Array) -> Errors:
@@ -60,20 +94,22 @@ def errors_of(want: Array, unfused: Array, fused: Array) -> Errors:
         return _discrete_errors(want, unfused, fused)
     r, u, f = (np.asarray(array, np.float64) for array in (want, unfused, fused))
     problem = _finiteness(r, u, f)
-    both = np.isfinite(r) & np.isfinite(u) & np.isfinite(f)
-    r0, du, df = (np.where(both, values, 0.0) for values in _differences(r, u, f))
+    compared = np.isfinite(r) & np.isfinite(f)
+    r0, du, df = np.where(compared, r, 0.0), _masked(u, r, compared & np.isfinite(u)), _masked(f, r, compared)
     flat = int(np.argmax(np.abs(df))) if df.size else 0
     if problem and df.size:
         flat = int(np.argmin(_class_ok(r, u, f)))
     index = tuple(int(i) for i in np.unravel_index(flat, r.shape)) if df.size else ()
     values = (r[index].item(), u[index].item(), f[index].item()) if df.size else (None, None, None)
     sizes = rms(r0), _peak(r0), rms(du), _peak(du), rms(df), _peak(df)
-    return Errors(int(both.sum()), *sizes, index, values, problem)
+    elements = int(compared.sum())
+    spread = None if problem else spread_of(want, unfused, fused)
+    return Errors(elements, *sizes, index, values, problem, left_out=r.size - elements, spread=spread)
 
 
-def _differences(r: Array, u: Array, f: Array) -> tuple[Array, Array, Array]:
-    with np.errstate(invalid="ignore", over="ignore"):
-        return r, u - r, f - r
+def _masked(got: Array, want: Array, where: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.subtract(got, want, out=np.zeros_like(want), where=where)
 
 
 def _class_ok(r: Array, u: Array, f: Array) -> Array:
@@ -98,10 +134,8 @@ def _discrete_errors(r: Array, u: Array, f: Array) -> Errors:
     flat = int(np.argmax(both if both.any() else fused)) if f.size else 0
     index = tuple(int(i) for i in np.unravel_index(flat, f.shape)) if f.size else ()
     values = (r[index].item(), u[index].item(), f[index].item()) if f.size else (None, None, None)
-    share = float(both.mean()) if f.size else 0.0
-    problem = f"{share:.2%} of the elements equal neither the reference nor the unfused model" if share > _FLIPS else ""
-    us, fs = (float(wrong.mean()) if f.size else 0.0 for wrong in (unfused, fused))
-    return Errors(f.size, 1.0, 1.0, us, us, fs, fs, index, values, problem, discrete=True)
+    us, fs, neither = (float(wrong.mean()) if f.size else 0.0 for wrong in (unfused, fused, both))
+    return Errors(f.size, 1.0, 1.0, us, us, fs, neither, index, values, discrete=True)
 
 
 def _ruled_out(problem: str) -> Errors:
@@ -144,6 +178,10 @@ def together(members: list[Errors]) -> Errors:
         furthest.fused_max,
         furthest.index,
         furthest.values,
+        near_rms=mean([e.near_rms for e in members]),
+        near_max=max(e.near_max for e in members),
+        left_out=sum(e.left_out for e in members),
+        spread=furthest.spread,
     )
 
 

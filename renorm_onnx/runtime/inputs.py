@@ -38,11 +38,13 @@ class Trial:
         kind: One of `KINDS`, or "data" for arrays that the caller gave.
         feeds: One array per input.
         label: Kind and sizes, or the file it came from.
+        note: What was done to the data that its owner may not expect; empty if nothing.
     """
 
     kind: str
     feeds: Mapping[str, Array]
     label: str
+    note: str = ""
 
     @property
     def ordinary(self) -> bool:
@@ -268,16 +270,28 @@ def _split(specs: Sequence[InputSpec], arrays: Mapping[str, Any], source: str) -
         raise InputError(
             f"verify: {source} gives different numbers of batches: { {k: len(v) for k, v in batches.items()} }"
         )
+    notes = [_cast_note(spec, np.asarray(arrays[spec.name]).dtype) for spec in specs]
+    note = "; ".join(filter(None, notes))
     return [
-        Trial("data", {name: parts[n] for name, parts in batches.items()}, f"{source} {n}") for n in range(count.pop())
+        Trial("data", {name: parts[n] for name, parts in batches.items()}, f"{source} {n}", note)
+        for n in range(count.pop())
     ]
+
+
+def _cast_note(spec: InputSpec, given: np.dtype[Any]) -> str:
+    return f"data for {spec.name!r} were cast from {given} to {spec.dtype}" if given != spec.dtype else ""
 
 
 def _batches(spec: InputSpec, array: Array, source: str) -> list[Array]:
     if array.dtype != spec.dtype:
-        if spec.dtype.kind in "iub" and array.dtype.kind not in "iub":
+        if array.dtype.kind in "OSUc" or (spec.dtype.kind in "iub" and array.dtype.kind not in "iub"):
             raise InputError(f"verify: {source}: {spec.name!r} has type {array.dtype}, expected {spec.dtype}")
-        array = array.astype(spec.dtype)
+        given = array
+        with np.errstate(over="ignore"):
+            array = given.astype(spec.dtype)
+        kept = array == given if spec.dtype.kind in "iub" else np.isfinite(array) == np.isfinite(given)
+        if not np.all(kept):
+            raise InputError(f"verify: {source}: {spec.name!r} has type {given.dtype} and values beyond {spec.dtype}")
     rank = len(spec.shape)
     if array.ndim == rank + 1:
         parts = list(array)

@@ -8,16 +8,13 @@ Both sides run without onnxruntime's graph optimizations. With them onnxruntime 
 would compare a thing with itself; optimized runs are reported in rows of their own that decide nothing.
 """
 
-import functools
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, RenormError
@@ -25,16 +22,16 @@ from renorm_onnx.runtime.comparison import TOLERANCES, Comparison, Tolerance, co
 from renorm_onnx.runtime.deviation import errors_of
 from renorm_onnx.runtime.estimate import LIMIT, Cost, estimate
 from renorm_onnx.runtime.inputs import Trial, input_specs
-from renorm_onnx.runtime.interface import interface_problems
 from renorm_onnx.runtime.layerwise import compare_layers
+from renorm_onnx.runtime.outputs import Variation, largest_difference, tensors_of
 from renorm_onnx.runtime.providers import onnxruntime
-from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.report import Repeat, Verdict
-from renorm_onnx.runtime.session import Session, open_session, source_of
+from renorm_onnx.runtime.session import Session, open_session
+from renorm_onnx.runtime.sides import Sides
 from renorm_onnx.runtime.sites import SiteReport, check_sites
-from renorm_onnx.runtime.torch_reference import TorchReference, is_torch_module
+from renorm_onnx.runtime.torch_reference import is_torch_module
 from renorm_onnx.runtime.trials import ReferenceUnusableError, trials
-from renorm_onnx.runtime.verdict import ENOUGH, POOLED, PRECISIONS, Judge, Precision, Row
+from renorm_onnx.runtime.verdict import POOLED, Judge, Row
 
 __all__ = [
     "LIMIT",
@@ -50,7 +47,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+_NEIGHBOURS = 8
 
 
 def verify(
@@ -82,7 +79,8 @@ def verify(
             inputs, whatever else prevents running them is a skip too: onnxruntime is absent or lacks a kernel, the
             reference evaluation lacks an operator, no generated input fits. None: such things are errors.
         sites: Check every rewritten place by itself too (`check_sites`), which also decides. It takes a candidate in
-            which a name means the same value as in the reference; None: if `verify` fused it itself.
+            which a name means the same value as in the reference; None: if `verify` fused it itself, or the candidate
+            is a file that `renorm-onnx fuse` wrote.
         allow_symlinks: Follow links to data files outside a model's folder.
 
     Returns:
@@ -96,6 +94,8 @@ def verify(
     started = time.perf_counter()
     if not providers:
         raise InputError("verify: providers is empty, so there is nothing to compare on")
+    if seed < 0:
+        raise InputError(f"verify: seed={seed!r}, expected a whole number, 0 or more")
     fusion = None
     if candidate is None:
         if is_torch_module(reference):
@@ -106,11 +106,14 @@ def verify(
         candidate, fusion = fuse(reference)
     if is_torch_module(reference) and (sites or layers):
         raise InputError("verify: sites= and layers= need a reference model, a torch module has no value names")
-    sides = _Sides(reference, candidate, allow_symlinks=allow_symlinks)
-    comparison = _Comparison(sides, seed, dict(sizes or {}))
+    sides = Sides(reference, candidate, allow_symlinks=allow_symlinks)
+    if sites is None:
+        sites = fusion is not None or sides.names_agree
+    found = check_sites(sides.model, sides.candidate, seed=seed) if sites else None
+    comparison = _Comparison(sides, found, seed, dict(sizes or {}))
     verdict = comparison.run(tuple(dict.fromkeys(providers)), inputs, limit, layers)
-    if sites or (sites is None and fusion is not None):
-        verdict = _with_sites(verdict, check_sites(sides.model, sides.candidate, seed=seed))
+    if found is not None:
+        verdict = _with_sites(verdict, found)
     return replace(verdict, fusion=fusion, seed=seed, seconds=time.perf_counter() - started)
 
 
@@ -120,43 +123,6 @@ def _with_sites(verdict: Verdict, found: SiteReport) -> Verdict:
     wrong = found.wrong[0]
     reason = f"{len(found.wrong)} rewritten place(s) compute something else, the first is {wrong}"
     return replace(verdict, outcome="no", reason=reason, sites=found)
-
-
-class _Sides:
-    """The two models, and how to get R, U and F from them."""
-
-    def __init__(self, reference: Any, candidate: Any, *, allow_symlinks: bool) -> None:
-        self.candidate = model_file.load(candidate, allow_symlinks=allow_symlinks)
-        self.torch: TorchReference | None = None
-        if is_torch_module(reference):
-            specs = input_specs(self.candidate)
-            outputs = [value.name or "" for value in self.candidate.graph.outputs]
-            self.torch = TorchReference(reference, [spec.name for spec in specs], outputs)
-            self.model = self.candidate
-            self.problems: list[str] = []
-        else:
-            self.model = model_file.load(reference, allow_symlinks=allow_symlinks)
-            self.problems = interface_problems(self.model, self.candidate)
-
-    @functools.cached_property
-    def sources(self) -> tuple[bytes | str, bytes | str]:
-        """Reference and candidate as sessions take them, serialized once."""
-        return source_of(self.model), source_of(self.candidate)
-
-    def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return self.torch.evaluate(feeds) if self.torch else evaluate(self.model, feeds)
-
-    @property
-    def precision(self) -> Precision:
-        nodes = list(self.model.graph.all_nodes())
-        if any(node.op_type in _QUANTIZED for node in nodes):
-            return PRECISIONS["quantized"]
-        values = {*self.model.graph.inputs, *self.model.graph.initializers.values(), *self.model.graph.outputs}
-        types = {value.dtype.name.lower() for value in values if value.dtype is not None}
-        types |= {ir.DataType(n.attributes.get_int("to", 1)).name.lower() for n in nodes if n.op_type == "Cast"}
-        names = {"double": "float64", "float": "float32"}
-        found = [PRECISIONS[name] for kind in types if (name := names.get(kind, kind)) in PRECISIONS]
-        return max(found, key=lambda precision: precision.u, default=PRECISIONS["float32"])
 
 
 @dataclass
@@ -170,37 +136,17 @@ class _Runners:
     failures: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Range:
-    """Which values one output of the reference took; integers, few as they are, may well all be one."""
-
-    low: float = math.inf
-    high: float = -math.inf
-    elements: int = 0
-
-    def add(self, array: Array) -> None:
-        if array.dtype.kind != "f":
-            self.low, self.high = -math.inf, math.inf
-            return
-        finite = array[np.isfinite(array)]
-        self.low, self.high = min(self.low, finite.min(initial=math.inf)), max(self.high, finite.max(initial=-math.inf))
-        self.elements += finite.size
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether so many elements were equal that it is no chance."""
-        return self.low == self.high and self.elements >= ENOUGH
-
-
 class _Comparison:
     """One call of `verify`."""
 
-    def __init__(self, sides: _Sides, seed: int, sizes: dict[str, int]) -> None:
-        self._sides, self._seed, self._sizes = sides, seed, sizes
+    def __init__(self, sides: Sides, sites: SiteReport | None, seed: int, sizes: dict[str, int]) -> None:
+        self._sides, self._sites, self._seed, self._sizes = sides, sites, seed, sizes
         self._skipped: list[str] = []
+        self._remarks: list[str] = []
+        self._trials: list[tuple[Trial, dict[str, Array]]] = []
         self._first: tuple[Trial, Mapping[str, Array]] | None = None
-        self._uncovered = False
-        self._ranges: dict[str, _Range] = {}
+        self._uncovered, self._extent = False, ""
+        self._variations: dict[str, Variation] = {}
 
     def run(self, providers: Sequence[str], inputs: Any, limit: Cost | None, layers: bool) -> Verdict:
         sides = self._sides
@@ -223,7 +169,7 @@ class _Comparison:
     def _run(self, base: Verdict, providers: Sequence[str], inputs: Any, cost: Cost, layers: bool) -> Verdict:
         sides, precision = self._sides, self._sides.precision
         base = replace(base, environment=_environment(providers))
-        runners = []
+        runners: list[_Runners] = []
         for provider in providers:
             unfused = sides.torch or open_session(sides.sources[0], provider)
             try:
@@ -231,14 +177,18 @@ class _Comparison:
             except (ModelFileError, MachineError) as error:
                 return replace(base, reason=f"The candidate cannot be run where the reference can: {error}")
             runners.append(_Runners(provider, Judge(provider, precision), unfused, fused))
+        placement = {one.provider: dict(Counter(node.provider for node in one.fused.placement)) for one in runners}
+        base.environment["placement"] = placement
         try:
             specs = input_specs(sides.model)
             for trial, want in trials(sides.evaluate, specs, inputs, cost, self._seed, self._sizes):
+                tensors = tensors_of(want)
                 if trial.ordinary:
-                    for name, array in _tensors(want).items():
-                        self._ranges.setdefault(name, _Range()).add(array)
+                    for name, array in tensors.items():
+                        self._variations.setdefault(name, Variation()).add(array)
+                self._trials.append((trial, tensors))
                 for one in runners:
-                    self._run_trial(one, trial, want)
+                    self._run_trial(one, trial, tensors)
         except ReferenceUnusableError as error:
             self._uncovered = True
             return replace(base, outcome="unusable", reason=str(error))
@@ -262,7 +212,7 @@ class _Comparison:
             return
         if self._first is None and trial.ordinary:
             self._first = trial, want
-        parts = [_tensors(outputs) for outputs in (want, unfused, fused)]
+        parts = [want, tensors_of(unfused), tensors_of(fused)]
         for name, array in parts[1].items():
             missing = f"{name!r} is missing from what the candidate or the reference gives"
             if name in parts[0] and name in parts[2]:
@@ -273,42 +223,97 @@ class _Comparison:
             one.failures.append(f"on {one.provider}, inputs {trial.label}: the candidate also gives {extra}")
 
     def _conclude(self, base: Verdict, runners: Sequence[_Runners]) -> Verdict:
-        rows = [row for one in runners for row in one.judge.rows()]
         failures = [failure for one in runners for failure in one.failures]
-        base = replace(base, rows=tuple(rows), skipped=tuple(self._skipped))
         if failures:
-            return replace(base, reason=failures[0], problems=tuple(failures))
-        wrong = [row for row in rows if row.decides and not row.ok]
-        unusable = next((text for one in runners if (text := one.judge.unusable())), "")
-        if unusable:
-            return replace(base, outcome="unusable", reason=unusable)
-        elements = sum(row.elements for row in rows if row.decides and row.inputs != POOLED)
-        base = self._with_extras(base, runners)
-        if wrong:
-            row = wrong[0]
-            return replace(base, reason=f"On {row.provider}, output {row.output!r}, inputs {row.inputs}: {row.note}")
-        if not elements:
-            return replace(base, reason="Nothing was compared: no set of inputs could be run on both sides")
-        if self._ranges and all(found.is_constant for found in self._ranges.values()):
-            # A dead or saturated output hides whatever is wrong before it.
+            return self._answer(base, runners, "no", failures[0], problems=tuple(failures))
+        if reason := _first_of(one.judge.empty() for one in runners):
             self._uncovered = True
-            names = ", ".join(map(repr, self._ranges))
-            reason = f"reference unusable: {names} had one value on all ordinary inputs; pass inputs= that change it"
-            return replace(base, outcome="unusable", reason=reason)
-        return replace(base, outcome="yes", reason=_summary(rows, elements))
+            return self._answer(base, runners, "unusable", reason)
+        if reason := _first_of(one.judge.unusable() for one in runners):
+            return self._answer(base, runners, "unusable", reason)
+        doubtful = [one for one in runners if _wrong(one)]
+        if doubtful and self._places_hold():
+            for one in doubtful:
+                self._draw_neighbours(one)
+            if reason := _first_of(one.judge.unusable() for one in doubtful):
+                self._uncovered = True
+                return self._answer(base, runners, "unusable", reason)
+        base = self._with_extras(base, runners)
+        if wrong := [row for one in runners for row in _wrong(one)]:
+            row = wrong[0]
+            reason = f"On {row.provider}, output {row.output!r}, inputs {row.inputs}: {row.note}"
+            return self._answer(base, runners, "no", reason)
+        if not self._first:
+            return self._answer(
+                base, runners, "no", "Nothing was compared: no set of inputs could be run on both sides"
+            )
+        if reason := self._dead_outputs():
+            self._uncovered = True
+            return self._answer(base, runners, "unusable", reason)
+        return self._answer(base, runners, "yes", "")
+
+    def _answer(self, base: Verdict, runners: Sequence[_Runners], outcome: str, reason: str, **more: Any) -> Verdict:
+        rows = tuple(row for one in runners for row in one.judge.rows())
+        return replace(
+            base,
+            outcome=outcome,
+            reason=reason or _summary(rows, self._extent),
+            rows=(*rows, *base.rows),
+            skipped=(*self._skipped, *(text for one in runners for text in one.judge.left_out())),
+            remarks=tuple(dict.fromkeys([*(trial.note for trial, _ in self._trials if trial.note), *self._remarks])),
+            **more,
+        )
+
+    def _draw_neighbours(self, one: _Runners) -> None:
+        """Before saying no: measure again what rounding costs, with the original's weights rounded otherwise."""
+        for number in range(_NEIGHBOURS):
+            try:
+                session = self._sides.neighbour(self._seed * _NEIGHBOURS + number, one.provider)
+                for trial, want in self._trials:
+                    for name, array in tensors_of(session.run(trial.feeds)).items():
+                        one.judge.take_in(trial, name, want[name], array)
+            except RenormError as error:  # what runs once may not run again: too large to copy, out of memory
+                self._remarks.append(f"on {one.provider} no more than {number} neighbours of the original: {error}")
+                return
+        self._extent = " and its neighbours'"
+        self._remarks.append(
+            f"on {one.provider} the limits are those of {_NEIGHBOURS} neighbours of the original, its weights rounded "
+            "otherwise, since one run of it says too little of what rounding costs"
+        )
+
+    def _places_hold(self) -> bool:
+        """Tell whether the candidate is known to mean the same, so that only its rounding is in doubt."""
+        if self._sides.torch is not None:
+            return True
+        if self._sites is None:
+            self._sites = check_sites(self._sides.model, self._sides.candidate, seed=self._seed)
+        return self._sites.complete
+
+    def _dead_outputs(self) -> str:
+        """Return why there can be no yes: an output that never changed, and places that were not all checked alone."""
+        live = self._sides.live_outputs()
+        dead = [name for name, found in self._variations.items() if found.is_dead and name.partition("[")[0] in live]
+        if not dead:
+            return ""
+        names = ", ".join(map(repr, dead))
+        self._skipped.append(f"{names} had one value on all ordinary inputs, which hides what is wrong before it")
+        some_are_alive = len(dead) < len(self._variations)
+        if some_are_alive and self._sites is not None and self._sites.complete:
+            return ""
+        return f"reference unusable: {names} had one value on all ordinary inputs; pass inputs= that change it"
 
     def _with_extras(self, base: Verdict, runners: Sequence[_Runners]) -> Verdict:
         """Add what decides nothing: the optimized models, and whether a second session gives the same."""
         if self._first is None:
             return base
-        (trial, want), rows, repeats = self._first, [], []
+        (trial, want), rows, repeats = self._first, list[Row](), []
         for one in runners:
-            again = _tensors(open_session(self._sides.sources[1], one.provider).run(trial.feeds))
-            once = _tensors(one.fused.run(trial.feeds))
-            largest = max((_difference(once[name], again[name]) for name in once), default=0.0)
+            again = tensors_of(open_session(self._sides.sources[1], one.provider).run(trial.feeds))
+            once = tensors_of(one.fused.run(trial.feeds))
+            largest = max((largest_difference(once[name], again[name]) for name in once), default=0.0)
             repeats.append(Repeat(one.provider, largest, trial.label))
             rows += self._optimized(one, trial, want)
-        return replace(base, rows=(*base.rows, *rows), repeats=tuple(repeats))
+        return replace(base, rows=tuple(rows), repeats=tuple(repeats))
 
     def _optimized(self, one: _Runners, trial: Trial, want: Mapping[str, Array]) -> list[Row]:
         judge = Judge(one.provider, one.judge.precision)
@@ -321,10 +326,10 @@ class _Comparison:
         except (InputError, MachineError) as error:
             self._skipped.append(f"optimized models on {one.provider}: {error}")
             return []
-        wanted, given = _tensors(want), _tensors(fused)
-        for name, array in _tensors(unfused).items():
-            if name in wanted and name in given:
-                judge.add(trial, name, errors_of(wanted[name], array, given[name]))
+        given = tensors_of(fused)
+        for name, array in tensors_of(unfused).items():
+            if name in want and name in given:
+                judge.add(trial, name, errors_of(want[name], array, given[name]))
         return [
             replace(row, optimize="all", decides=False, ok=True) for row in judge.rows() if row.inputs == trial.label
         ]
@@ -332,25 +337,6 @@ class _Comparison:
 
 def _skipped(base: Verdict, why: str) -> Verdict:
     return replace(base, outcome="skipped", reason=f"Not run end to end: {why}", skipped=(why,))
-
-
-def _tensors(outputs: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the tensors of outputs, those of a sequence as name[0] and so on; absent optionals are left out."""
-    found: dict[str, Array] = {}
-    for name, value in outputs.items():
-        if isinstance(value, list | tuple):
-            found |= _tensors({f"{name}[{position}]": part for position, part in enumerate(value)})
-        elif value is not None:
-            found[name] = np.asarray(value)
-    return found
-
-
-def _difference(once: Array, again: Array) -> float:
-    if once.dtype.kind in "SUO":
-        return float(np.any(once != again))
-    a, b = once.astype(np.float64), again.astype(np.float64)
-    different = ~((a == b) | (np.isnan(a) & np.isnan(b)))
-    return float(np.max(np.abs(a[different] - b[different]), initial=0.0))
 
 
 def _environment(providers: Sequence[str]) -> dict[str, Any]:
@@ -361,12 +347,21 @@ def _environment(providers: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _summary(rows: Sequence[Row], elements: int) -> str:
-    pooled = [row for row in rows if row.decides]
-    worst = max(pooled, key=lambda row: row.typical)
+def _wrong(one: _Runners) -> list[Row]:
+    return [row for row in one.judge.rows() if row.decides and not row.ok]
+
+
+def _first_of(reasons: Iterable[str]) -> str:
+    return next((reason for reason in reasons if reason), "")
+
+
+def _summary(rows: Sequence[Row], extent: str) -> str:
+    deciding = [row for row in rows if row.decides]
+    elements = sum(row.elements for row in deciding if row.inputs != POOLED)
+    worst = max(deciding, key=lambda row: row.typical)
     outputs, providers = {row.output for row in rows}, {row.provider for row in rows}
     return (
         f"{len(outputs)} output(s) on {', '.join(sorted(providers))}, {elements} elements: relative error "
-        f"{max(row.fused for row in pooled):.1e}, unfused {max(row.unfused for row in pooled):.1e}; at most "
-        f"{worst.typical:.2f} x the unfused model's own"
+        f"{max(row.fused for row in deciding):.1e}, unfused {max(row.unfused for row in deciding):.1e}; at most "
+        f"{worst.typical:.2f} x the unfused model's own{extent}"
     )

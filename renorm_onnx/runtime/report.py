@@ -47,13 +47,14 @@ class Verdict:
         rows: The comparison, one row per provider, output and set of inputs; see `verdict`.
         problems: What differs before any value is looked at.
         skipped: What was not checked, and why.
+        remarks: What else a reader should know: data that were cast, limits that came from neighbours.
         repeats: Repeatability, per provider.
         sites: The check of each rewritten place by itself (`sites.SiteReport`), if made.
         layers: The comparisons layer by layer (`layerwise.LayerReport`), one per provider, if asked for.
         cost: Estimate of one run of the reference.
         precision: The coarsest type in the reference, which sets the limits.
         seed: Of the generated inputs.
-        environment: Versions, and the options of the sessions.
+        environment: Versions, the options of the sessions, and where the candidate's nodes ran.
         seconds: Wall time spent.
         fusion: What was folded, if `verify` fused the candidate itself.
     """
@@ -63,6 +64,7 @@ class Verdict:
     rows: tuple[Row, ...] = ()
     problems: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     repeats: tuple[Repeat, ...] = ()
     sites: SiteReport | None = None
     layers: tuple[LayerReport, ...] = ()
@@ -94,6 +96,7 @@ class Verdict:
             "sites": self.sites.to_dict() if self.sites is not None else None,
             "layers": [layer.to_dict() for layer in self.layers],
             "skipped": list(self.skipped),
+            "remarks": list(self.remarks),
             "cost": {"flops": self.cost.flops, "bytes": self.cost.bytes, "complete": self.cost.complete}
             if self.cost is not None
             else None,
@@ -109,11 +112,16 @@ class Verdict:
         lines += [f"  {problem}" for problem in self.problems]
         if self.rows:
             lines += ["", *_table(_shown(self.rows)), ""]
-            lines += [f"worst element on {row.provider}: {_worst(row)}" for row in _furthest(self.rows)]
+            for row in _furthest(self.rows):
+                lines.append(f"worst element on {row.provider}: {_worst(row)}")
+                lines += [f"  there: {row.spread}"] if row.spread is not None else []
         lines += [str(repeat) for repeat in self.repeats]
+        placed = self.environment.get("placement", {}).items()
+        lines += [f"nodes on {name}: {', '.join(f'{n} on {ep}' for ep, n in nodes.items())}" for name, nodes in placed]
         lines += [str(self.sites)] if self.sites is not None else []
         lines += [f"\n{layer}" for layer in self.layers]
         lines += [f"not checked: {text}" for text in self.skipped]
+        lines += [f"note: {text}" for text in self.remarks]
         if self.rows:
             lines.append(
                 f"seed {self.seed}, {self.precision}, {self.environment.get('onnxruntime', '')}, {self.seconds:.2f} s"

@@ -56,6 +56,7 @@ class Session:
         tf32: Let CUDA round the operands of convolutions and matrix products to 10 bits.
         cuda_graph: Capture a CUDA graph: True (MachineError if impossible), False, or None: if possible.
         strict: Refuse a model of which an operator that computes more than sizes would run on the CPU.
+        allow_symlinks: Follow links to data files outside the model's folder.
 
     Raises:
         MachineError: The provider cannot be created here, an operator has no kernel on it, or onnxruntime is absent.
@@ -74,6 +75,7 @@ class Session:
         tf32: bool = False,
         cuda_graph: bool | None = None,
         strict: bool = True,
+        allow_symlinks: bool = False,
     ) -> None:
         if optimize not in LEVELS:
             raise InputError(f"Session: optimize={optimize!r}, expected one of {', '.join(LEVELS)}")
@@ -87,7 +89,7 @@ class Session:
                 f"Session: provider {provider!r} cannot be created here: {status.stage}: {status.detail}. {status.fix}"
             )
         self._ort = providers.onnxruntime()
-        source = source_of(model)
+        source = source_of(model, allow_symlinks=allow_symlinks)
         self._session = self._create(source, graph=False, cpu=False)
         self.placement: tuple[Placed, ...] = placement_of(self._session)
         self.on_cpu: tuple[Placed, ...] = self._check_placement(source, strict)
@@ -336,6 +338,7 @@ def open_session(
     spinning: bool = False,
     tf32: bool = False,
     strict: bool = True,
+    allow_symlinks: bool = False,
 ) -> Session:
     """Open a model for comparing or timing: optimizations off, one thread, nothing left to a default.
 
@@ -347,6 +350,7 @@ def open_session(
         spinning: Let waiting threads spin.
         tf32: Let CUDA round the operands of convolutions and matrix products to 10 bits.
         strict: Refuse a model of which an operator that computes more than sizes would run on the CPU.
+        allow_symlinks: Follow links to data files outside the model's folder.
 
     Raises:
         MachineError: As `Session`.
@@ -362,21 +366,23 @@ def open_session(
         tf32=tf32,
         cuda_graph=False,
         strict=strict,
+        allow_symlinks=allow_symlinks,
     )
 
 
-def source_of(model: Any) -> bytes | str:
+def source_of(model: Any, *, allow_symlinks: bool = False) -> bytes | str:
     """Return the bytes of a model, or its path where it is too large for one protobuf.
 
     Args:
         model: Path, `onnx.ModelProto`, `onnx_ir.Model`, or the bytes of a model.
+        allow_symlinks: Follow links to data files outside the model's folder.
 
     Raises:
         ModelFileError: The model cannot be read, or is too large and has no path.
     """
     if isinstance(model, bytes):
         return model
-    loaded = model if isinstance(model, ir.Model) else model_file.load(model)
+    loaded = model if isinstance(model, ir.Model) else model_file.load(model, allow_symlinks=allow_symlinks)
     try:
         return model_file.model_bytes(loaded)
     except ModelFileError:

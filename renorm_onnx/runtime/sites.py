@@ -104,6 +104,11 @@ class SiteReport:
         return all(site.ok for site in self.sites)
 
     @property
+    def complete(self) -> bool:
+        """Whether every place could be checked and holds: then both models compute the same."""
+        return self.ok and not self.unchecked
+
+    @property
     def wrong(self) -> list[Site]:
         """The places that compute something else."""
         return [site for site in self.sites if not site.ok]
@@ -207,8 +212,9 @@ def _site(name: str, before: Cut, after: Cut, want: Array, got: Array, bound: Ar
     w, g = want.astype(np.float64), got.astype(np.float64)
     with np.errstate(invalid="ignore"):
         error = np.where((w == g) | (np.isnan(w) & np.isnan(g)), 0.0, np.abs(g - w))
-    error = np.where(np.isnan(error), np.inf, error)
-    used = np.where(error > 0, error / np.maximum(bound, np.finfo(np.float64).tiny), 0.0)
+        share = error / np.maximum(bound, np.finfo(np.float64).tiny)
+    # Where the candidate is not finite, its bound is not either, and allows nothing.
+    used = np.where(np.isfinite(error) & np.isfinite(bound), share, np.where(error == 0, 0.0, np.inf))
     index = tuple(int(i) for i in np.unravel_index(int(np.argmax(used)), w.shape))
     most = float(used[index])
     problem = ""

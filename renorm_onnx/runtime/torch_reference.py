@@ -4,6 +4,7 @@ torch is never imported here: whoever has a module has already done so.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.runtime.neighbours import MOVED
 
 
 def is_torch_module(value: Any) -> bool:
@@ -57,6 +59,25 @@ class TorchReference:
             InputError: As `evaluate`.
         """
         return self._call(self._single, feeds)
+
+    def neighbour(self, seed: int) -> "TorchReference":
+        """Return this module with some of its weights moved by one unit in the last place (`neighbours`).
+
+        Args:
+            seed: Of the choice.
+        """
+        torch = self._torch
+        generator = torch.Generator().manual_seed(seed)
+        other = copy.copy(self)
+        other._single = copy.deepcopy(self._single)
+        with torch.no_grad():
+            for weights in (*other._single.parameters(), *other._single.buffers()):
+                if weights.is_floating_point() and weights.element_size() > 1:
+                    up = torch.rand(weights.shape, generator=generator) < 0.5
+                    target = torch.where(up, math.inf, -math.inf).to(weights.dtype)
+                    moved = torch.rand(weights.shape, generator=generator) < MOVED
+                    weights.copy_(torch.where(moved, torch.nextafter(weights, target), weights))
+        return other
 
     def _call(self, module: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         arguments = [self._torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs]

@@ -112,9 +112,76 @@ def test_values_that_are_not_finite_are_where_they_should_be(r, u, f, ok):
     want, unfused, fused = (np.array([value, 1.0, 2.0]) for value in (r, u, f))
     found = errors_of(want, unfused, fused)
     assert (found.problem == "") is ok
-    assert found.elements == 2 + (np.isfinite(r) and np.isfinite(u) and np.isfinite(f))
+    compared = bool(np.isfinite(r) and np.isfinite(f))
+    assert (found.elements, found.left_out) == (2 + compared, 1 - compared)
     if not ok:
         assert found.index == (0,)
+
+
+def test_a_finite_value_is_judged_where_the_unfused_model_overflows():
+    """Where U is infinite and R is not, F may be either; if it is a number, then the right one."""
+    unfused = R + noisy(1e-6, 1)
+    unfused[0] = np.inf
+    for wrong, expected in ((0.0, 0), (1e-2, 2)):
+        fused = R + noisy(1e-6, 2)
+        fused[0] += wrong
+        judge = Judge("cpu", PRECISIONS["float32"])
+        judge.add(Trial("normal", {}, "normal"), "y", errors_of(R, unfused, fused))
+        assert len(failures(judge)) == expected
+        assert judge.left_out() == []
+
+
+def test_what_was_not_compared_is_said():
+    want, unfused = R.copy(), R + noisy(1e-6, 1)
+    want[0, :3] = np.nan
+    judge = Judge("cpu", PRECISIONS["float32"])
+    judge.add(Trial("normal", {}, "normal"), "y", errors_of(want, unfused, unfused))
+    assert judge.left_out() == ["3 of 256 elements of 'y' on cpu: the reference or both models are not finite"]
+
+
+def test_the_errors_of_neighbours_widen_the_limits_and_the_gate():
+    judge = judge_of((noisy(1e-6, 1), noisy(1e-5, 2)))
+    ((trial, _),) = judge.found["y"]
+    assert len(failures(judge)) == 2
+    judge.take_in(trial, "y", R, R + noisy(8e-6, 3))
+    judge.take_in(trial, "y", R, R + noisy(2e-6, 4))
+    assert failures(judge) == []
+    assert judge.unusable() == ""
+    judge.take_in(trial, "y", R, R + noisy(1e-2, 5))
+    assert "the unfused model with its weights rounded otherwise is off by" in judge.unusable()
+
+
+def test_labels_may_flip_where_those_of_a_neighbour_do():
+    want = np.arange(100)
+    judge = Judge("cpu", PRECISIONS["float32"])
+    trial = Trial("normal", {}, "normal")
+    fused, neighbour = want.copy(), want.copy()
+    fused[3] = neighbour[7] = 0
+    judge.add(trial, "label", errors_of(want, want, fused))
+    assert "1.00% of the elements equal neither the reference nor the unfused model" in failures(judge)[0].note
+    judge.take_in(trial, "label", want, neighbour)
+    assert failures(judge) == []
+
+
+def test_the_spread_of_the_errors_is_reported():
+    fused = R.astype(np.float32)
+    fused[0] = fused[0, ::-1]
+    fused[5, 5] = np.nextafter(fused[5, 5], np.float32(np.inf))
+    (row, _) = judge_of((0 * R, 0 * R)).rows()
+    assert row.spread.flips == 0
+    found = errors_of(R, R.astype(np.float32), fused).spread
+    assert (found.flips, found.unfused_flips, found.positions) == (1, 0, 32)
+    assert found.p50 < 1e-7 < found.p99
+    assert found.ulps > 1e5
+    assert 1 - np.vdot(R, fused) / np.linalg.norm(R) / np.linalg.norm(fused) == pytest.approx(found.cosine, rel=1e-3)
+    assert "argmax differs at 1 of 32 (unfused: 0)" in str(found)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_one_unit_in_the_last_place_is_one(dtype):
+    want = np.array([1.5, 3e-3, -7.0, 0.0], dtype)
+    other = np.nextafter(want, np.array(np.inf, dtype))
+    assert errors_of(want.astype(np.float64), want, other).spread.ulps == 1
 
 
 def test_shapes_and_types_come_before_values():

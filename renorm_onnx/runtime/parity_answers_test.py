@@ -1,0 +1,102 @@
+"""What a verdict says where a plain yes or no would hide something."""
+
+import numpy as np
+import onnx
+import pytest
+
+from renorm_onnx.delivery import fuse_file
+from renorm_onnx.errors import InputError
+from renorm_onnx.runtime.parity import verify
+from renorm_onnx.runtime.parity_networks_test import build
+from renorm_onnx.runtime.parity_test import edit, model_of
+
+
+def two_outputs(shift, gain):
+    """`live` is the same whatever the arguments are; `dead` is cut off by its Relu on all ordinary inputs."""
+    body = f"s = Constant<value_float={shift}>() g = Constant<value_float={gain}>() one = Constant<value_float=1.0>() "
+    body += "live = Add(x, x) a = Add(x, s) b = Mul(a, g) r = Relu(b) dead = Add(r, one)"
+    return model_of("float[N,3] x", "float[N,3] live, float[N,3] dead", body)
+
+
+def test_a_dead_output_beside_a_live_one_is_no_yes():
+    verdict = verify(two_outputs(-1e9, 1.0), two_outputs(-2e9, 7.0))
+    assert verdict.outcome == "unusable", verdict
+    assert "'dead' had one value on all ordinary inputs; pass inputs= that change it" in verdict.reason
+    assert "not checked: 'dead' had one value on all ordinary inputs" in str(verdict)
+    assert verify(two_outputs(0.5, 1.0), two_outputs(0.5, 1.0)).ok
+
+
+def test_a_dead_output_is_forgiven_where_every_place_was_checked_by_itself():
+    verdict = verify(two_outputs(-1e9, 1.0), two_outputs(-1e9, 1.0), sites=True)
+    assert verdict.ok
+    assert "'dead' had one value" in verdict.skipped[0]
+
+
+def test_an_output_that_depends_on_no_input_is_not_called_dead():
+    model = model_of(
+        "float[N,3] x",
+        "float[N,3] y, float[3] anchors",
+        "y = Add(x, x) anchors = Constant<value_floats=[1.0, 2.0, 3.0]>()",
+    )
+    verdict = verify(model, model)
+    assert verdict.ok, verdict
+    assert verdict.skipped == ()
+
+
+def test_an_output_without_elements_is_neither_right_nor_wrong():
+    body = "y = Compress(x, mask) z = Add(x, x)"
+    model = model_of("float[N,3] x, bool[3] mask", "float[K] y, float[N,3] z", body)
+    verdict = verify(model, model, inputs={"x": np.ones((2, 3), np.float32), "mask": np.zeros(3, bool)})
+    assert verdict.outcome == "unusable"
+    assert "nothing was compared: output 'y' on cpu gave nothing that is finite" in verdict.reason
+
+
+def test_data_that_were_cast_are_named():
+    data = {"x": np.random.default_rng(0).normal(size=(8, 17))}
+    verdict = verify(build("mlp"), build("mlp", fold=True), inputs=data)
+    assert verdict.ok
+    assert verdict.remarks == ("data for 'x' were cast from float64 to float32",)
+    assert "note: data for 'x' were cast from float64 to float32" in str(verdict)
+    assert verify(build("mlp"), build("mlp"), inputs={"x": data["x"].astype(np.float32)}).remarks == ()
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.float64, 1e300), (np.complex64, 1j)])
+def test_data_that_the_models_type_cannot_hold_are_refused(dtype, value):
+    with pytest.raises(InputError, match=r"'x' has type (float64 and values beyond float32|complex64, expected)"):
+        verify(build("mlp"), inputs={"x": np.full((8, 17), value, dtype)})
+
+
+@pytest.mark.parametrize("seed", [-1, -7])
+def test_a_negative_seed_is_our_error(seed):
+    with pytest.raises(InputError, match=f"verify: seed={seed}, expected a whole number, 0 or more"):
+        verify(build("mlp"), seed=seed)
+
+
+def test_a_file_that_we_fused_is_checked_place_by_place(tmp_path):
+    source, target = tmp_path / "m.onnx", tmp_path / "f.onnx"
+    onnx.save(build("mlp"), source)
+    assert fuse_file(source, target).written
+    verdict = verify(source, target)
+    assert verdict.ok
+    assert len(verdict.sites.sites) == 1
+    assert verify(build("mlp"), build("mlp", fold=True)).sites is None, "nothing says what its names mean"
+
+    def dies(array):
+        array[0] -= 1e3
+
+    # A Relu cuts off the channel in both, so that only the place itself shows the fault.
+    hidden, fused = edit(build("mlp"), "h_beta", dies), tmp_path / "g.onnx"
+    onnx.save(hidden, source)
+    assert fuse_file(source, fused).written
+    moved = onnx.load(fused)
+    bias = next(t for t in moved.graph.initializer if t.dims == [32] and onnx.numpy_helper.to_array(t)[0] < -500)
+    onnx.save(edit(moved, bias.name, dies), fused)
+    verdict = verify(source, fused)
+    assert verdict.outcome == "no"
+    assert "1 rewritten place(s) compute something else" in verdict.reason
+
+
+def test_the_report_says_where_the_nodes_ran():
+    verdict = verify(build("mlp"), build("mlp", fold=True))
+    assert verdict.environment["placement"] == {"cpu": {"CPUExecutionProvider": 3}}
+    assert verdict.to_dict()["rows"][0]["spread"]["argmax_positions"] > 0

@@ -1,0 +1,92 @@
+"""The two models of a verdict, and how to get R, U and F from them."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from renorm_onnx import model_file
+from renorm_onnx.fusion.report import METADATA_KEY
+from renorm_onnx.runtime.cuts import data_names
+from renorm_onnx.runtime.inputs import input_specs
+from renorm_onnx.runtime.interface import interface_problems
+from renorm_onnx.runtime.neighbours import neighbour
+from renorm_onnx.runtime.reference import evaluate
+from renorm_onnx.runtime.session import Session, open_session, source_of
+from renorm_onnx.runtime.torch_reference import TorchReference, is_torch_module
+from renorm_onnx.runtime.verdict import PRECISIONS, Precision
+
+Array = npt.NDArray[Any]
+
+_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+
+
+class Sides:
+    """The two models, loaded and held side by side.
+
+    Args:
+        reference: A path, `onnx.ModelProto`, `onnx_ir.Model` or torch module.
+        candidate: As `reference`, without modules.
+        allow_symlinks: Follow links to data files outside a model's folder.
+
+    Raises:
+        ModelFileError: A model cannot be read.
+        InputError: A torch reference is in training mode.
+    """
+
+    def __init__(self, reference: Any, candidate: Any, *, allow_symlinks: bool) -> None:
+        self.candidate = model_file.load(candidate, allow_symlinks=allow_symlinks)
+        self.torch: TorchReference | None = None
+        if is_torch_module(reference):
+            specs = input_specs(self.candidate)
+            outputs = [value.name or "" for value in self.candidate.graph.outputs]
+            self.torch = TorchReference(reference, [spec.name for spec in specs], outputs)
+            self.model = self.candidate
+            self.problems: list[str] = []
+        else:
+            self.model = model_file.load(reference, allow_symlinks=allow_symlinks)
+            self.problems = interface_problems(self.model, self.candidate)
+
+    @functools.cached_property
+    def sources(self) -> tuple[bytes | str, bytes | str]:
+        """Reference and candidate as sessions take them, serialized once."""
+        return source_of(self.model), source_of(self.candidate)
+
+    def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Return R."""
+        return self.torch.evaluate(feeds) if self.torch else evaluate(self.model, feeds)
+
+    def neighbour(self, seed: int, provider: str) -> TorchReference | Session:
+        """Return the original with its weights rounded otherwise (`neighbours`), ready to run.
+
+        Raises:
+            ModelFileError: The model is too large to be changed in memory.
+            MachineError: As `Session`.
+        """
+        if self.torch is not None:
+            return self.torch.neighbour(seed)
+        return open_session(neighbour(self.model, seed), provider)
+
+    @property
+    def names_agree(self) -> bool:
+        """Whether the candidate says of itself that its names mean what they mean in the original."""
+        return self.torch is None and METADATA_KEY in self.candidate.metadata_props
+
+    def live_outputs(self) -> set[str]:
+        """Return the outputs that depend on what is fed, by more than its shape."""
+        return data_names(self.model, {spec.name for spec in input_specs(self.model)})
+
+    @property
+    def precision(self) -> Precision:
+        """What the coarsest type of the original allows to expect."""
+        nodes = list(self.model.graph.all_nodes())
+        if any(node.op_type in _QUANTIZED for node in nodes):
+            return PRECISIONS["quantized"]
+        values = {*self.model.graph.inputs, *self.model.graph.initializers.values(), *self.model.graph.outputs}
+        types = {value.dtype.name.lower() for value in values if value.dtype is not None}
+        types |= {ir.DataType(n.attributes.get_int("to", 1)).name.lower() for n in nodes if n.op_type == "Cast"}
+        names = {"double": "float64", "float": "float32"}
+        found = [PRECISIONS[name] for kind in types if (name := names.get(kind, kind)) in PRECISIONS]
+        return max(found, key=lambda precision: precision.u, default=PRECISIONS["float32"])
