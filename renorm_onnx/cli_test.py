@@ -11,6 +11,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from renorm_onnx import cli
+from renorm_onnx.errors import ModelFileError
+from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.runtime.session import Session, open_session
 
 
 def small_model(scale: float = 0.7) -> onnx.ModelProto:
@@ -175,7 +178,7 @@ def test_bad_arguments_get_one_line_and_exit_2_and_nothing_is_written(model, cap
     assert model.read_bytes() == before
 
 
-def test_every_command_follows_links_to_data_when_allowed(model, tmp_path, capsys):
+def test_every_command_and_call_follows_links_to_data_when_allowed(model, tmp_path, capsys):
     elsewhere = tmp_path / "cache"
     elsewhere.mkdir()
     onnx.save(small_model(), "big.onnx", save_as_external_data=True, location="big.data", size_threshold=0)
@@ -185,6 +188,10 @@ def test_every_command_follows_links_to_data_when_allowed(model, tmp_path, capsy
     Path("big.onnx").rename(folder / "big.onnx")
     (folder / "big.data").symlink_to(elsewhere / "blob")
     path = str(folder / "big.onnx")
+    for call in (fuse, Session, open_session):
+        with pytest.raises(ModelFileError, match="--allow-symlinks"):
+            call(path)
+        call(path, allow_symlinks=True)
     for command in (["inspect"], ["verify", "--inputs", "1"], ["bench", "--rounds", "1"], ["inline"], ["fuse"]):
         assert run(*command, path) == cli.BAD_INPUT
         assert "--allow-symlinks" in one_line(capsys)

@@ -15,7 +15,7 @@ from renorm_onnx.onnx_layers import LayerInfo, layers_in
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
-def restore(module: nn.Module, path: str | os.PathLike[str]) -> int:
+def restore(module: nn.Module, path: str | os.PathLike[str], *, allow_symlinks: bool = False) -> int:
     """Fill the batch-renormalization layers of `module`, in place, from the function calls of an exported model.
 
     Weights, statistics, eps, momentum, r_max, d_max, stat and the step counter are restored; training goes on as if it
@@ -26,6 +26,7 @@ def restore(module: nn.Module, path: str | os.PathLike[str]) -> int:
     Args:
         module: A model with layers of the same paths and sizes. Unchanged if this raises.
         path: A file that `to_onnx` wrote, not fused: folding leaves nothing to restore.
+        allow_symlinks: Follow links to data files outside the model's folder.
 
     Returns:
         The number of layers restored.
@@ -34,7 +35,7 @@ def restore(module: nn.Module, path: str | os.PathLike[str]) -> int:
         InputError: The file has no such calls; its layers and the module's differ in path or size.
         ModelFileError: The file cannot be read.
     """
-    model = model_file.load(path)
+    model = model_file.load(path, allow_symlinks=allow_symlinks)
     found = {info.name: info for info in layers_in(model)}
     layers = layers_of(module)
     if not found:

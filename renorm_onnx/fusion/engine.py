@@ -69,19 +69,25 @@ class FuseOptions:
 
 
 @overload
-def fuse(model: ir.Model, options: FuseOptions | None = None) -> tuple[ir.Model, FusionReport]: ...
+def fuse(
+    model: ir.Model, options: FuseOptions | None = None, *, allow_symlinks: bool = False
+) -> tuple[ir.Model, FusionReport]: ...
 @overload
 def fuse(
-    model: str | PathLike[str] | onnx.ModelProto, options: FuseOptions | None = None
+    model: str | PathLike[str] | onnx.ModelProto, options: FuseOptions | None = None, *, allow_symlinks: bool = False
 ) -> tuple[onnx.ModelProto, FusionReport]: ...
 def fuse(
-    model: str | PathLike[str] | onnx.ModelProto | ir.Model, options: FuseOptions | None = None
+    model: str | PathLike[str] | onnx.ModelProto | ir.Model,
+    options: FuseOptions | None = None,
+    *,
+    allow_symlinks: bool = False,
 ) -> tuple[onnx.ModelProto | ir.Model, FusionReport]:
     """Fold the normalizations of a model into its linear operators.
 
     Args:
         model: A path, a `ModelProto` or an `onnx_ir.Model`; never changed.
         options: What may be done; None for the defaults.
+        allow_symlinks: Follow links to data files outside the model's folder.
 
     Returns:
         A new model (an `onnx_ir.Model` for one, a `ModelProto` otherwise) with the same inputs and outputs, and the
@@ -91,7 +97,7 @@ def fuse(
         ModelFileError: The model cannot be read, or breaks a rule of ONNX.
         InputError: An option is unknown.
     """
-    copy = model_file.load(model)
+    copy = model_file.load(model, allow_symlinks=allow_symlinks)
     report = fuse_in_place(copy, options)
     return (copy if isinstance(model, ir.Model) else model_file.to_proto(copy)), report
 
