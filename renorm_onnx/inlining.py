@@ -203,12 +203,12 @@ def graphs_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Graph]:
     for graph in graphs:  # grows while it runs
         yield graph
         for node in graph:
-            if node.attributes:
+            # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
+            if node.attributes.data:
                 graphs.extend(_subgraphs(node))
 
 
 def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
     for attribute in node.attributes.data.values():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             yield attribute.as_graph()

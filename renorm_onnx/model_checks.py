@@ -69,7 +69,7 @@ def check_entries(data: bytes) -> None:
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The number of each length-delimited field in a message, and where its content starts and ends."""
     while at < end:
-        key, at = _varint(data, at, end)
+        key, at = _varint(data, at, end) if data[at] > 127 else (data[at], at + 1)
         kind = key & 7
         if kind == 2:
             length, at = _varint(data, at, end)

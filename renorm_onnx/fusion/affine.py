@@ -12,7 +12,7 @@ makes it repeat itself along that axis. Carriers that expect one axis ask for `a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,7 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class AffineMap:
+class AffineMap(NamedTuple):
     """``y = scale * x + shift``, one pair of numbers per index of `axes`.
 
     Args:
@@ -107,23 +106,23 @@ class AffineMap:
             outer.scale * (scale * x + shift) + outer.shift
         """
         one, two = together(self, outer)
-        return replace(one, scale=one.scale * two.scale, shift=one.shift * two.scale + two.shift)
+        return one._replace(scale=one.scale * two.scale, shift=one.shift * two.scale + two.shift)
 
     def without_shift(self) -> AffineMap:
         """The same scale with a zero shift."""
-        return replace(self, shift=np.zeros_like(self.shift))
+        return self._replace(shift=np.zeros(self.shift.shape))
 
     def without_scale(self) -> AffineMap:
         """The same shift with a scale of one."""
-        return replace(self, scale=np.ones_like(self.scale))
+        return self._replace(scale=np.ones(self.scale.shape))
 
     def with_shift(self, shift: Vector) -> AffineMap:
         """The same scale with another shift, of the same shape."""
-        return replace(self, shift=shift)
+        return self._replace(shift=shift)
 
     def on_axis(self, axis: int | None) -> AffineMap:
         """The same numbers along another axis; a uniform map stays uniform."""
-        return self if self.axis is None or axis is None else replace(self, axes=(axis,))
+        return self if self.axis is None or axis is None else self._replace(axes=(axis,))
 
     def moved(self, place: Callable[[int], int]) -> AffineMap:
         """The same numbers where each axis has gone to `place(axis)`."""
@@ -161,7 +160,7 @@ class AffineMap:
         assert axis not in self.periodic, "places of an open axis are not counted"
         place = self.axes.index(axis)
         where = np.arange(self.scale.shape[place])[indices]
-        return replace(self, scale=self.scale.take(where, place), shift=self.shift.take(where, place))
+        return self._replace(scale=self.scale.take(where, place), shift=self.shift.take(where, place))
 
     def spread(self, length: int, axis: int) -> AffineMap:
         """The map written out along an axis, if it does not run along it yet; else as it is, whatever its length."""
@@ -178,7 +177,7 @@ class AffineMap:
         scale, shift = np.ones(shape), np.zeros(shape)
         np.moveaxis(scale, place, 0)[where] = np.moveaxis(own.scale, place, 0)
         np.moveaxis(shift, place, 0)[where] = np.moveaxis(own.shift, place, 0)
-        return replace(own, scale=scale, shift=shift)
+        return own._replace(scale=scale, shift=shift)
 
     def along(self, rank: int) -> tuple[Vector, Vector]:
         """Scale and shift shaped to broadcast against a tensor of that rank: (1, C, 1, ...)."""
@@ -204,7 +203,7 @@ def together(one: AffineMap, two: AffineMap) -> tuple[AffineMap, AffineMap]:
 
 
 def _placed(given: AffineMap, rank: int) -> tuple[Vector, Vector]:
-    return replace(given, periodic=frozenset()).along(rank)
+    return given._replace(periodic=frozenset()).along(rank)
 
 
 IDENTITY = AffineMap(np.ones(1), np.zeros(1), ())

@@ -296,7 +296,7 @@ class _Engine:
     def _delete(self, nodes: Iterable[ir.Node]) -> None:
         """Make nodes read nothing; `_clean` takes them out of their graphs, and what only they read."""
         for node in nodes:
-            self._unread.update((v, None) for v in node.inputs if v is not None)
+            self._unread.update(dict.fromkeys(v for v in node.inputs if v is not None))
             assert isinstance(node.graph, ir.Graph)
             self._gone[node] = node.graph
             node.resize_inputs(0)

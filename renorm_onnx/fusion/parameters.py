@@ -146,10 +146,10 @@ class Parameter(NamedTuple):
         """Largest absolute value over all axes but `keep`, NaN where one is. Shape: the kept axes."""
         axes = tuple(i for i in range(len(self.shape)) if i not in keep)
         # Without factors, the stored elements are compared as they are.
+        if math.prod(self.shape) <= BLOCK_ELEMENTS:
+            return _magnitude(self.float64() if self.factors else self._stored(), axes)
         blocks = (block for _, block in (self.blocks() if self.factors else self._stored_blocks()))
         tops = [_magnitude(block, axes) for block in blocks]
-        if len(tops) == 1:
-            return tops[0]
         return np.concatenate(tops) if 0 in keep else np.asarray(np.max(tops, axis=0))
 
     def rounded(self) -> npt.NDArray[Any]:
