@@ -7,15 +7,29 @@ specification, "output shape" of each operator.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
 from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast
-from renorm_onnx.fusion.facts import UNKNOWN, Dimension, Dims, Fact, Rule
+from renorm_onnx.fusion.facts import UNKNOWN, Content, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]
+MAX_PRODUCTS = 1 << 30  # multiplications of two constant matrices
+
+REDUCTIONS: Mapping[str, Callable[..., Any]] = {
+    "ReduceMean": np.mean,
+    "ReduceSum": np.sum,
+    "ReduceMax": np.max,
+    "ReduceMin": np.min,
+    "ReduceProd": np.prod,
+    "ReduceL1": lambda x, **where: np.sum(np.abs(x), **where),
+    "ReduceL2": lambda x, **where: np.sqrt(np.sum(x * x, **where)),
+    "ReduceSumSquare": lambda x, **where: np.sum(x * x, **where),
+}
 
 
 def same_pads(size: int, kernel: int, stride: int) -> int:
@@ -109,9 +123,22 @@ def _matmul(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     a, b = inputs[0].dims, inputs[1].dims
     if a is None or b is None or not a or not b:
         return [Fact(dtype=inputs[0].dtype)]
+    if (content := _matrix_product(inputs)) is not None:
+        return [computed(content, inputs[0].dtype)]
     batch = broadcast([a[:-2], b[:-2]]) or ()
     tail = (() if len(a) == 1 else (a[-2],)) + (() if len(b) == 1 else (b[-1],))
     return [Fact(batch + tail, dtype=inputs[0].dtype)]
+
+
+def _matrix_product(inputs: Facts) -> Content | None:
+    """The product of two constant matrices of moderate size."""
+    if not all(i.is_constant and i.rank == 2 for i in inputs):
+        return None
+    (m, k), (_, n) = (i.dims or () for i in inputs)
+    a, b = (i.elements() for i in inputs)
+    if a is None or b is None or a.dtype.kind != "f" or m * k * n > MAX_PRODUCTS:  # type: ignore[operator]
+        return None
+    return np.asarray(a @ b)
 
 
 def _reduce(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -122,6 +149,10 @@ def _reduce(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         return [Fact(dims, dtype=inputs[0].dtype)]
     gone = set(range(len(dims))) if not axes else {a % len(dims) for a in axes}
     kept = attribute(node, "keepdims", 1)
+    content = inputs[0].elements() if inputs[0].is_constant and gone else None
+    if content is not None and content.dtype.kind == "f":
+        reduced = REDUCTIONS[node.op_type](content, axis=tuple(sorted(gone)), keepdims=bool(kept))
+        return [computed(reduced, inputs[0].dtype)]
     result = [1 if i in gone else d for i, d in enumerate(dims) if kept or i not in gone]
     return [Fact(tuple(result), dtype=inputs[0].dtype)]
 
@@ -152,6 +183,10 @@ def _split(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         return []
     axis = int(attribute(node, "axis", 0)) % len(dims)
     sizes = split_sizes(node, inputs, opset)
+    content = inputs[0].elements() if inputs[0].is_constant else None
+    if content is not None and sizes is not None and sum(sizes) == content.shape[axis]:
+        parts = np.split(content, np.cumsum(sizes)[:-1], axis)
+        return [computed(p, inputs[0].dtype) for p in parts]
     pieces = sizes if sizes is not None else [Dimension()] * len(node.outputs)
     return [Fact((*dims[:axis], p, *dims[axis + 1 :]), dtype=inputs[0].dtype) for p in pieces]
 
@@ -229,7 +264,7 @@ def _same_dims(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact(inputs[0].dims, dtype=inputs[0].dtype)]
 
 
-CONSTANT_OPERATORS = frozenset({*CONTENT_RULES, *LAYOUT_RULES})
+CONSTANT_OPERATORS = frozenset({*CONTENT_RULES, *LAYOUT_RULES, *REDUCTIONS, "MatMul", "Split"})
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(SAME_DIMS, _same_dims),
@@ -251,5 +286,5 @@ RULES: Mapping[str, Rule] = {
     "Split": _split,
     "Upsample": _resample,
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), _global_pool),
-    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2"), _reduce),
+    **dict.fromkeys(REDUCTIONS, _reduce),
 }

@@ -89,6 +89,15 @@ def _binary(function: Callable[[Any, Any], Any]) -> Rule:
     return rule
 
 
+def _truth(rule: Rule) -> Rule:
+    """A rule whose result is true or false, whatever its operands are."""
+
+    def truth(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        return [found._replace(dtype=ir.DataType.BOOL) for found in rule(node, inputs, opset)]
+
+    return truth
+
+
 def _divide(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     """Division; of integers, towards zero as in C (ONNX Div-14), and unknown where the divisor is zero."""
     if a.dtype.kind == "f":
@@ -175,6 +184,28 @@ def _constant_of_shape(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [computed(np.full(fixed, to_float64(fill)[0] if dtype.is_floating_point() else fill.reshape(-1)[0]), dtype)]
 
 
+def _eye_like(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims, kind = inputs[0].dims, attribute(node, "dtype")
+    dtype = inputs[0].dtype if kind is None else ir.DataType(kind)
+    if dims is None or len(dims) != 2 or dtype is None or not dtype.is_floating_point():
+        return [Fact(dims, dtype=dtype)]
+    sizes = [d for d in dims if isinstance(d, int)]
+    if len(sizes) < 2 or math.prod(sizes) > MAX_COMPUTED_ELEMENTS:
+        return [Fact(dims, dtype=dtype)]
+    return [computed(np.eye(sizes[0], sizes[1], int(attribute(node, "k", 0))), dtype)]
+
+
+def _range(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    contents = [i.elements() for i in inputs]
+    start, limit, delta = (None if c is None or c.dtype == object or c.size != 1 else c.reshape(()) for c in contents)
+    if start is None or limit is None or delta is None or delta == 0:
+        return [Fact((Dimension(),), dtype=inputs[0].dtype)]
+    count = max(math.ceil((limit - start) / delta), 0)
+    if count > MAX_COMPUTED_ELEMENTS:
+        return [Fact((count,), dtype=inputs[0].dtype)]
+    return [computed(np.asarray(start + np.arange(count) * delta).astype(start.dtype), inputs[0].dtype)]
+
+
 def _shape(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims = inputs[0].dims
     if dims is None:
@@ -209,7 +240,14 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Mul": _binary(np.multiply),
     "Div": _binary(_divide),
     "Pow": _binary(_power),
-    "Equal": _binary(np.equal),
+    "Equal": _truth(_binary(np.equal)),
+    "Greater": _truth(_binary(np.greater)),
+    "GreaterOrEqual": _truth(_binary(np.greater_equal)),
+    "Less": _truth(_binary(np.less)),
+    "LessOrEqual": _truth(_binary(np.less_equal)),
+    "And": _truth(_binary(np.logical_and)),
+    "Or": _truth(_binary(np.logical_or)),
+    "Not": _truth(_unary(np.logical_not)),
     "Neg": _unary(np.negative),
     "Sqrt": _unary(np.sqrt),
     "Reciprocal": _unary(np.reciprocal),
@@ -218,9 +256,18 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Exp": _unary(np.exp),
     "Floor": _unary(np.floor),
     "Log": _unary(np.log),
+    "Ceil": _unary(np.ceil),
+    "Sign": _unary(np.sign),
+    "Sin": _unary(np.sin),
+    "Cos": _unary(np.cos),
+    "Tanh": _unary(np.tanh),
+    "Sigmoid": _unary(lambda x: np.asarray(0.5 * (1 + np.tanh(0.5 * x)))),
+    "Softplus": _unary(lambda x: np.asarray(np.logaddexp(x, 0.0))),
     "Cast": _cast,
     "CastLike": _cast,
     "Constant": _constant,
+    "EyeLike": _eye_like,
+    "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "Dropout": _dropout,
     "Identity": _identity,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -108,3 +110,56 @@ def test_dropout_hands_on_a_constant_only_at_inference() -> None:
     assert not facts_of("y = Dropout(k)", "float[N] x", opset=6, **constant)["y"].is_constant
     trained = {"r": np.float32(0.5), "t": np.array(True), **constant}
     assert not facts_of("y = Dropout(k, r, t)", "float[N] x", opset=13, **trained)["y"].is_constant
+
+
+CONTENTS = [
+    ("a = Greater(k, z) y = Where(a, k, z)", lambda k: np.where(k > 0.25, k, 0.25)),
+    ("a = LessOrEqual(k, z) b = Not(a) y = Where(b, k, z)", lambda k: np.where(k > 0.25, k, 0.25)),
+    ("a = Tanh(k) b = Sigmoid(a) y = Softplus(b)", lambda k: np.log1p(np.exp(1 / (1 + np.exp(-np.tanh(k)))))),
+    (
+        "a = Sin(k) b = Cos(k) c = Sign(k) d = Ceil(k) y = Sum(a, b, c, d)",
+        lambda k: np.sin(k) + np.cos(k) + np.sign(k) + np.ceil(k),
+    ),
+    ("y = ReduceMean(k, o)", lambda k: k.mean(0, keepdims=True)),
+    ("y = ReduceL2<keepdims=0>(k, o)", lambda k: np.sqrt((k * k).sum(0))),
+    ("y = ReduceMax<keepdims=0>(k)", lambda k: k.max()),
+    (
+        "a = ReduceL1(k, o) b = ReduceSumSquare(k, o) c = ReduceProd(k, o) y = Sum(a, b, c)",
+        lambda k: abs(k).sum(0, keepdims=True) + (k * k).sum(0, keepdims=True) + k.prod(0, keepdims=True),
+    ),
+    ("t = Transpose(k) y = MatMul(k, t)", lambda k: k @ k.T),
+    ("a, b = Split<axis=1, num_outputs=2>(k) y = Sub(a, b)", lambda k: k[:, :2] - k[:, 2:]),
+    ("a = EyeLike<k=1>(k) y = Mul(a, k)", lambda k: np.eye(3, 4, 1) * k),
+    ("a = Cast<to=1>(r) y = Mul(a, k)", lambda k: np.array([1.0, 3, 5, 7]) * k),
+    ("y = Tile(k, p)", lambda k: np.tile(k, (2, 1))),
+]
+
+
+@pytest.mark.parametrize(("body", "formula"), CONTENTS)
+def test_constants_are_worked_out_in_double_precision(body: str, formula: Callable[[np.ndarray], np.ndarray]) -> None:
+    k = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    constants = {"k": k, "z": np.float32(0.25), "o": np.array([0]), "p": np.array([2, 1])}
+    if "(r)" in body:
+        body = f"r = Range(i, j, d) {body}"
+        constants |= {"i": np.array(1), "j": np.array(8), "d": np.array(2)}
+    content = facts_of(body, "float[N] x", **constants)["y"].content
+    assert content is not None
+    np.testing.assert_allclose(content, formula(k.astype(np.float64)), rtol=1e-14)
+
+
+def test_what_depends_on_the_input_is_no_constant() -> None:
+    for line in (
+        "y = Tanh(x)",
+        "y = MatMul(x, k)",
+        "y, z = Split<num_outputs=2>(x)",
+        "y = ReduceSum<keepdims=0>(x, o)",
+    ):
+        fact = facts_of(line, "float[4,3] x", k=np.ones((3, 2), np.float32), o=np.array([0]))["y"]
+        assert fact.dims is not None
+        assert not fact.is_constant
+
+
+def test_tables_of_bytes_do_not_make_tables_of_gigabytes() -> None:
+    for line in ("y = Range(i, j, d)", "t = Tile(k, p) y = Identity(t)"):
+        constants = {"i": np.array(0), "j": np.array(2**40), "d": np.array(1), "k": np.ones(1, np.float32)}
+        assert not facts_of(line, "float[4] x", p=np.array([2**40]), **constants)["y"].is_constant
