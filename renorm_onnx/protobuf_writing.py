@@ -102,7 +102,7 @@ def write_model(model: ir.Model, writer: Writer, *, place: Placement = lambda te
     if total > PROTOBUF_LIMIT:
         raise ModelFileError(
             f"the model takes {total:,} bytes; one protobuf message holds at most {PROTOBUF_LIMIT:,}; "
-            "keep its weights in a data file: save it and use the path"
+            "keep its weights in a data file (renorm_onnx.fuse_file writes a fused model so) and use the path"
         )
     writer.write(rest)
     writer.write(_key(_GRAPH, length))

@@ -42,6 +42,7 @@ COPY = "load and save"
 _ORT = """
 import sys, onnxruntime as ort
 o = ort.SessionOptions()
+o.intra_op_num_threads = 1
 o.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
 o.optimized_model_filepath = sys.argv[2]
 o.log_severity_level = 4

@@ -94,7 +94,8 @@ def fuse(
         report of what was folded and why the rest stays.
 
     Raises:
-        ModelFileError: The model cannot be read, or breaks a rule of ONNX.
+        ModelFileError: The model cannot be read, or breaks a rule of ONNX; or the result exceeds the 2 GB of a
+            `ModelProto`: `renorm_onnx.fuse_file` writes such a model, an `onnx_ir.Model` holds it.
         InputError: An option is unknown.
     """
     copy = model_file.load(model, allow_symlinks=allow_symlinks)

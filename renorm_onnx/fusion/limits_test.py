@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from renorm_onnx.errors import InputError
+from renorm_onnx import model_file, protobuf_writing
+from renorm_onnx.delivery import fuse_file
+from renorm_onnx.errors import InputError, ModelFileError
 from renorm_onnx.fusion.conftest import Builder, assert_same, operators
 from renorm_onnx.fusion.engine import FuseOptions, fuse
 from renorm_onnx.fusion.report import Reason
@@ -57,3 +61,24 @@ def test_cancellation_is_guarded_by_the_arithmetic_of_the_target(target, limit):
 def test_an_unknown_target_is_an_error():
     with pytest.raises(InputError, match="target 'fp8' is unknown, expected one of fp32, tf32, fp16"):
         fuse(forward_model(0.0), FuseOptions(target="fp8"))
+
+
+def test_a_result_beyond_protobuf_is_refused_with_the_way_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = Builder()
+    model = b.model({"x": ["n", 32, 5, 5]}, [b.norm(b.conv("x", 32, 32), 32)])
+    path = tmp_path / "large.onnx"
+    onnx.save(onnx.ModelProto.FromString(model.SerializeToString()), path, save_as_external_data=True, location="data")
+    monkeypatch.setattr(protobuf_writing, "PROTOBUF_LIMIT", 20_000)
+    with pytest.raises(
+        ModelFileError, match=r"holds at most 20,000; .*\(renorm_onnx\.fuse_file writes a fused model so\)"
+    ):
+        fuse(path)
+    fused, report = fuse(model_file.load(path))
+    assert len(report.folded) == 1
+    assert fused.graph.num_nodes() == 1
+    done = fuse_file(path, tmp_path / "fused.onnx", verify="never")
+    assert done.written
+    assert (tmp_path / "fused.onnx").stat().st_size < 20_000
+    assert_same(model, onnx.load(tmp_path / "fused.onnx"))
