@@ -26,6 +26,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers import kernels
+from renorm_onnx.layers.kernels import Corrected
 from renorm_onnx.layers.saving import save_for_backward
 
 Stat = Literal["sigma", "var", "var_unbiased"]
@@ -209,9 +210,8 @@ def normalize(
 ) -> Tensor:
     """Normalize by the statistics of x itself, with r and d applied.
 
-    Where the native kernels cannot be used, or do not pay, this is torch's batch norm in training mode with another
-    scale and shift, which every compiler, exporter and function transform understands. It computes the statistics
-    again.
+    Where the native kernels cannot be used, this is torch's batch norm in training mode with another scale and shift,
+    which every compiler, exporter and function transform understands. It computes the statistics again.
 
     Args:
         x: Shape (N, C, *).
@@ -225,8 +225,9 @@ def normalize(
     Returns:
         y of the shape and type of x.
     """
-    if kernels.available(x) and not kernels.is_small(x):
-        return kernels.renormalize(x, weight, bias, batch.mean, batch.var, r, d, eps)
+    if kernels.available(x):
+        found = Corrected(batch.mean, batch.var, torch.rsqrt(batch.var + eps), r, d)
+        return kernels.renormalize(x, weight, bias, eps, lambda _: found)
     scale, shift = scale_and_shift(weight, bias, r, d)
     return torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
 

@@ -4,19 +4,20 @@ Only plain tensors on the CPU or on CUDA come here, outside every tracer and fun
 of `functional` that all of them understand. What is saved for the backward pass is x and vectors of length C.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_backward = torch.ops.aten.native_batch_norm_backward.default
+# Looked up once: a small layer is as fast as what it calls. `_op` is the operator without a frame of Python around it.
+_backward = torch.ops.aten.native_batch_norm_backward.default._op
+_transform_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
-# Below these sizes a second pass for the statistics costs less than calling Python from the backward pass.
-_SMALL_ROWS = 1 << 17
-_SMALL_IMAGES = 1 << 14
 
 
 def available(x: Tensor) -> bool:
@@ -25,15 +26,10 @@ def available(x: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN
         and (x.is_cpu or x.is_cuda)
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
+        and not _transform_active()
+        and _tracing_state() is None
         and forward_ad._current_level < 0
     )
-
-
-def is_small(x: Tensor) -> bool:
-    """Return whether two passes over `x` are cheaper than one custom backward function."""
-    return x.is_cpu and x.numel() <= (_SMALL_ROWS if x.dim() == 2 else _SMALL_IMAGES)
 
 
 @lru_cache(maxsize=64)
@@ -76,15 +72,18 @@ def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
     return y, mean, inverse
 
 
+class Corrected(NamedTuple):
+    """What a batch is normalized by: Algorithm 1's letters, all of shape (C,), detached, in the accumulation type."""
+
+    mean: Tensor
+    var: Tensor  # biased
+    inverse: Tensor  # 1 / sigma_B
+    r: Tensor
+    d: Tensor
+
+
 def renormalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    r: Tensor,
-    d: Tensor,
-    eps: float,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, find: Callable[[Tensor], Corrected]
 ) -> Tensor:
     """Normalize by batch statistics with r and d applied, in one read and one write.
 
@@ -92,21 +91,15 @@ def renormalize(
         x: Shape (N, C, *).
         weight: gamma, shape (C,), or None for 1.
         bias: beta, shape (C,), or None for 0.
-        mean: Batch mean, shape (C,), detached, as the next three.
-        var: Biased batch variance.
-        r: Factor of Algorithm 1.
-        d: Shift of Algorithm 1.
         eps: Added to the variance.
+        find: Gives the statistics of x with its r and d. Called once, with gradients disabled.
 
     Returns:
         y of the shape, type and memory format of x.
     """
-    y: Tensor = _Renormalize.apply(x, weight, bias, mean, var, r, d, eps)  # type: ignore[no-untyped-call]
+    # Not Function.apply, whose care for function transforms costs as much as two operations.
+    y: Tensor = super(torch.autograd.Function, _Renormalize).apply(x, weight, bias, eps, find)  # type: ignore[misc, no-untyped-call]
     return y
-
-
-def _inverse(var: Tensor, eps: float) -> Tensor:
-    return torch.add(var, constant(eps, var.dtype)).rsqrt_()
 
 
 class _Renormalize(torch.autograd.Function):
@@ -121,43 +114,35 @@ class _Renormalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        r: Tensor,
-        d: Tensor,
         eps: float,
+        find: Callable[[Tensor], Corrected],
     ) -> Tensor:
+        mean, var, inverse, r, d = found = find(x)
         scale = r if weight is None else torch.mul(weight, r)
         if bias is None:
             shift = d if weight is None else torch.mul(weight, d)
         else:
             shift = torch.add(bias, d) if weight is None else torch.addcmul(bias, weight, d)
+        ctx.save_for_backward(x, weight)
+        # Constants of the gradient, not tensors on its way, and small.
+        ctx.found, ctx.scale, ctx.eps = found, scale, eps
         if x.is_cuda:
             # native_batch_norm may go through a contiguous copy there; this kernel keeps channels_last.
-            y = torch.batch_norm_elemt(x, scale, shift, mean, _inverse(var, eps), eps)
-        else:
-            y = torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
-        # gamma and r, not their product: the second derivative needs the gradient of gamma.
-        ctx.save_for_backward(x, weight, mean, var, r, d)
-        ctx.eps = eps
-        ctx.bias_type = None if bias is None else bias.dtype
-        return y
+            return torch.batch_norm_elemt(x, scale, shift, mean, inverse, eps)
+        return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, weight, mean, var, r, d = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        mean, _, inverse, r, d = ctx.found
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             # The fast kernels want both alike.
             grad = grad.contiguous(memory_format=torch.channels_last)
-        scale = r if weight is None else torch.mul(weight, r)
-        mask = [needs_x, needs_weight, needs_weight or needs_bias]
-        grad_x, grad_scale, grad_shift = _backward(
-            grad, x, scale, None, None, mean, _inverse(var, ctx.eps), True, ctx.eps, mask
-        )
-        grad_weight = None
-        if needs_weight:
-            grad_weight = torch.addcmul(torch.mul(grad_scale, r), grad_shift, d).to(weight.dtype)
-        grad_bias = grad_shift.to(ctx.bias_type) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        # The second derivative needs the gradient of gamma in the scale as well.
+        scale = torch.mul(weight, r) if needs_weight and torch.is_grad_enabled() else ctx.scale
+        mask = (needs_x, needs_weight, needs_weight or needs_bias)
+        grad_x, grad_scale, grad_shift = _backward(grad, x, scale, None, None, mean, inverse, True, ctx.eps, mask)
+        grad_weight = torch.mul(grad_scale, r).addcmul_(grad_shift, d) if needs_weight else None
+        return grad_x, grad_weight, grad_shift if needs_bias else None, None, None

@@ -12,10 +12,9 @@ from renorm_onnx.layers.conftest import LAYERS, NaiveBatchRenorm, make_batch, ou
 from renorm_onnx.layers.modules import BatchRenorm2d
 
 
-@pytest.fixture(params=["one pass", "two passes", "any step", "traceable"])
+@pytest.fixture(params=["usual step", "any step", "traceable"])
 def path(request, monkeypatch):
     """Force each of the paths that a training step may take."""
-    monkeypatch.setattr(kernels, "is_small", lambda x: request.param == "two passes")
     if request.param == "any step":
         monkeypatch.setattr(modules, "take_usual_step", lambda layer, x: None)
     if request.param == "traceable":

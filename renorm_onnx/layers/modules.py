@@ -111,6 +111,10 @@ class _BatchRenorm(_NormBase):
 
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            y = take_usual_step(self, x)
+            if y is not None:
+                return y
         self._check_input_dim(x)
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if mean is None or var is None or (self.training and not self.track_running_stats):
@@ -120,8 +124,7 @@ class _BatchRenorm(_NormBase):
             self._check_values_per_channel(x)
             if functional.keeping_ops():
                 return take_exported_step(self, x)
-            y = take_usual_step(self, x)
-            return take_step(self, x, None) if y is None else y
+            return take_step(self, x, None)
         if not functional.keeping_ops():
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         return functional.eval_forward(

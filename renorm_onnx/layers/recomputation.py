@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Private names of torch. A torch without them would be taken to repeat nothing, though it may.
+_running_backward = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_hooks_on_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
+
 
 class Corrections(NamedTuple):
     """What one run of a layer applied; `r` and `d` are None where it applied plain batch norm."""
@@ -21,8 +25,7 @@ class Corrections(NamedTuple):
 
 def is_repeated() -> bool:
     """Return whether a backward pass is under way in this thread, so that a forward call repeats an earlier one."""
-    current = getattr(torch._C, "_current_graph_task_id", None)
-    return current is not None and current() != -1
+    return bool(_running_backward() != -1)
 
 
 def may_be_repeated() -> bool:
@@ -30,8 +33,7 @@ def may_be_repeated() -> bool:
 
     The reentrant form of checkpointing runs it without gradients, the other form with hooks on saved tensors.
     """
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return not torch.is_grad_enabled() or hooks is None or hooks(True) is not None
+    return not torch.is_grad_enabled() or _hooks_on_saved_tensors(True) is not None
 
 
 class Memory:
@@ -42,24 +44,24 @@ class Memory:
     CAPACITY = 3 << 17
 
     def __init__(self) -> None:
-        self._runs: list[Corrections] = []
+        self.runs: list[Corrections] = []
         self._repeated = 0
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self.runs)
 
     def keep(self, run: Corrections) -> None:
         """Remember one run; runs that have all been repeated are forgotten first."""
-        if self._repeated >= len(self._runs):
-            self._runs.clear()
+        if self._repeated >= len(self.runs):
+            self.runs.clear()
             self._repeated = 0
-        if 3 * run.mean.numel() * len(self._runs) >= self.CAPACITY:
-            del self._runs[0]
-        self._runs.append(run)
+        if 3 * run.mean.numel() * len(self.runs) >= self.CAPACITY:
+            del self.runs[0]
+        self.runs.append(run)
 
     def plain(self) -> bool:
         """Return whether there are remembered runs, all of them plain batch norm."""
-        return bool(self._runs) and all(run.r is None for run in self._runs)
+        return bool(self.runs) and all(run.r is None for run in self.runs)
 
     def find(self, mean: Tensor) -> Corrections:
         """Return the run whose batch mean was `mean`, or the nearest to it.
@@ -71,7 +73,7 @@ class Memory:
             mean: Batch mean of the repeated run, shape (C,).
         """
         self._repeated += 1
-        runs = self._runs
+        runs = self.runs
         if len(runs) == 1:
             return runs[0]
         distance = torch.stack([run.mean for run in runs]) - mean  # (runs, C)

@@ -28,6 +28,9 @@ class Layer(Protocol):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    num_features: int
+    ranks: tuple[int, ...]
+    track_running_stats: bool
     eps: float
     momentum: float | None
     renorm_momentum: float | None
