@@ -19,7 +19,6 @@ Refuses when:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -72,7 +71,7 @@ class Bounded(Carrier):
             return refuse(Reason.WEIGHT, node, "gets its bounds from the norm")
         given = maps[0]
         with np.errstate(divide="ignore", invalid="ignore"):
-            inverse = replace(given, scale=1.0 / given.scale, shift=-given.shift / given.scale)
+            inverse = given._replace(scale=1.0 / given.scale, shift=-given.shift / given.scale)
         return self._pass(node, given, inverse, desk)
 
     def _pass(self, node: ir.Node, given: AffineMap, bound: AffineMap, desk: Desk) -> Step | Refusal:

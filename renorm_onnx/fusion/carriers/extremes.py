@@ -16,7 +16,6 @@ Refuses when:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -63,7 +62,7 @@ class Extreme(Carrier):
         if not given.is_monotone or (others and not (given.scale > 0).all()):
             return refuse(Reason.SIGN, node, "keeps the largest or smallest: only a positive scale can pass")
         edits: list[Edit] = []
-        inverse = replace(given, scale=1.0 / given.scale, shift=-given.shift / given.scale) if others else given
+        inverse = given._replace(scale=1.0 / given.scale, shift=-given.shift / given.scale) if others else given
         for index in others:
             parameter = desk.parameter(node, index)
             changed = None if parameter is None else widened(parameter, inverse, rank, desk)
@@ -99,7 +98,7 @@ class Absolute(Carrier):
         """Hand on the size of a scale."""
         if maps[0].has_shift:
             return refuse(Reason.SHIFT, node, "bends at zero, so a shift does not pass")
-        return Step((), {0: replace(maps[0], scale=np.abs(maps[0].scale))})
+        return Step((), {0: maps[0]._replace(scale=np.abs(maps[0].scale))})
 
 
 CARRIERS = (Extreme(), Absolute())
