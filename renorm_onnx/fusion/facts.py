@@ -118,7 +118,7 @@ class Facts:
         self._all_constant = assume_constant_initializers or model.ir_version < 4
         self._known: dict[ir.Value, Fact] = {}
         self._remembered = 0
-        self._scans: dict[ir.Graph, ir.Node] | None = None
+        self._bodies: dict[ir.Graph, ir.Node] | None = None
 
     def forget(self) -> None:
         """Drop what was derived, after the graph changed."""
@@ -169,26 +169,33 @@ class Facts:
     def _leaf(self, value: ir.Value) -> Fact:
         if value.is_initializer() and value.const_value is not None and not self.is_overridable(value):
             return stored(value.const_value)
-        if (row := self._scanned(value)) is not None:
-            return row
+        node = self._repeater(value)
+        if node is not None:
+            row = self._row(node, value)
+            if row is None:
+                self._carry(node)
+            return row or self._known.get(value, Fact(dtype=value.dtype))
         declared = value.shape if value.is_graph_input() and value.graph is self._main else None
         if declared is None:
             return Fact(dtype=value.dtype)
         return Fact(tuple(d if isinstance(d, int) else Dimension() for d in declared), dtype=value.dtype)
 
-    def _scanned(self, value: ir.Value) -> Fact | None:
-        """The fact about an input of a Scan body that is one slice at a time of an operand outside (ONNX Scan-9)."""
+    def _repeater(self, value: ir.Value) -> ir.Node | None:
+        """The Loop or Scan (from opset 9 on) of whose body `value` is an input."""
         graph = value.graph
-        if graph is self._main or not value.is_graph_input() or not isinstance(graph, ir.Graph) or self.opset < 9:
+        if graph is self._main or not value.is_graph_input() or not isinstance(graph, ir.Graph):
             return None
-        if self._scans is None:
-            scans = (n for n in self._main.all_nodes() if n.op_type == "Scan" and n.domain in ("", "ai.onnx"))
-            self._scans = {n.attributes["body"].as_graph(): n for n in scans}
-        node = self._scans.get(graph)
-        if node is None:
-            return None
+        if self._bodies is None:
+            known = (n for n in self._main.all_nodes() if n.domain in ("", "ai.onnx"))
+            repeaters = (n for n in known if n.op_type == "Loop" or (n.op_type == "Scan" and self.opset >= 9))
+            self._bodies = {n.attributes["body"].as_graph(): n for n in repeaters}
+        return self._bodies.get(graph)
+
+    def _row(self, node: ir.Node, value: ir.Value) -> Fact | None:
+        """The fact about an input of a Scan body that is one slice at a time of an operand outside (ONNX Scan-9)."""
+        graph = node.attributes["body"].as_graph()
         place, count = graph.inputs.index(value), len(graph.inputs)
-        first = count - node.attributes["num_scan_inputs"].as_int()
+        first = count - (node.attributes["num_scan_inputs"].as_int() if node.op_type == "Scan" else 0)
         if len(node.inputs) != count or place < first:
             return None
         axes = node.attributes["scan_input_axes"].as_ints() if "scan_input_axes" in node.attributes else [0] * count
@@ -197,6 +204,28 @@ class Facts:
             return None
         axis = axes[place - first] % len(whole.dims)
         return Fact(whole.dims[:axis] + whole.dims[axis + 1 :], dtype=whole.dtype)
+
+    def _carry(self, node: ir.Node) -> None:
+        """Find what holds of the values that a body hands to its next run, by induction.
+
+        They have the dimensions of the initial values in the first run. If a run that is given these hands on the
+        same, all runs are; otherwise the dimensions that it changes are open, and the rest is tried again.
+        """
+        graph = node.attributes["body"].as_graph()
+        begin, end = (2, 1) if node.op_type == "Loop" else (0, 0)
+        count = len(graph.inputs) - (begin or node.attributes["num_scan_inputs"].as_int())
+        carried, handed_on = graph.inputs[begin : begin + count], graph.outputs[end : end + count]
+        first = [self[v].dims for v in node.inputs[begin : begin + count]]
+        if not len(carried) == len(handed_on) == len(first):
+            return
+        before, opened = dict(self._known), set[Dimension]()
+        for _ in range(2 + sum(len(dims) for dims in first if dims is not None)):
+            for value, dims in zip(carried, first, strict=True):
+                self._known[value] = Fact(dims, dtype=value.dtype)
+            then = [_common(dims, self[value].dims, opened) for dims, value in zip(first, handed_on, strict=True)]
+            if then == first:
+                return
+            first, self._known = then, dict(before)
 
     def _derive(self, node: ir.Node) -> None:
         rule = self._rules.get(node.op_type) if node.domain in ("", "ai.onnx") else None
@@ -216,6 +245,16 @@ class Facts:
                 if self._remembered > MAX_REMEMBERED_ELEMENTS:
                     fact = fact._replace(content=None)
             self._known[output] = fact
+
+
+def _common(one: Dims | None, two: Dims | None, opened: set[Dimension]) -> Dims | None:
+    """The dimensions `one`, where `two` agrees or they are `opened`; the others are from now on. None of other rank."""
+    if one is None or two is None or len(one) != len(two):
+        return None
+    differ = [a != b and a not in opened for a, b in zip(one, two, strict=True)]
+    fresh = tuple(Dimension() if new else a for a, new in zip(one, differ, strict=True))
+    opened.update(d for d, new in zip(fresh, differ, strict=True) if new and isinstance(d, Dimension))
+    return fresh
 
 
 def stored(tensor: ir.TensorProtocol) -> Fact:

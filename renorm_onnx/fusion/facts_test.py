@@ -1,0 +1,114 @@
+"""What a body hands to its next run is known by induction, and only then."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from renorm_onnx import model_file
+from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
+from renorm_onnx.fusion.facts import Dimension, Facts
+from renorm_onnx.runtime.reference import evaluate
+
+
+def looped(
+    carried: str, initial: str, body: str, handed_on: str, inputs: str, **constants: np.ndarray
+) -> onnx.ModelProto:
+    """A model of one Loop of three runs over the values `carried`, whose body begins with the line ``go = ...``."""
+    names = ", ".join(f"float {v}" for v in carried.split(", "))
+    outs = ", ".join(f"float {v}" for v in handed_on.split(", "))
+    results = ", ".join(f"y{i}" for i in range(len(carried.split(", "))))
+    text = f"""<ir_version: 10, opset_import: ["" : 17]> g ({inputs}) => (float y0) {{
+        {results} = Loop<body = b (int64 i, bool before, {names}) => (bool go, {outs})
+        {{ go = Identity(before) {body} }}>(count, yes, {initial}) }}"""
+    model = onnx.parser.parse_model(text)
+    for name, value in {"count": np.array(3), "yes": np.array(True), **constants}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return model
+
+
+def sizes(model: onnx.ModelProto, name: str) -> tuple[int | None, ...] | None:
+    """The proven sizes of a value, None for an open one."""
+    loaded = ir.from_proto(model)
+    facts = Facts(loaded, RULES, CONSTANT_OPERATORS)
+    graphs = [loaded.graph, *(a.as_graph() for n in loaded.graph for a in n.attributes.values() if a.name == "body")]
+    values = [v for g in graphs for v in (*g.inputs, *(o for n in g for o in n.outputs))]
+    dims = facts[next(v for v in values if v.name == name)].dims
+    return None if dims is None else tuple(d if isinstance(d, int) else None for d in dims)
+
+
+SQUARE = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+
+
+def test_a_value_that_keeps_its_sizes_has_them_in_every_run() -> None:
+    model = looped("h", "x", "a = MatMul(h, w) n = Tanh(a)", "n", "float[N,4] x", w=SQUARE)
+    assert sizes(model, "h") == (None, 4)
+    assert sizes(model, "a") == (None, 4)
+
+
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [
+        ("n = Concat<axis=0>(h, h)", (None, 4)),
+        ("n = Concat<axis=1>(h, h)", (2, None)),
+        ("n = Transpose(h)", (None, None)),
+        ("n = Unsqueeze(h, o)", None),
+        ("n = Unknown(h)", None),
+        ("n = Identity(h)", (2, 4)),
+    ],
+)
+def test_what_a_run_changes_is_open(body: str, want: tuple[int | None, ...] | None) -> None:
+    model = looped("h", "x", body, "n", "float[2,4] x", o=np.array([0]))
+    assert sizes(model, "h") == want
+
+
+def test_values_that_change_places_keep_what_they_share() -> None:
+    model = looped("h, k", "x, z", "a = Identity(h) b = Identity(k)", "b, a", "float[2,3] x, float[4,3] z")
+    assert sizes(model, "h") == sizes(model, "k") == (None, 3)
+    model = looped("h, k", "x, z", "a = Identity(h) b = Identity(k)", "b, a", "float[2,3] x, float[2,3,1] z")
+    assert sizes(model, "h") is None
+
+
+def test_two_open_sizes_of_one_value_are_not_the_same() -> None:
+    model = looped("h", "x", "n = Transpose(h)", "n", "float[2,4] x")
+    loaded = ir.from_proto(model)
+    [body] = [a.as_graph() for n in loaded.graph for a in n.attributes.values() if a.name == "body"]
+    dims = Facts(loaded, RULES, CONSTANT_OPERATORS)[body.inputs[2]].dims
+    assert dims is not None
+    assert isinstance(dims[0], Dimension)
+    assert dims[0] is not dims[1]
+
+
+def test_a_chain_behind_a_product_of_a_carried_value_folds() -> None:
+    body = "a = MatMul(h, w) b = Mul(a, k) c = Add(b, l) n = Tanh(c)"
+    rng = np.random.default_rng(1)
+    constants = {
+        "w": SQUARE * 0.3,
+        "k": rng.normal(size=4).astype(np.float32),
+        "l": rng.normal(size=4).astype(np.float32),
+    }
+    model = looped("h", "x", body, "n", "float[3,4] x", **constants)
+    fused, report = fuse(model)
+    assert [n.op_type for n in fused.graph.node[0].attribute[0].g.node] == ["Identity", "MatMul", "Add", "Tanh"]
+    assert [e.outcome for e in report.entries] == ["folded"]
+    feeds = {"x": rng.normal(size=(3, 4))}
+    want, got = (evaluate(model_file.load(m), feeds)["y0"] for m in (model, fused))
+    np.testing.assert_allclose(got, want, rtol=0, atol=3e-6)
+    grows = looped("h", "x", f"{body} m = Unsqueeze(n, o)", "m", "float[3,4] x", o=np.array([0]), **constants)
+    assert [e.outcome for e in fuse(grows)[1].entries] == []
+
+
+def test_a_state_of_scan_is_known_by_induction_too() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 17]> g (float[2,4] s, float[N,2,4] x) => (float y0, float y1) {
+        y0, y1 = Scan<num_scan_inputs=1, body = b (float h, float r) => (float n, float o)
+        { a = MatMul(h, w) n = Add(a, r) o = Tanh(n) }>(s, x) }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(SQUARE, "w"))
+    assert sizes(model, "h") == (2, 4)
+    assert sizes(model, "r") == (2, 4)
+    assert sizes(model, "n") == (2, 4)
