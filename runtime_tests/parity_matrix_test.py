@@ -17,6 +17,7 @@ from runtime_tests.parity_matrix import (
     REFERENCE,
     SHAPES,
     Case,
+    Export,
     build,
     cases,
     exports,
@@ -65,6 +66,24 @@ def biases(model):
 
 def move_one(values):
     values.flat[0] += 1e-4
+
+
+AMPLIFYING = Case(Export("mobilenet_v2", dtype="float16"), "fused", "off", "cpu")
+"""The CPU computes it in float32: one run of the unfused model says nothing of how its float16 weights were rounded."""
+
+
+def test_a_network_that_amplifies_rounding_is_judged_by_its_neighbours():
+    built = build(AMPLIFYING.export)
+    outcome = judge(AMPLIFYING, built)
+    assert outcome.status == "ok", outcome
+    assert outcome.error > 10 * outcome.yardstick
+    fused = built.protos["fused"]
+    for name in biases(fused)[::26]:
+
+        def move(values):
+            values.flat[0] += 0.2
+
+        assert judge(AMPLIFYING, built, model=changed(fused, name, move)).status == "FAIL", name
 
 
 @pytest.mark.parametrize("level", parity_matrix.LEVELS)

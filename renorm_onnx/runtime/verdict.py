@@ -24,6 +24,12 @@ no, more are drawn: neighbours N of U, the original with its weights rounded oth
 provider. The largest RMS(N - R) and max|N - R| then stand where RMS(U - R) and max|U - R| stood, the gate included, and
 3 in the place of 1.5. To keep a wrong fold from hiding behind bad conditioning, neighbours count only if every
 rewritten place was checked by itself and holds (`sites`); for a torch module, which has no places, they count alone.
+
+Measured on correct folds: 21 architectures of timm with random weights and the six networks of `models/`, 96 verdicts
+on generated inputs: one run of U alone says no once, the rule never. RepVGG-A0 with its branches merged, three draws of
+random weights, six seeds each: 14 times of 18, and once. Each of 11 faults in each of 15 networks, the six in full size
+and RepVGG-A0 among them, is refused: epsilon dropped, gamma and beta swapped, one bias moved by 1e-4 at the start, in
+the middle or at the end, one channel off by 1 %, NaN, an output missing, renamed or of another type.
 """
 
 import math
