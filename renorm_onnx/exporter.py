@@ -38,6 +38,7 @@ from renorm_onnx.exporter_checks import (
     layers_of,
     modes_restored,
     quiet,
+    uncompiled,
 )
 from renorm_onnx.exporter_failures import explain_failure, without_colour
 from renorm_onnx.exporter_training import WRAPPED, TrainingStep, open_statistics, set_defaults
@@ -109,7 +110,7 @@ def to_onnx(
     opset = check_options(mode, opset, dynamic_shapes, dynamic_axes, verify=verify)
     if path is not None:
         model_file.check_output(path, force=True)
-    args, kwargs = as_args(args), dict(kwargs or {})
+    args, kwargs, module = as_args(args), dict(kwargs or {}), uncompiled(module)
     live = module if isinstance(module, nn.Module) else None
     if live is not None:
         check_modes(live, mode)
@@ -240,11 +241,12 @@ def _export(
     live = module if isinstance(module, nn.Module) else None
     stepping = live is not None and any(layer.training for layer in layers_of(live).values())
     said = io.StringIO()  # torch prints the graph of a failed capture
+    closed = (*args, {}) if args and isinstance(args[-1], dict) and not kwargs else args  # else it is taken for kwargs
     try:
         with keep_ops(), quiet(), modes_restored(live or nn.Module()), contextlib.redirect_stderr(said):
             program = torch.onnx.export(
                 TrainingStep(live) if live is not None and stepping else module,
-                args,
+                closed,
                 kwargs=kwargs,
                 dynamo=True,
                 optimize=False,  # it merges equal tensors; first each call must learn which module it belongs to

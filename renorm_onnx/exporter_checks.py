@@ -41,6 +41,11 @@ _THEIRS = (
 )
 
 
+def uncompiled(module: Any) -> Any:
+    """Return the module inside of what `torch.compile` returned, whose paths lack the wrapper's name; else the same."""
+    return getattr(module, "_orig_mod", module)
+
+
 def layers_of(module: nn.Module) -> dict[str, _BatchRenorm]:
     """Return our layers by path; a layer used in several places once, under its first path."""
     return {name: m for name, m in module.named_modules() if isinstance(m, _BatchRenorm)}

@@ -230,6 +230,33 @@ def test_layers_in_the_branches_of_a_cond() -> None:
         np.testing.assert_allclose(run(proto, x)[0], branch.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_compiled_module_is_exported_as_what_it_was_made_of(net, exported) -> None:
+    proto = to_onnx(torch.compile(net, backend="eager"), images())
+    assert [call.name for call in calls(proto)] == [call.name for call in calls(exported)]
+    assert_agrees(proto, net, images())
+
+
+class Mapped(nn.Module):
+    """Takes one dict with a nested tuple; torch's exporter takes a dict at the end for keyword arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchRenorm2d(3)
+
+    def forward(self, given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
+        first, (second, third) = given["first"], given["rest"]
+        return self.norm(first + second), self.norm(first - third)
+
+
+def test_a_dict_as_the_last_argument_stays_one() -> None:
+    net = calibrated(Mapped())
+    first, *rest = (images(seed=seed) for seed in (1, 2, 3))
+    proto = to_onnx(net, ({"first": first, "rest": tuple(rest)},))
+    want = [v.detach().numpy() for v in plain_twin(net)({"first": first.double(), "rest": [v.double() for v in rest]})]
+    report = compare([v.astype(np.float32) for v in want], run(proto, first, *rest), TOLERANCES[np.float32])
+    assert report.ok, report
+
+
 def test_dynamic_axes_in_the_older_form() -> None:
     net = calibrated(nn.Sequential(BatchRenorm2d(3), nn.Conv2d(3, 4, 3)))
     proto = to_onnx(net, images(), dynamic_axes={"x": {0: "batch"}}, input_names=["x"], output_names=["y"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporter_checks import layers_of
+from renorm_onnx.exporter_checks import layers_of, uncompiled
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.onnx_layers import LayerInfo, layers_in
 
@@ -37,7 +37,7 @@ def restore(module: nn.Module, path: str | os.PathLike[str], *, allow_symlinks: 
     """
     model = model_file.load(path, allow_symlinks=allow_symlinks)
     found = {info.name: info for info in layers_in(model)}
-    layers = layers_of(module)
+    layers = layers_of(uncompiled(module))
     if not found:
         raise InputError(
             f"restore: {os.fspath(path)!r} has no batch renormalization calls; pass the file that "
