@@ -5,8 +5,9 @@ recurses: a message may be built to be deeper than the stack. Time and memory ar
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import onnx
 from google.protobuf import unknown_fields  # type: ignore[import-untyped]
@@ -20,6 +21,11 @@ MAX_ENTRIES: Final = 2_000_000
 # protobuf reads messages at most 100 deep, three per graph: no file can hold more than 31 graphs in one another.
 MAX_NESTING: Final = 32
 MAX_DENSIFIED_BYTES: Final = 2**28
+MAX_PARSED_BYTES: Final = 2**30
+# What protobuf takes for an empty message of onnx.proto with its place in an array, and more than it takes for a string
+# (33), so that the count itself ends soon.
+_MESSAGE_BYTES: Final = 200
+_STRING_BYTES: Final = 100
 _TOO_LARGE: Final = f"it has more than {MAX_NODES:,} nodes or {MAX_ENTRIES:,} values; larger models are not supported"
 
 
@@ -53,26 +59,56 @@ def check_model(model: onnx.ModelProto) -> Findings:
     return findings
 
 
-def check_entries(data: bytes) -> None:
-    """Refuse a file whose main graph has more entries than any model, before protobuf gives each its 100 bytes.
+def check_size(data: bytes) -> None:
+    """Refuse a file of which protobuf would make more objects than of any model: two bytes may become 200.
 
     Source: the protobuf encoding guide. Damage is not judged here: the count ends there, and protobuf says it better.
 
     Raises:
-        ModelFileError: The graph (field 7 of ModelProto) has more than `MAX_ENTRIES` fields.
+        ModelFileError: The objects would take more than `MAX_PARSED_BYTES`, not counting strings and tensors.
     """
-    for number, start, end in _fields(data, 0, len(data)):
-        if number == 7 and any(count > MAX_ENTRIES for count, _ in enumerate(_fields(data, start, end), 1)):
-            raise ModelFileError(_TOO_LARGE)
+    if _parsed_bytes(data, exact_from=4096) > MAX_PARSED_BYTES and _parsed_bytes(data) > MAX_PARSED_BYTES:
+        raise ModelFileError(
+            f"its {len(data):,} bytes would become more than {MAX_PARSED_BYTES:,} in memory; larger models are not "
+            "supported"
+        )
+
+
+def _parsed_bytes(data: bytes, exact_from: int = 0) -> int:
+    """Bound the memory of everything but contents; a message shorter than `exact_from` is taken for the worst."""
+    pending = [(onnx.ModelProto.DESCRIPTOR, 0, len(data))]
+    total = 0
+    while pending and total <= MAX_PARSED_BYTES:
+        kind, start, end = pending.pop()
+        inner = _messages_in(kind)
+        for number, first, last in _fields(data, start, end):
+            if number not in inner:
+                total += _STRING_BYTES
+            elif last - first < exact_from:
+                total += _MESSAGE_BYTES * (1 + (last - first) // 2)
+            else:
+                total += _MESSAGE_BYTES
+                if last > first:
+                    pending.append((inner[number], first, last))
+            if total > MAX_PARSED_BYTES:
+                break
+    return total
+
+
+@functools.cache
+def _messages_in(kind: Any) -> dict[int, Any]:
+    """The fields of a message that hold messages: number -> their descriptor."""
+    return {field.number: field.message_type for field in kind.fields if field.message_type is not None}
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     """The number of each length-delimited field in a message, and where its content starts and ends."""
     while at < end:
-        key, at = _varint(data, at, end) if data[at] > 127 else (data[at], at + 1)
+        # Nearly every key and length is one byte: a call for each would double the time.
+        key, at = (data[at], at + 1) if data[at] < 128 else _varint(data, at, end)
         kind = key & 7
         if kind == 2:
-            length, at = _varint(data, at, end)
+            length, at = (data[at], at + 1) if at < end and data[at] < 128 else _varint(data, at, end)
             yield key >> 3, at, min(at + length, end)
             at += length
         elif kind == 0:

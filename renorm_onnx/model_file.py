@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from renorm_onnx.errors import ModelFileError
 from renorm_onnx.external_data import BLOCK_BYTES, check_external, set_folder
 from renorm_onnx.file_writing import NewFile, check_output, explain
-from renorm_onnx.model_checks import check_entries, check_model
+from renorm_onnx.model_checks import check_model, check_size
 from renorm_onnx.model_tensors import all_tensors, in_memory, renamable, with_inner_tensors, with_tensors
 from renorm_onnx.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
 from renorm_onnx.tensor_checks import quoted, tensor_bytes
@@ -124,7 +124,7 @@ def _read(path: str) -> bytes:
 def _parsed(data: bytes, path: str) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
-        check_entries(data)
+        check_size(data)
         proto.ParseFromString(data)
     except ModelFileError as error:
         raise ModelFileError(f"{path!r}: {error}") from None
