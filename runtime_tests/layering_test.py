@@ -39,7 +39,7 @@ ORDER = [
     "fusion.fact_layout",
     "fusion.fact_dims",
     "fusion.parameters",
-    "fusion.carrier",
+    "fusion.carrier fusion.operands",
     "fusion.sources fusion.calls",
     "fusion.carriers.*",
     "fusion.carriers",

@@ -27,6 +27,7 @@ from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, l
 from renorm_onnx.fusion.carriers import load_carriers
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
+from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport
@@ -339,11 +340,13 @@ class _Engine:
             old = node.inputs[index] if index < len(node.inputs) else None
             hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
             name = self._fresh(hint)
-            if old is not None and old.graph is graph and _is_read_once(old):
-                _set_content(old, parameter, name)
+            if old is not None and old.graph is graph and is_read_once(old):
+                set_content(old, parameter, name)
                 old.name = name
                 continue
-            value = self._store(graph, parameter, name)
+            as_input, opset = self._model.ir_version < 4, self._desk.opset
+            value = store_expanded(node, parameter, name, self._names, opset, as_input=as_input)
+            value = value or self._store(graph, parameter, name)
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
             node.replace_input_with(index, value)
@@ -353,25 +356,7 @@ class _Engine:
         self._clean()
 
     def _store(self, graph: ir.Graph, parameter: Parameter, name: str) -> ir.Value:
-        """A new initializer of `graph`."""
-        value = ir.Value(name=name)
-        _set_content(value, parameter, name)
-        graph.register_initializer(value)
-        if self._model.ir_version < 4:
-            graph.inputs.append(value)
-        return value
-
-
-def _is_read_once(value: ir.Value) -> bool:
-    """Whether `value` is stored for one operand alone, so that nobody else sees it change."""
-    return (
-        value.is_initializer() and not value.is_graph_input() and not value.is_graph_output() and len(value.uses()) == 1
-    )
-
-
-def _set_content(value: ir.Value, parameter: Parameter, name: str) -> None:
-    value.const_value = parameter.tensor(name)
-    value.type, value.shape = ir.TensorType(parameter.dtype), ir.Shape(parameter.shape)
+        return store(graph, parameter, name, as_input=self._model.ir_version < 4)
 
 
 def count_operators(model: ir.Model) -> Counter[str]:

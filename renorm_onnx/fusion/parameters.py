@@ -162,6 +162,14 @@ class Parameter(NamedTuple):
                 result[part] = rounded(block, self.dtype)
             return result
 
+    def narrowed(self) -> Parameter:
+        """The operand with length 1 along every axis on which its elements only repeat themselves, to be expanded."""
+        elements = self.float64()
+        for axis, size in enumerate(self.shape):
+            first = elements.take([0], axis=axis) if size else elements
+            elements = first if np.array_equal(elements, np.broadcast_to(first, elements.shape)) else elements
+        return Parameter.new(elements, self.dtype)
+
     def tensor(self, name: str) -> ir.TensorProtocol:
         """What goes into the file: the elements themselves, or for a large stored tensor a recipe that streams them."""
         if not isinstance(self.base, np.ndarray) and math.prod(self.shape) > BLOCK_ELEMENTS:

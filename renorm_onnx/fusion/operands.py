@@ -1,0 +1,77 @@
+"""Changed operands as values of the graph: each an initializer, or what computes it where that is far smaller."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from renorm_onnx.fusion.parameters import Parameter
+from renorm_onnx.inlining import Names
+
+# Computed operands of more elements are written without what repeats itself: 4 MB as float32.
+WRITTEN_WHOLE = 1 << 20
+# Before this opset there is no Expand; from the second on it takes bfloat16 too.
+EXPAND, EXPAND_BFLOAT16 = 8, 13
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Whether `value` is stored for one operand alone, so that nobody else sees it change."""
+    return (
+        value.is_initializer() and not value.is_graph_input() and not value.is_graph_output() and len(value.uses()) == 1
+    )
+
+
+def set_content(value: ir.Value, parameter: Parameter, name: str) -> None:
+    """Let `value` hold `parameter`, in place, in a tensor of that name."""
+    value.const_value = parameter.tensor(name)
+    value.type, value.shape = ir.TensorType(parameter.dtype), ir.Shape(parameter.shape)
+
+
+def store(graph: ir.Graph, parameter: Parameter, name: str, *, as_input: bool) -> ir.Value:
+    """Add an initializer to `graph`, in place.
+
+    Args:
+        graph: Where it is read.
+        parameter: What it holds.
+        name: Borne by nothing else.
+        as_input: List it as an input too, as IR versions before 4 want.
+    """
+    value = ir.Value(name=name)
+    set_content(value, parameter, name)
+    return _registered(graph, value, as_input=as_input)
+
+
+def store_expanded(
+    reader: ir.Node, parameter: Parameter, name: str, names: Names, opset: int, *, as_input: bool
+) -> ir.Value | None:
+    """Add, in place, a large computed operand of `reader` as the Expand of what does not repeat itself.
+
+    A model of a few bytes may compute constants of a hundred megabytes, and must not become as large as they are.
+
+    Returns:
+        The value, or None where nothing is gained: the operand is stored or small, or does not repeat itself.
+    """
+    oldest = EXPAND_BFLOAT16 if parameter.dtype == ir.DataType.BFLOAT16 else EXPAND
+    graph = reader.graph
+    if not isinstance(parameter.base, np.ndarray) or not isinstance(graph, ir.Graph) or opset < oldest:
+        return None
+    if math.prod(parameter.shape) <= WRITTEN_WHOLE or (narrow := parameter.narrowed()).shape == parameter.shape:
+        return None
+    data = store(graph, narrow, names.unique(f"{name}_data"), as_input=as_input)
+    shape = ir.tensor(parameter.shape, ir.DataType.INT64, name=names.unique(f"{name}_shape"))
+    sizes = ir.Value(
+        name=shape.name, type=ir.TensorType(shape.dtype), shape=ir.Shape(shape.shape.numpy()), const_value=shape
+    )
+    _registered(graph, sizes, as_input=as_input)
+    value = ir.Value(name=name, type=ir.TensorType(parameter.dtype), shape=ir.Shape(parameter.shape))
+    graph.insert_before(reader, ir.Node("", "Expand", [data, sizes], outputs=[value], name=name))
+    return value
+
+
+def _registered(graph: ir.Graph, value: ir.Value, *, as_input: bool) -> ir.Value:
+    graph.register_initializer(value)
+    if as_input:
+        graph.inputs.append(value)
+    return value

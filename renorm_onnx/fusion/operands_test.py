@@ -1,0 +1,104 @@
+"""What a fold writes stays of the size of what it reads: computed constants are narrowed, and mean the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+
+from renorm_onnx.fusion import operands
+from renorm_onnx.fusion.conftest import Builder, assert_same, largest_difference, operators
+from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.fusion.parameters import Parameter
+
+C, SIDE = 6, 40
+
+
+def computed_operand(kind: str, *, opset: int = 17, ir_version: int = 8) -> onnx.ModelProto:
+    """A convolution, to which a constant of (1, C, SIDE, SIDE) elements is added that a few bytes compute; a norm."""
+    b = Builder()
+    sizes = b.constant(np.array([1, C, SIDE, SIDE]))
+    if kind == "ConstantOfShape":
+        large = b.node(kind, sizes, value=numpy_helper.from_array(np.array([0.7], np.float32)))
+    else:
+        # Of rows, so that one axis beside the channels does not repeat itself.
+        large = b.node("Expand", b.normal(C, SIDE, 1), sizes)
+    summed = b.node("Add", b.conv("x", 3, C, 1), large)
+    model = b.model({"x": ["n", 3, "h", "w"]}, [b.norm(summed, C)], opset=opset, ir_version=ir_version)
+    # Of inputs that may be overridden, shape inference learns nothing.
+    dims = ["n", C, SIDE, SIDE]
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, 1, dims))
+    if ir_version < 4:
+        for tensor in model.graph.initializer:
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    return model
+
+
+@pytest.fixture(autouse=True)
+def narrow_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operands, "WRITTEN_WHOLE", 1000)
+
+
+@pytest.mark.parametrize("ir_version", [3, 8])
+@pytest.mark.parametrize(("kind", "numbers"), [("ConstantOfShape", C), ("Expand", C * SIDE)])
+def test_a_large_computed_operand_is_written_without_what_repeats_itself(
+    kind: str, numbers: int, ir_version: int
+) -> None:
+    model = computed_operand(kind, ir_version=ir_version)
+    fused, report = fuse(model)
+    assert len(report.folded) == 1
+    assert sorted(operators(fused)) == ["Add", "Conv", "Expand"]
+    (expand,) = (node for node in fused.graph.node if node.op_type == "Expand")
+    data = next(t for t in fused.graph.initializer if t.name == expand.input[0])
+    assert int(np.prod(data.dims)) == numbers
+    assert fused.ByteSize() < 2 * model.ByteSize() + 1000
+    assert_same(model, fused, h=SIDE, w=SIDE)
+    again, second = fuse(fused)
+    assert not second.changed
+    assert operators(again) == operators(fused)
+
+
+def test_an_operand_whose_repetition_was_taken_wrongly_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_of_every_axis(self: Parameter) -> Parameter:
+        return Parameter.new(self.float64()[:1, :1, :1, :1], self.dtype)
+
+    monkeypatch.setattr(Parameter, "narrowed", first_of_every_axis)
+    model = computed_operand("Expand")
+    assert largest_difference(model, fuse(model)[0], h=SIDE, w=SIDE) > 1e-2
+
+
+def test_before_there_is_an_expand_the_operand_is_written_whole() -> None:
+    b = Builder()
+    large = b.node("Identity", b.normal(1, C, SIDE, SIDE))
+    y = b.norm(b.node("Add", b.conv("x", 3, C, 1), b.node("Abs", large)), C)
+    model = b.model({"x": ["n", 3, SIDE, SIDE]}, [y], opset=7)
+    fused, report = fuse(model)
+    assert len(report.folded) == 1
+    assert operators(fused) == ["Conv", "Add"]
+    assert_same(model, fused)
+
+
+def test_what_does_not_repeat_itself_and_what_is_small_is_stored_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = computed_operand("ConstantOfShape")
+    monkeypatch.setattr(operands, "WRITTEN_WHOLE", C * SIDE * SIDE)
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Conv", "Add"]
+    assert_same(model, fused, h=SIDE, w=SIDE)
+
+
+@pytest.mark.parametrize(
+    ("array", "shape"),
+    [
+        (np.ones((4, 3)), (1, 1)),
+        (np.arange(3.0) * np.ones((4, 1)), (1, 3)),
+        (np.arange(12.0).reshape(4, 3), (4, 3)),
+        (np.zeros((0, 3)), (0, 1)),
+        (np.full((2, 2), np.nan), (2, 2)),
+    ],
+)
+def test_narrowing_keeps_every_axis_that_matters(array: np.ndarray, shape: tuple[int, ...]) -> None:
+    narrow = Parameter.new(array, ir.DataType.FLOAT).narrowed()
+    assert narrow.shape == shape
+    np.testing.assert_array_equal(np.broadcast_to(narrow.float64(), array.shape), array)
