@@ -5,10 +5,12 @@ layers, transitions that halve the channels. The norm that opens a layer reads a
 too, so nothing behind it can absorb it; the one between the two convolutions of a layer folds.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from models.parts import NormFactory, initialize_convolutions, seeded_normal
+from models.parts import NormFactory, example_images, initialize_convolutions
 from renorm_onnx.errors import InputError
 
 
@@ -69,16 +71,5 @@ def densenet(
     return network
 
 
-def example_inputs(batch: int = 2, *, in_channels: int = 3, size: int = 32, seed: int = 0) -> tuple[Tensor, ...]:
-    """Give one batch of CIFAR-sized images of standard normal numbers.
-
-    Args:
-        batch: N.
-        in_channels: C.
-        size: H and W, in pixels.
-        seed: Of the numbers.
-
-    Returns:
-        One tensor of shape (N, C, H, W).
-    """
-    return (seeded_normal(batch, in_channels, size, size, seed=seed),)
+example_inputs = partial(example_images, size=32)
+"""One batch of CIFAR-sized images; options as `models.parts.example_images`."""

@@ -4,9 +4,11 @@ Source: Sandler et al. 2018 (arXiv:1801.04381), table 2. Every norm stands behin
 (depthwise ones among them), so all 52 fold.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from models.parts import NormFactory, initialize_convolutions, seeded_normal
+from models.parts import NormFactory, example_images, initialize_convolutions
 
 # Table 2: expansion t, output channels c, repeats n, stride s of the first repeat.
 _STAGES = (
@@ -91,16 +93,5 @@ def mobilenet_v2(
     return network
 
 
-def example_inputs(batch: int = 2, *, in_channels: int = 3, size: int = 224, seed: int = 0) -> tuple[Tensor, ...]:
-    """Give one batch of ImageNet-sized images of standard normal numbers.
-
-    Args:
-        batch: N.
-        in_channels: C.
-        size: H and W, in pixels.
-        seed: Of the numbers.
-
-    Returns:
-        One tensor of shape (N, C, H, W).
-    """
-    return (seeded_normal(batch, in_channels, size, size, seed=seed),)
+example_inputs = partial(example_images, size=224)
+"""One batch of ImageNet-sized images; options as `models.parts.example_images`."""

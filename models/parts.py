@@ -22,6 +22,24 @@ def seeded_normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def example_images(
+    batch: int = 2, *, in_channels: int = 3, size: int = 32, spatial_dims: int = 2, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Give one batch of square images, or of volumes as deep as they are wide, of standard normal numbers.
+
+    Args:
+        batch: N.
+        in_channels: C.
+        size: H and W, and D of a volume, in pixels; each network says in its own `example_inputs` which it expects.
+        spatial_dims: 2 for images, 3 for volumes.
+        seed: Of the numbers.
+
+    Returns:
+        One tensor of shape (N, C, H, W) or (N, C, D, H, W).
+    """
+    return (seeded_normal(batch, in_channels, *[size] * spatial_dims, seed=seed),)
+
+
 def initialize_convolutions(network: nn.Module) -> None:
     """Draw every convolution's weight from N(0, 2 / fan_out) in place and zero its bias.
 

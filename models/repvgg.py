@@ -6,11 +6,12 @@ branch has no convolution to fold into: it disappears only when the branches are
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from models.parts import NormFactory, initialize_convolutions, seeded_normal
+from models.parts import NormFactory, example_images, initialize_convolutions
 
 
 class RepVGGBlock(nn.Module):
@@ -62,16 +63,5 @@ def repvgg(
     return network
 
 
-def example_inputs(batch: int = 2, *, in_channels: int = 3, size: int = 224, seed: int = 0) -> tuple[Tensor, ...]:
-    """Give one batch of ImageNet-sized images of standard normal numbers.
-
-    Args:
-        batch: N.
-        in_channels: C.
-        size: H and W, in pixels.
-        seed: Of the numbers.
-
-    Returns:
-        One tensor of shape (N, C, H, W).
-    """
-    return (seeded_normal(batch, in_channels, size, size, seed=seed),)
+example_inputs = partial(example_images, size=224)
+"""One batch of ImageNet-sized images; options as `models.parts.example_images`."""

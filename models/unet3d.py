@@ -4,10 +4,12 @@ Source: Cicek et al. 2016 (arXiv:1606.06650), figure 2, with padded convolutions
 size. Convolutions have biases, up-convolutions have none, as the paper's count of 19,069,955 parameters implies.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from models.parts import NormFactory, initialize_convolutions, seeded_normal
+from models.parts import NormFactory, example_images, initialize_convolutions
 
 
 def _double_conv(in_channels: int, between: int, out_channels: int, norm: NormFactory) -> nn.Sequential:
@@ -73,16 +75,5 @@ def unet3d(
     return network
 
 
-def example_inputs(batch: int = 2, *, in_channels: int = 3, size: int = 16, seed: int = 0) -> tuple[Tensor, ...]:
-    """Give one batch of volumes of standard normal numbers.
-
-    Args:
-        batch: N.
-        in_channels: C.
-        size: D, H and W, in voxels; a multiple of 8 for a network of four levels.
-        seed: Of the numbers.
-
-    Returns:
-        One tensor of shape (N, C, D, H, W).
-    """
-    return (seeded_normal(batch, in_channels, size, size, size, seed=seed),)
+example_inputs = partial(example_images, size=16, spatial_dims=3)
+"""One batch of volumes; options as `models.parts.example_images`, `size` a multiple of 8 for four levels."""

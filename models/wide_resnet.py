@@ -13,10 +13,12 @@ with d = 6N + 4. No convolution has a bias. Of its norms, those behind a convolu
 an identity block reads a value that the skip connection reads too, so only a fold forwards could remove it.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from models.parts import NormFactory, initialize_convolutions, seeded_normal
+from models.parts import NormFactory, example_images, initialize_convolutions
 from renorm_onnx.errors import InputError
 
 
@@ -122,16 +124,5 @@ def wide_resnet(
     return network
 
 
-def example_inputs(batch: int = 2, *, in_channels: int = 3, size: int = 32, seed: int = 0) -> tuple[Tensor, ...]:
-    """Give one batch of CIFAR-sized images of standard normal numbers.
-
-    Args:
-        batch: N.
-        in_channels: C.
-        size: H and W, in pixels.
-        seed: Of the numbers.
-
-    Returns:
-        One tensor of shape (N, C, H, W).
-    """
-    return (seeded_normal(batch, in_channels, size, size, seed=seed),)
+example_inputs = partial(example_images, size=32)
+"""One batch of CIFAR-sized images; options as `models.parts.example_images`."""
