@@ -1,18 +1,18 @@
 """Which function calls must be opened before norms can be folded.
 
-A function is inlined, at each call, if its body holds a normalization, or if it stands next to a norm and holds an
-operator that could absorb one; next to means that nothing lies between. Every other function stays a function.
+A function is inlined, at each call, if its body holds a normalization, or if the way of a norm ends at one of its
+calls and it holds an operator that could absorb one. Every other function stays a function.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.inlining import inline
+from renorm_onnx.inlining import graphs_of, inline
 
 _log = logging.getLogger(__name__)
 
@@ -25,20 +25,24 @@ _ARITHMETIC = {
 }
 
 
-def open_calls(model: ir.Model) -> int:
-    """Inline, in place, the calls that hide a norm or an operator beside one.
+def open_norms(model: ir.Model) -> int:
+    """Inline, in place, the calls that hide a normalization; return how many were replaced."""
+    return sum(_inline_each(model, [i for i in model.functions if _holds(model, i, _is_norm)]))
+
+
+def open_absorbers(model: ir.Model, obstacles: Collection[str]) -> int:
+    """Inline, in place, the functions that stand in the way of a norm and hold an operator that could absorb it.
+
+    Args:
+        model: Changed in place.
+        obstacles: Names of nodes where the way of some norm ended, or of their outputs where they have none.
 
     Returns:
         How many calls were replaced.
     """
-    count = sum(_inline_each(model, [i for i in model.functions if _holds(model, i, _is_norm)]))
-    while model.functions:
-        beside = {i for i in _beside_norms(model) if _holds(model, i, _is_linear)}
-        opened = sum(_inline_each(model, sorted(beside)))
-        if not opened:
-            break
-        count += opened
-    return count
+    calls = [n for graph in graphs_of(model.graph) for n in graph if n.op_identifier() in model.functions]
+    met = {n.op_identifier() for n in calls if (n.name or n.outputs[0].name) in obstacles}
+    return sum(_inline_each(model, sorted(i for i in met if _holds(model, i, _is_linear))))
 
 
 def _inline_each(model: ir.Model, identifiers: list[ir.OperatorIdentifier]) -> Iterator[int]:
@@ -80,14 +84,3 @@ def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[l
             return True
         stack.extend(n.op_identifier() for n in body)
     return False
-
-
-def _beside_norms(model: ir.Model) -> Iterator[ir.OperatorIdentifier]:
-    """The functions whose calls compute a norm's input or read its output."""
-    for node in model.graph.all_nodes():
-        if node.op_identifier() not in model.functions:
-            continue
-        producers = [v.producer() for v in node.inputs if v is not None]
-        readers = [use.node for v in node.outputs for use in v.uses()]
-        if any(n is not None and n.op_type in _NORMS | {"Add", "Sub", "Mul", "Div"} for n in [*producers, *readers]):
-            yield node.op_identifier()

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
 from renorm_onnx.fusion.branches import Merge, find_merges
-from renorm_onnx.fusion.calls import open_calls
+from renorm_onnx.fusion.calls import open_absorbers, open_norms
 from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, label
 from renorm_onnx.fusion.carriers import load_carriers
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
@@ -30,7 +30,7 @@ from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
-from renorm_onnx.fusion.report import FusionReport, NormReport
+from renorm_onnx.fusion.report import FusionReport, NormReport, Reason
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
 from renorm_onnx.inlining import Names, graphs_of, names_in
 from renorm_onnx.onnx_function import MODULE_KEY
@@ -132,6 +132,7 @@ class _Engine:
         # A norm that absorbs another one takes over its output's name, so a node is the only lasting identity.
         self._entries: dict[ir.Node, NormReport] = {}
         self._order: dict[ir.Node, float] = {}
+        self._taken: set[str] = set()
         self._touched: set[ir.Node] = set()
         self._added: set[ir.Node] = set()
         # Taken out together, since onnx-ir looks at all outputs of a graph for each removal.
@@ -150,16 +151,28 @@ class _Engine:
             if n.op_identifier() in self._model.functions
             for v in n.outputs
         }
-        open_calls(self._model)
-        self._names = Names(names_in(self._model))
-        for graph in list(graphs_of(self._model.graph)):
-            self._fold(graph)
-            while self._options.merge_branches and self._merge_branches(graph):
-                self._fold(graph)
+        open_norms(self._model)
+        self._fold_all()
+        while self._model.functions and open_absorbers(self._model, self._obstacles()):
+            self._desk.facts.forget()
+            self._fold_all()
         self._write_parameters()
         self._report.operators_after = count_operators(self._model)
         logger.info("%s", self._report)
         return self._report
+
+    def _fold_all(self) -> None:
+        self._taken |= names_in(self._model)
+        self._names = Names(self._taken)
+        for graph in list(graphs_of(self._model.graph)):
+            self._fold(graph)
+            while self._options.merge_branches and self._merge_branches(graph):
+                self._fold(graph)
+
+    def _obstacles(self) -> set[str]:
+        """The names of the operators at which the way of a norm that stays has ended."""
+        refusals = (r for e in self._report.entries if e.outcome == "kept" for r in e.refusals)
+        return {r.obstacle for r in refusals if r.reason is Reason.OPERATOR}
 
     def _fold(self, graph: ir.Graph) -> None:
         """Plan and apply until a whole round changes nothing; rounds alternate in direction."""

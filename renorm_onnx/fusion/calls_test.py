@@ -1,0 +1,86 @@
+"""Calls in the way of a norm are opened; functions that have nothing to do with one stay as they are."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import helper
+
+from renorm_onnx.fusion.conftest import Builder, assert_same, largest_difference, operators
+from renorm_onnx.fusion.engine import fuse
+
+IMAGE = {"x": ["n", 4, 8, 8]}
+
+
+def add_function(b: Builder, name: str, nodes: list[onnx.NodeProto], *, inputs: tuple[str, ...] = ("X", "w")) -> None:
+    domains = sorted({n.domain for n in nodes} | {""})
+    imports = [helper.make_opsetid(d, 1 if d else 17) for d in domains]
+    b.functions.append(helper.make_function("mine", name, list(inputs), ["Y"], nodes, imports))
+
+
+def layer(b: Builder, name: str = "Layer") -> None:
+    add_function(b, name, [helper.make_node("Conv", ["X", "w"], ["Y"], name=f"in_{name}")])
+
+
+def norm_without_shift(b: Builder, x: str) -> str:
+    """A norm with positive scales that maps zero to zero, so that it passes Relu and MaxPool."""
+    zero = b.constant([0.0] * 4)
+    positive = [b.constant(b.rng.uniform(0.5, 2, 4)) for _ in range(2)]
+    return b.node("BatchNormalization", x, positive[0], zero, zero, positive[1])
+
+
+def test_a_convolution_in_a_function_absorbs_a_norm_several_operators_away():
+    b = Builder()
+    layer(b)
+    h = b.node("Layer", "x", b.normal(4, 4, 3, 3), domain="mine")
+    h = b.node("MaxPool", b.node("Relu", h), kernel_shape=[2, 2])
+    model = b.model(IMAGE, [norm_without_shift(b, h)])
+    fused, report = fuse(model)
+    assert len(report.folded) == 1
+    assert operators(fused) == ["Conv", "Relu", "MaxPool"]
+    assert not fused.functions
+    assert_same(model, fused)
+    unscaled = fuse(model)[0]
+    weight = next(t for t in unscaled.graph.initializer if t.name == unscaled.graph.node[0].input[1])
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.01, weight.name))
+    assert largest_difference(model, unscaled) > 1e-3
+
+
+def test_a_function_behind_a_norm_is_opened_and_its_calls_elsewhere_mean_the_same():
+    b = Builder()
+    layer(b)
+    first = b.node("Layer", b.node("Tanh", "x"), b.normal(4, 4, 1, 1), domain="mine")
+    h = b.node("Transpose", norm_without_shift(b, b.node("Tanh", first)), perm=[0, 1, 3, 2])
+    model = b.model(IMAGE, [b.node("Layer", h, b.normal(5, 4, 3, 3), domain="mine")])
+    fused, report = fuse(model)
+    assert [n.way for n in report.folded] == ["forward"]
+    assert operators(fused) == ["Tanh", "Conv", "Tanh", "Transpose", "Conv"]
+    assert_same(model, fused)
+
+
+def test_functions_without_an_absorber_or_out_of_the_way_stay_functions():
+    b = Builder()
+    layer(b)
+    add_function(b, "Bend", [helper.make_node("Softmax", ["X"], ["Y"], axis=1)], inputs=("X",))
+    h = b.node("Bend", b.node("Layer", "x", b.normal(4, 4, 3, 3), domain="mine"), domain="mine")
+    model = b.model(IMAGE, [b.node("Tanh", b.norm(h, 4))])
+    fused, report = fuse(model)
+    assert [n.reason for n in report.kept] == ["no-rule-for-operator"]
+    assert fused.SerializeToString(deterministic=True) == fuse(fused)[0].SerializeToString(deterministic=True)
+    assert operators(fused) == ["Layer", "Bend", "BatchNormalization", "Tanh"]
+    assert {f.name for f in fused.functions} == {"Layer", "Bend"}
+
+
+def test_a_function_within_a_function_in_the_way_is_opened_too():
+    b = Builder()
+    layer(b, "Inner")
+    layer(b, "Elsewhere")
+    inner = helper.make_node("Inner", ["X", "w"], ["t"], domain="mine", name="call")
+    add_function(b, "Outer", [inner, helper.make_node("Relu", ["t"], ["Y"], name="bend")])
+    away = b.node("Sigmoid", b.node("Elsewhere", "x", b.normal(4, 4, 3, 3), domain="mine"))
+    h = b.node("Identity", b.node("Outer", "x", b.normal(4, 4, 3, 3), domain="mine"))
+    model = b.model(IMAGE, [norm_without_shift(b, h), away])
+    fused, report = fuse(model)
+    assert len(report.folded) == 1
+    assert operators(fused) == ["Elsewhere", "Sigmoid", "Conv", "Relu", "Identity"]
+    assert {f.name for f in fused.functions} == {"Elsewhere"}
+    assert_same(model, fused)
