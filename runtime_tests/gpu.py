@@ -158,8 +158,9 @@ def parity(options: Options) -> Section:
         files = list(dict.fromkeys([*exports(quick=True), *(Export(m, dtype=d) for m in MODELS for d in kinds)]))
     outcomes = list(run(files, options.providers))
     wrong = [f"{o.status} {o.case}: {o.note}" for o in outcomes if o.status != "ok"]
-    # A kernel that does not exist is reported; a provider that is missing is a failure here.
+    # A kernel that does not exist is reported; a provider that is missing, or has none at all, is a failure here.
     ok = all(o.status == "ok" or (o.status == "skip" and "no kernel" in o.note) for o in outcomes)
+    ok = ok and {o.case.provider for o in outcomes if o.status == "ok"} >= set(options.providers)
     return Section("parity", ok, [*summary(outcomes), *wrong], [o.to_dict() for o in outcomes])
 
 

@@ -251,7 +251,8 @@ def judge(case: Case, built: Built, *, model: onnx.ModelProto | None = None) -> 
         got = _outputs(case, built, model)
         yardsticks = built.unfused_on(case.provider) if case.form == "fused" and case.provider != REFERENCE else None
     except MachineError as error:
-        if case.export.dtype == "float16" and "no kernel" in str(error):
+        # The CPU lacks float16 in places, CUDA some operators of the newest opsets.
+        if (case.export.dtype == "float16" or case.provider != "cpu") and "no kernel" in str(error):
             return Outcome(case, "skip", note=str(error))
         raise
     found: dict[str, list[tuple[Trial, Errors]]] = {}

@@ -64,8 +64,9 @@ class CudaGraph:
             if example is None:
                 return [value.numpy() for value in self._outputs]
             # A copy: the next replay writes into the same buffers.
-            results = [tensors.to_library_of(example, value).clone() for value in self._outputs]
-            tensors.synchronize(results[0])
+            views = [tensors.to_library_of(example, value) for value in self._outputs]
+            results = [view.to(example.device, copy=True) for view in views]
+            tensors.synchronize(views[0])
             return results
 
     def _fill(self, name: str, value: Any) -> None:

@@ -17,6 +17,13 @@ g (float[N,3] a, float[N,3] b) => (float[N,3] total, bool[N,3] larger) {
   larger = Greater(a, b)
 }"""
 
+CHOICE = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,3] x, bool[N,3] mask) => (float[N,3] y, bool[N,3] inverse) {
+  negative = Neg(x)
+  y = Where(mask, x, negative)
+  inverse = Not(mask)
+}"""
+
 
 def model(text=TWO_INPUTS):
     return onnx.parser.parse_model(text)
@@ -70,6 +77,19 @@ def test_torch_tensors_go_in_and_come_out_without_a_copy():
     session.run_bound(binding)
     out = binding.get_outputs()[0]
     assert torch.from_dlpack(out).data_ptr() == out.data_ptr()
+
+
+@pytest.mark.parametrize("size", [2, 0])
+def test_booleans_of_torch_go_in_and_come_out(size):
+    torch = pytest.importorskip("torch")
+    session = Session(model(CHOICE))
+    x, mask = torch.arange(3.0 * size).reshape(size, 3), torch.ones(size, 3).bool()
+    mask[:, 1] = False
+    y, inverse = session(x, mask)
+    assert torch.equal(y, torch.where(mask, x, -x))
+    assert torch.equal(inverse, ~mask)
+    with pytest.raises(InputError, match=r"input 'mask' got 'tensor\(float\)', expected 'tensor\(bool\)'"):
+        session(x, x)
 
 
 def test_outputs_outlive_their_session():

@@ -52,6 +52,19 @@ class TensorSpec:
         return self.dtype is not None and all(isinstance(size, int) for size in self.shape)
 
 
+class _Booleans:
+    """A tensor of booleans as bytes that are declared to be booleans: onnxruntime knows no DLPack type for them."""
+
+    dtype = np.dtype(np.bool_)
+
+    def __init__(self, value: Any) -> None:
+        library = sys.modules[type(value).__module__.partition(".")[0]]
+        self._bytes = value.view(getattr(library, "uint8", np.uint8))
+
+    def __dlpack__(self) -> Any:
+        return self._bytes.__dlpack__()
+
+
 def to_ort_value(ort: Any, spec: TensorSpec, value: Any) -> Any:
     """Wrap an array or a DLPack tensor as an OrtValue; a DLPack tensor is never copied if it is contiguous.
 
@@ -69,7 +82,8 @@ def to_ort_value(ort: Any, spec: TensorSpec, value: Any) -> Any:
         if hasattr(value, "is_contiguous") and not value.is_contiguous():
             value = value.contiguous()
         synchronize(value)
-        wrapped = ort.OrtValue.from_dlpack(value)
+        boolean = str(value.dtype).rpartition(".")[2] == "bool"
+        wrapped = ort.OrtValue.from_dlpack(_Booleans(value) if boolean else value)
     else:
         array = np.ascontiguousarray(value).reshape(np.shape(value))
         if array.dtype == DTYPES["bfloat16"]:
