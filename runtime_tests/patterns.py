@@ -1,4 +1,4 @@
-"""The table of patterns: some 900 small models, each with the number of norms that must stay and why the first does.
+"""The table of patterns: some 1000 small models, each with the number of norms that must stay and why the first does.
 
 `python -m runtime_tests.patterns` prints what becomes of them, for this package and for every other tool that is
 installed (onnxruntime, onnxsim, onnxslim, onnxoptimizer, onnxscript): how many of the foldable models they fold, and
@@ -25,6 +25,7 @@ from renorm_onnx.runtime.reference import evaluate
 from runtime_tests.pattern_models import Pattern, norms_left
 from runtime_tests.patterns_absorbing import absorbing
 from runtime_tests.patterns_branches import branches
+from runtime_tests.patterns_networks import networks
 from runtime_tests.patterns_numbers import numbers
 from runtime_tests.patterns_passing import passing
 from runtime_tests.patterns_structure import structure
@@ -37,7 +38,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 def table() -> Iterator[Pattern]:
     """Every pattern; names are unique."""
-    for rows in (absorbing, passing, branches, structure, numbers):
+    for rows in (absorbing, passing, branches, structure, networks, numbers):
         yield from rows()
 
 

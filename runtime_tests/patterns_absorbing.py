@@ -240,13 +240,10 @@ def _shift_before_layer_norm(n: Net) -> str:
 def quantized() -> Iterator[Pattern]:
     """Integer weights behind DequantizeLinear stay integers."""
     for axis, zero in ((0, False), (0, True), (None, False), (None, True)):
-        left = int(axis is None and zero)
         yield Pattern(
             f"quantized weight, axis {axis}, zero point {zero}, norm",
             IMAGE,
             lambda n, a=axis, z=zero: n.bn(n.op("Conv", "x", _quantized_weight(n, a, zero=z), n.rand(C)), C),
-            left,
-            Reason.SCALE if left else None,
         )
     yield Pattern("quantized gemm, norm", (3, 4), _quantized_gemm)
 

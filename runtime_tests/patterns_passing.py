@@ -74,7 +74,7 @@ BETWEEN: dict[str, tuple[str, Any]] = {
     "Mul by a number": ("all", lambda n, x: n.op("Mul", n.op("Identity", x), n.scalar(0.7))),
     "Sigmoid": ("none", lambda n, x: n.op("Sigmoid", x)),
     "Softmax": ("none", lambda n, x: n.op("Softmax", x)),
-    "Abs": ("none", lambda n, x: n.op("Abs", x)),
+    "Round": ("none", lambda n, x: n.op("Round", x)),
 }
 
 
@@ -226,7 +226,6 @@ def after_layout() -> Iterator[Pattern]:
         "number, Clip, conv",
         IMAGE,
         lambda n: n.conv(n.op("Clip", n.chain("x", (), "Mul", first=True), n.scalar(-0.5), n.scalar(0.8)), C, 3),
-        1,
     )
     yield Pattern("conv, Cast wider, norm", IMAGE, _cast_wider, dtype="float16", runs=False)
     yield Pattern("conv, Cast narrower, norm", IMAGE, _cast_narrower, 1, Reason.DTYPE, runs=False)

@@ -45,7 +45,7 @@ def test_every_pattern_folds_as_expected_and_computes_the_same(name):
 
 
 def test_the_table_is_large_and_its_names_are_unique():
-    assert len(ROWS) == len(list(table())) > 800
+    assert len(ROWS) == len(list(table())) > 950
     assert sum(p.left == 0 for p in ROWS.values()) > 600
     assert sum(p.reason is not None for p in ROWS.values()) > 20
 
