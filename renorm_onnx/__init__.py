@@ -63,7 +63,14 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "onnxscript"):
+            raise
+        text = f"{__name__}.{name} needs {error.name}, which is not installed: pip install 'renorm-onnx[torch]'"
+        raise ModuleNotFoundError(text, name=error.name) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

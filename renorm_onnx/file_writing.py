@@ -25,8 +25,8 @@ _ADVICE: Final = {
     errno.EDQUOT: "the disk quota is used up; free some space or write elsewhere",
     errno.EFBIG: "the file would pass the size limit of this process (ulimit -f) or of the file system",
     errno.EROFS: "the file system is read-only; write elsewhere",
-    errno.EACCES: "no permission; write elsewhere",
-    errno.EPERM: "no permission; write elsewhere",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
     errno.ENAMETOOLONG: "the file name is too long; choose a shorter one",
 }
 

@@ -159,6 +159,13 @@ def test_an_unknown_name_is_an_attribute_error():
         renorm_onnx.batch_renorm  # noqa: B018
 
 
+def test_a_name_that_needs_torch_says_what_to_install_where_there_is_none():
+    code = "import sys; sys.modules['torch'] = None; import renorm_onnx; renorm_onnx.BatchRenorm2d"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "ModuleNotFoundError: renorm_onnx.BatchRenorm2d needs torch, which is not installed: pip install"
+    assert said in done.stderr
+
+
 def test_no_module_bears_the_name_of_a_public_function():
     assert not {m for m in modules() if "." not in m} & set(renorm_onnx.__all__)
 
