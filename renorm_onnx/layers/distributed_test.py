@@ -84,6 +84,11 @@ def loss_of(y):
     return (y**2).flatten(1).sum(1) * torch.tensor([1.0], dtype=y.dtype)
 
 
+def weighted(y, rank):
+    """A loss whose gradients differ between the ranks, as those of `loss_of` need not."""
+    return (y * random(y.shape, 70 + rank)).sum()
+
+
 def work(rank, folder):
     """Everything that needs two processes, in one start of them."""
     torch.set_num_threads(1)
@@ -129,7 +134,7 @@ def work(rank, folder):
     found["plain ddp"] = []
     for step in range(STEPS):
         plain.zero_grad()
-        loss_of(plain(parts(whole_batch(step), 5)[rank])).mean().backward()
+        weighted(plain(parts(whole_batch(step), 5)[rank]), rank).backward()
         grads = {k: p.grad.clone() for k, p in plain.module.named_parameters()}
         found["plain ddp"].append((grads, {k: v.clone() for k, v in plain.module.named_buffers()}))
 
@@ -306,14 +311,18 @@ def test_under_ddp_without_synchronization_gradients_are_averaged_and_rank_0s_st
         ranks[1].load_state_dict(ranks[0].state_dict())  # DDP broadcasts buffers before each step
         for rank, made in enumerate(ranks):
             made.zero_grad()
-            loss_of(made(parts(whole_batch(step), 5)[rank])).mean().backward()
+            weighted(made(parts(whole_batch(step), 5)[rank]), rank).backward()
         for rank, made in enumerate(ranks):
             grads, buffers = found[rank]["plain ddp"][step]
             for key, got in grads.items():
                 want = sum(each.get_parameter(key).grad for each in ranks) / RANKS
                 torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+                own = made.get_parameter(key).grad
+                assert (own - want).abs().max() > 0.01  # control: the gradient of one rank would not do
             torch.testing.assert_close(buffers, dict(made.named_buffers()), rtol=1e-12, atol=1e-12)
             assert buffers["num_batches_tracked"].item() == step + 1
+    with pytest.raises(AssertionError):  # control: ranks that keep their own statistics end elsewhere
+        torch.testing.assert_close(found[1]["not synchronized"]["buffers"], buffers)
 
 
 def test_pooled_running_statistics_obey_the_law_of_total_variance(found):
