@@ -103,9 +103,9 @@ class NewFile:
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append `data` and return its length in bytes; raises ModelFileError when the disk refuses."""
-        size = memoryview(data).nbytes
+        size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
         if size < _BUFFERED:
-            self._buffer += memoryview(data).tobytes()
+            self._buffer += data if isinstance(data, bytes) else memoryview(data).tobytes()
             if len(self._buffer) >= _BUFFERED:
                 self._flush()
         elif size:
@@ -116,8 +116,8 @@ class NewFile:
 
     def _flush(self) -> None:
         if self._buffer:
-            self._append(memoryview(bytes(self._buffer)))
-            self._buffer.clear()
+            self._append(memoryview(self._buffer))
+            self._buffer = bytearray()
 
     def _append(self, view: memoryview) -> None:
         if self._digest is not None:

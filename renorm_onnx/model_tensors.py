@@ -17,7 +17,8 @@ def all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     yield from _constants(model.graph)
     for body in (model.graph, *(function.graph for function in model.functions.values())):
         for node in body.all_nodes():
-            for attribute in node.attributes.values():
+            # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
+            for attribute in node.attributes.data.values():
                 if attribute.is_ref():
                     continue
                 if attribute.type == ir.AttributeType.TENSOR:
