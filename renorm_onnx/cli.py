@@ -284,7 +284,7 @@ def _add_inline(commands: Any) -> None:
 
 def _add_doctor(commands: Any) -> None:
     parser = _command(commands, "doctor", _doctor, "Say what this machine can run, and what to install.")
-    parser.add_argument("--ep", choices=("cpu", "cuda"), help="exit 3 unless this execution provider works")
+    parser.add_argument("--ep", metavar="NAME", help="exit 3 unless this one works: cpu, cuda or cuda:N")
 
 
 def _names(text: str) -> tuple[str, ...]:

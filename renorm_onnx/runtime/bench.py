@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx import model_file
-from renorm_onnx.errors import InputError
+from renorm_onnx.errors import InputError, MachineError
 from renorm_onnx.runtime.inputs import InputSpec, input_specs, make_trial, size_plans
 from renorm_onnx.runtime.providers import onnxruntime
 from renorm_onnx.runtime.session import LEVELS, Session
@@ -85,6 +85,7 @@ def bench(
     specs = _common_inputs(loaded)
     counts = (threads,) if isinstance(threads, int) else tuple(threads)
     runs: list[_Run] = []
+    remarks: list[str] = []
     chosen: dict[str, int] = {}
     for batch in batches:
         fitting = _sizes(next(iter(loaded.values())), specs, batch, dict(sizes or {}), len(batches) == 1)
@@ -94,14 +95,16 @@ def bench(
             for count in counts:
                 for level in optimize:
                     for name, model in loaded.items():
-                        runs += _open(name, model, _Setting(provider, count, level, tf32), feeds)
+                        runs += _open(name, model, _Setting(provider, count, level, tf32), feeds, remarks)
     order = random.Random(seed)
     for run in runs:
         run.warm_up()
     for _ in range(rounds):
         for run in order.sample(runs, len(runs)):
             run.sample()
-    return BenchReport(tuple(run.timing() for run in runs), chosen, _environment(tf32), _warnings(before, runs))
+    return BenchReport(
+        tuple(run.timing() for run in runs), chosen, _environment(tf32), (*_warnings(before, runs), *remarks)
+    )
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,7 @@ class _Run:
         )
 
 
-def _open(name: str, model: ir.Model, setting: _Setting, feeds: Mapping[str, Array]) -> list[_Run]:
+def _open(name: str, model: ir.Model, setting: _Setting, feeds: Mapping[str, Array], remarks: list[str]) -> list[_Run]:
     data = model_file.model_bytes(model)
     loads = []
     for _ in range(_LOADS):
@@ -197,9 +200,13 @@ def _open(name: str, model: ir.Model, setting: _Setting, feeds: Mapping[str, Arr
         runs.append(run_of("binding", lambda: session.run_bound(binding)))
         shapes = {key: array.shape for key, array in session.run(feeds).items()}
         fixed = _with_fixed_shapes(model, {**{key: array.shape for key, array in feeds.items()}, **shapes})
-        captured = setting.open(fixed, graph=True)
-        captured(**feeds)
-        runs.append(run_of("graph", captured.replay))
+        try:
+            captured = setting.open(fixed, graph=True)
+        except MachineError as error:  # control flow, sizes computed on the CPU: the other rows stand
+            remarks.append(f"{name} as a CUDA graph: {error}")
+        else:
+            captured(**feeds)
+            runs.append(run_of("graph", captured.replay))
     return runs
 
 

@@ -8,6 +8,7 @@ from renorm_onnx.errors import InputError, MachineError
 from renorm_onnx.runtime import bench as bench_module
 from renorm_onnx.runtime.bench import bench, plot
 from renorm_onnx.runtime.parity_networks_test import build
+from renorm_onnx.runtime.session import Session
 from renorm_onnx.runtime.timing_report import BenchReport, Timing
 
 
@@ -75,9 +76,9 @@ def test_inputs_are_not_zeros_and_shared_by_all_models(monkeypatch):
     seen = []
     real = bench_module._open
 
-    def spy(name, model, setting, feeds):
+    def spy(name, model, setting, feeds, remarks):
         seen.append(feeds["x"])
-        return real(name, model, setting, feeds)
+        return real(name, model, setting, feeds, remarks)
 
     monkeypatch.setattr(bench_module, "_open", spy)
     bench({"a": build("mlp"), "b": build("mlp", fold=True)}, rounds=1)
@@ -137,3 +138,38 @@ def test_the_plot_is_an_image_and_its_path_is_checked(tmp_path):
         plot(report, tmp_path / "out.nosuchformat")
     with pytest.raises(InputError, match="holds no timings"):
         plot(BenchReport(()), tmp_path / "out.png")
+
+
+class OnTheCpu(Session):
+    """A session that says it is on CUDA, and can or cannot capture a graph."""
+
+    can_capture = True
+
+    def __init__(self, model, provider="cpu", *, cuda_graph=None, **options):
+        if cuda_graph and not self.can_capture:
+            raise MachineError("Session: cuda_graph=True is not possible: Loop 'l' runs on the CPU")
+        super().__init__(model, "cpu", cuda_graph=False, **options)
+        self.provider, self.wants_graph = "cuda", cuda_graph
+
+    def bind(self, feeds):
+        return dict(feeds)
+
+    def run_bound(self, binding):
+        self.run(binding)
+
+    def replay(self):
+        assert self.wants_graph
+        assert all(spec.is_static for spec in (*self.inputs, *self.outputs))
+
+
+@pytest.mark.parametrize("possible", [True, False])
+def test_a_gpu_has_rows_for_bound_memory_and_for_a_graph_where_one_is_possible(monkeypatch, possible):
+    class Pretending(OnTheCpu):
+        can_capture = possible
+
+    monkeypatch.setattr(bench_module, "Session", Pretending)
+    report = bench([build("mlp")], rounds=1)
+    modes = {timing.mode for timing in report.timings}
+    assert modes == ({"run", "binding", "graph"} if possible else {"run", "binding"})
+    refused = [text for text in report.warnings if "as a CUDA graph: Session: cuda_graph=True is not possible" in text]
+    assert len(refused) == (not possible)
