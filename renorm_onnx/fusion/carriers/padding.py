@@ -7,12 +7,12 @@ After:
 Formula:
     The border has one value for all channels, so s_c v + t_c must be one number for all channels c that have a
     border; with v = 0 that is t = 0, the usual case. At the input, the new value u must solve s_c u + t_c = v for
-    all of them. Padding along the map's own axis gives the map the entries of the border's channels, where any will
-    do that agree with the value. Modes reflect, edge and wrap copy elements along axes on which the map does not
-    vary. Source: ONNX Pad-2, 11, 13, 18, 19, 21, 23.
+    all of them. Along the map's own axis, a constant border has entries of its own: at the output any that agree with
+    the value, at the input the identity; and modes reflect, edge and wrap copy channels with their entries, which
+    must be equal at the output. Source: ONNX Pad-2, 11, 13, 18, 19, 21, 23.
 Refuses when:
     no single value fits all channels (a normalization with a shift before a zero border); the pads or the value are
-    not constant; the map's axis is padded by copies, cropped, or padded at the input.
+    not constant; channels that are copies would have to differ; one axis is cropped and padded by copies.
 """
 
 from __future__ import annotations
@@ -42,22 +42,25 @@ class Pad(Carrier):
         if given.axis is not None and pads is None:
             return refuse(Reason.SHAPE, node, "has pads that are not constant", structural=True)
         begin, end = (0, 0) if given.axis is None or pads is None else pads[given.axis]
-        inner = given.take(slice(begin, given.channels - end)) if begin or end else given
+        inner, copied = given, np.ones(given.channels, bool)
+        if (begin or end) and given.axis is not None:
+            size = given.channels - begin - end
+            places = _places(node, size, begin, end)
+            if places is None:
+                return refuse(Reason.AXIS, node, "pads the axis that the map runs along by copies, and crops it")
+            copied = places >= 0
+            inner = given.take(np.flatnonzero(copied)).scattered(places[copied], size, given.axis)
+            if not inner.take(places[copied]).equals(given.take(np.flatnonzero(copied))):
+                return refuse(Reason.CONFLICT, node, "copies channels that would have to become different ones")
         if attribute(node, "mode", "constant") != "constant" or (pads is not None and not _has_border(pads)):
-            if begin or end:
-                return refuse(Reason.AXIS, node, "pads or crops the axis that the map runs along")
-            return Step((), {0: given})
-        if begin < 0 or end < 0:
-            return refuse(Reason.AXIS, node, "crops the axis that the map runs along")
+            return Step((), {0: inner})
         value = _value(node, desk)
         if value is None:
             return refuse(Reason.NOT_CONSTANT, node, "has a value that is not constant", structural=True)
         others = {} if pads is None else {a: p for a, p in pads.items() if a != given.axis}
-        bordered = np.ones(given.channels, bool)
-        if (begin or end) and not _has_border(others):
-            bordered[begin : given.channels - end] = False
+        bordered = ~copied if (begin or end) and not _has_border(others) else np.ones(given.channels, bool)
         wanted = (given.scale * value + given.shift)[bordered]
-        if (wanted != wanted[0]).any():
+        if (wanted != wanted[:1]).any():
             return refuse(Reason.PADDING, node, f"pads with {value:g}, which would have to differ between channels")
         return Step(_set_value(node, float(wanted[0]), value, desk), {0: inner})
 
@@ -67,21 +70,44 @@ class Pad(Carrier):
             return refuse(Reason.WEIGHT, node, "gets its value from the norm")
         given = maps[0]
         pads = _pads(node, desk)
-        if given.axis is not None and (pads is None or pads[given.axis] != (0, 0)):
-            return refuse(Reason.AXIS, node, "pads the axis that the map runs along, or that is not known")
+        if given.axis is not None and pads is None:
+            return refuse(Reason.SHAPE, node, "has pads that are not constant", structural=True)
+        begin, end = (0, 0) if given.axis is None or pads is None else pads[given.axis]
+        outer = given
+        if (begin or end) and given.axis is not None:
+            places = _places(node, given.channels, begin, end)
+            if places is None:
+                return refuse(Reason.AXIS, node, "pads the axis that the map runs along by copies, and crops it")
+            # What the border along the axis holds is no part of x, and stays as it is.
+            outer = given.take(places[places >= 0]).scattered(np.flatnonzero(places >= 0), places.size, given.axis)
         if attribute(node, "mode", "constant") != "constant" or (pads is not None and not _has_border(pads)):
-            return Step((), {0: given})
+            return Step((), {0: outer})
         value = _value(node, desk)
         if value is None:
             return refuse(Reason.NOT_CONSTANT, node, "has a value that is not constant", structural=True)
+        if pads is not None and not _has_border({a: p for a, p in pads.items() if a != given.axis}):
+            return Step((), {0: outer})
         first = int(np.argmax(given.scale != 0))
         if given.scale[first] == 0:
             return refuse(Reason.PADDING, node, "has a border that a scale of zero cannot give back")
         wanted = float((value - given.shift[first]) / given.scale[first])
         differ = (given.scale != given.scale[first]) | (given.shift != given.shift[first])
-        if (given.scale * wanted + given.shift != value)[differ].any():
+        moves = (given.scale * wanted + given.shift != value)[differ].any()
+        if moves or (wanted != value and (begin > 0 or end > 0)):
             return refuse(Reason.PADDING, node, f"pads with {value:g}, which would have to differ between channels")
-        return Step(_set_value(node, wanted, value, desk), {0: given})
+        return Step(_set_value(node, wanted, value, desk), {0: outer})
+
+
+def _places(node: ir.Node, size: int, begin: int, end: int) -> np.ndarray | None:
+    """Where each element along a padded axis of `size` elements comes from, -1 for a constant; None if not followed."""
+    mode = attribute(node, "mode", "constant")
+    inner = np.arange(size)[max(-begin, 0) : size - max(-end, 0)]
+    widths = (max(begin, 0), max(end, 0))
+    if mode == "constant":
+        return np.pad(inner, widths, constant_values=-1)
+    if begin < 0 or end < 0:
+        return None
+    return np.asarray(np.pad(inner, widths, mode=mode))
 
 
 def _has_border(pads: Mapping[int, tuple[int, int]]) -> bool:

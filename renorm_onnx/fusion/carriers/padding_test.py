@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, backward, build, forward, operators, quarters
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    backward,
+    bn,
+    build,
+    forward,
+    norm,
+    operators,
+    quarters,
+)
 from renorm_onnx.fusion.report import Reason
 
 AROUND = np.array([0, 0, 1, 2, 0, 0, 0, 1])
@@ -18,10 +27,32 @@ def test_a_border_of_copies_passes_every_map(mode: str) -> None:
     forward(lines, 4, p=AROUND)
 
 
-def test_a_border_of_copied_channels_is_refused() -> None:
-    pads = np.array([0, 1, 0, 0, 0, 1, 0, 0])
-    backward('d = Pad<mode="reflect">(c, p)', 6, [Reason.AXIS], p=pads)
-    forward('d = Pad<mode="reflect">(c, p)', 6, [Reason.AXIS], p=pads)
+@pytest.mark.parametrize("mode", ["reflect", "edge", "wrap"])
+def test_copies_of_channels_take_copies_of_the_map(mode: str) -> None:
+    pads = np.array([0, 2, 0, 0, 0, 1, 0, 0])
+    forward(f'd = Pad<mode="{mode}">(c, p)', 7, p=pads)
+    backward(f'd = Pad<mode="{mode}">(c, p)', 7, [Reason.CONFLICT], p=pads)
+    text = f'c = Conv(x, W) d = Pad<mode="{mode}">(c, p) y = {bn("d")}'
+    copies = {k: np.pad(v, (2, 1), mode=mode) for k, v in norm(4).items()}
+    fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), p=pads, **copies))
+    assert operators(fused) == {"Conv": 1, "Pad": 1}
+    pads[1] = -1
+    forward(f'd = Pad<mode="{mode}">(c, p)', 4, [Reason.AXIS], p=pads)
+
+
+def test_a_border_of_channels_before_a_layer_stays_as_it_is() -> None:
+    pads = np.array([0, 1, 0, 0, 0, 2, 0, 0])
+    for value in (0.0, 0.5):
+        forward("d = Pad(c, p, v)", 7, p=pads, v=np.array(value))
+    pads[2] = 1
+    forward("d = Pad(c, p)", 7, [Reason.PADDING], p=pads)
+    forward("d = Pad(c, p)", 7, shift=False, p=pads)
+    text = "c = Mul(x, k) d = Pad(c, p, v) y = Conv(d, W)"
+    constants = {"k": np.array(2.0), "p": pads, "v": np.array(0.5), "W": quarters([3, 7, 1, 1])}
+    fused = assert_fuses(build(text, "double[N,4,H,W] x", "y", **constants))
+    assert operators(fused) == {"Pad": 1, "Conv": 1}
+    constants["k"] = np.array([2.0, 2.0, 2.0, 2.0]).reshape(4, 1, 1)
+    assert_fuses(build(text, "double[N,4,H,W] x", "y", **constants), [Reason.PADDING])
 
 
 def test_a_zero_border_passes_a_scale_and_refuses_a_shift() -> None:
@@ -65,9 +96,11 @@ def test_padded_channels_must_agree_with_the_value() -> None:
     assert_fuses(build(body, "double[N,3,H,W] x", "y", **constants), [Reason.PADDING])
 
 
-def test_cropping_passes_every_map_but_along_its_own_axis() -> None:
-    backward("d = Pad(c, p)", 4, p=-AROUND // 2)
-    backward("d = Pad(c, p)", 2, [Reason.AXIS], p=np.array([0, -1, 0, 0, 0, -1, 0, 0]))
+def test_cropping_passes_every_map_and_crops_one_along_its_own_axis() -> None:
+    for way in (backward, forward):
+        way("d = Pad(c, p)", 4, p=-AROUND // 2)
+        way("d = Pad(c, p)", 2, p=np.array([0, -1, 0, 0, 0, -1, 0, 0]))
+        way("d = Pad(c, p)", 4, shift=False, p=np.array([0, -1, 0, 0, 0, 1, 0, 0]))
 
 
 def test_pads_by_axes_and_pads_of_old_opsets() -> None:
