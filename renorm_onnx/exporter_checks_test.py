@@ -243,6 +243,14 @@ def test_a_synchronized_training_step_is_exported_as_that_of_one_process_with_a_
         to_onnx(net, X, mode="train")
 
 
+def test_a_failed_export_leaves_the_statistics_of_a_training_module_alone() -> None:
+    net = small(Svd()).train()
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with pytest.raises(InputError, match="torch could not export Sequential, in layer '2'"):
+        to_onnx(net, X, mode="train")
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
 def test_the_default_opset_is_twenty() -> None:
     assert check_options("eval", None, None, None) == 20
 

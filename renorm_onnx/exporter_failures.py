@@ -1,8 +1,9 @@
 """What `to_onnx` says when torch's exporter fails: in which layer, or that the module itself fails on these inputs."""
 
+import contextlib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ def explain_failure(
     """
     who = type(module).__name__
     try:
-        with torch.no_grad():
+        with torch.no_grad(), buffers_restored(module):
             module(*args, **kwargs)
     except Exception as own:
         where = _layer_in_traceback(own, module)
@@ -48,6 +49,18 @@ def explain_failure(
     message += "".join(f"\n{name}: {value!r}" for name, value in options.items() if value is not None)
     message += "" if cause is error else f"\n\n{error}"
     return InputError(without_colour(message))
+
+
+@contextlib.contextmanager
+def buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Leave every buffer as it was found: a module in training mode moves its statistics when it is called."""
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def without_colour(text: str) -> str:
@@ -71,10 +84,17 @@ def _layer_in_traceback(error: BaseException, module: nn.Module) -> str | None:
         node = frame.get("node")
         if isinstance(node, torch.fx.Node):
             stack = node.meta.get("nn_module_stack") or {}
-            paths = [str(path) for path, _ in stack.values()]
+            paths = [_within(str(path), names.values()) for path, _ in stack.values()]
             found = next((path for path in reversed(paths) if path), found)
         traceback = traceback.tb_next
     return found
+
+
+def _within(path: str, known: Collection[str]) -> str:
+    """Return a path as the module knows it: what a training step is exported in puts a name before it."""
+    while path and path not in known:
+        path = path.partition(".")[2]
+    return path
 
 
 def described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
