@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from renorm_onnx.layers.conftest import NaiveBatchRenorm, make_batch, outcome, shaken, worst
@@ -128,6 +129,16 @@ def test_steps_may_alternate_between_eager_and_compiled():
     for step in range(6):
         x = make_batch(4, seed=step)
         assert worst(outcome(layer, x, compiled if step % 2 else None), outcome(eager, x)) < (1e-9, "")
+
+
+def test_a_backward_pass_may_be_compiled_by_itself():
+    eager = layer_with()
+    layer = copy.deepcopy(eager)
+    for seed in range(3):
+        x = make_batch(4, seed=seed)
+        with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            got = outcome(layer, x)
+        assert worst(got, outcome(eager, x)) < (1e-12, "")
 
 
 def test_torch_is_told_of_the_writes_of_a_compiled_step():

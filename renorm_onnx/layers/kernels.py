@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Looked up once: a small layer is as fast as what it calls. `_op` is the operator without a frame of Python around it.
-_backward = torch.ops.aten.native_batch_norm_backward.default._op
+# Looked up once: a small layer is as fast as what it calls.
+_backward = torch.ops.aten.native_batch_norm_backward.default
 _transform_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _HALF = (torch.float16, torch.bfloat16)

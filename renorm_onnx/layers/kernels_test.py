@@ -166,8 +166,9 @@ def test_what_is_kept_for_the_backward_pass_is_x_and_vectors():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer(x)
+        y = layer(x)
     assert sum(kept.values()) <= x.numel() * 4 + 10 * 3 * 4
+    assert all(tensor.shape == (3,) for tensor in (*y.grad_fn.found, y.grad_fn.scale))
 
 
 def test_two_steps_may_be_differentiated_together():
