@@ -31,7 +31,7 @@ def deep(*, fold=False, eps=EPS, swapped=False):
 def test_a_correct_fold_is_accepted_where_one_run_says_too_little_of_rounding(seed):
     verdict = verify(deep(), deep(fold=True), seed=seed)
     assert verdict.ok, verdict
-    assert "the limits are those of 8 neighbours" in verdict.remarks[0]
+    assert "the limits are those of 16 neighbours" in verdict.remarks[0]
     assert f"note: {verdict.remarks[0]}" in str(verdict)
     assert verdict.to_dict()["remarks"] == list(verdict.remarks)
 

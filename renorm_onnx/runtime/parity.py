@@ -47,7 +47,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
-_NEIGHBOURS = 8
+_NEIGHBOURS = 16
 
 
 def verify(
