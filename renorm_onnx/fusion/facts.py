@@ -218,6 +218,9 @@ class Facts:
         first = [self[v].dims for v in node.inputs[begin : begin + count]]
         if not len(carried) == len(handed_on) == len(first):
             return
+        for value in graph.inputs:
+            if value not in carried:  # the run's number, the condition: handed on, they must not lead here again
+                self._known[value] = self._row(node, value) or Fact(dtype=value.dtype)
         before, opened = dict(self._known), set[Dimension]()
         for _ in range(2 + sum(len(dims) for dims in first if dims is not None)):
             for value, dims in zip(carried, first, strict=True):

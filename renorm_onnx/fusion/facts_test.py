@@ -112,3 +112,10 @@ def test_a_state_of_scan_is_known_by_induction_too() -> None:
     assert sizes(model, "h") == (2, 4)
     assert sizes(model, "r") == (2, 4)
     assert sizes(model, "n") == (2, 4)
+
+
+def test_a_value_that_depends_on_the_number_of_the_run_ends_the_proof_and_nothing_else() -> None:
+    """The induction asks what the run hands on, which asks for the run's number: it must not begin again for that."""
+    model = looped("h", "x", "f = Cast<to=1>(i) n = Add(h, f)", "n", "float[2,4] x")
+    assert sizes(model, "h") is None
+    assert sizes(model, "i") is None
