@@ -228,7 +228,7 @@ def _cut(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.rando
         index = rng.integers(0, shape[axis], 3)
         return g.node(operator, [name, g.constant(index, np.int64)], (*shape[:axis], 3, *shape[axis + 1 :]), axis=axis)
     if operator == "Pad":
-        mode = str(rng.choice(["constant", "edge"]))
+        mode = str(rng.choice(["constant", "edge", "reflect"] if shape[axis] > 1 else ["constant", "edge"]))
         pads = [0] * (2 * len(shape))
         pads[axis] = 1
         inputs = [name, g.constant(pads, np.int64)]
