@@ -56,7 +56,7 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
             torch.sub(sigma.mul_(sigma), eps, out=var)
             var.relu_()  # below 0 by rounding alone
         else:
-            batch_var = batch_sigma.square().sub_(eps) if batch_var is None else batch_var
+            batch_var = batch_sigma.square().sub_(eps).relu_() if batch_var is None else batch_var
             batch = BatchStatistics(batch_mean, batch_var, x.numel() // layer.num_features)
             var.lerp_(observed_spread(batch, batch_sigma, layer.stat), share)
 

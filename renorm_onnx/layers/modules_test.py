@@ -69,6 +69,11 @@ def test_state_dicts_load_strictly_both_ways(options):
         ({"eps": -1e-5}, "eps=-1e-05"),
         ({"momentum": float("nan")}, "momentum=nan"),
         ({"momentum": 1.5}, r"momentum=1\.5, expected a number in \[0, 1\]"),
+        (
+            {"renorm_momentum": float("nan")},
+            r"renorm_momentum=nan, expected a number in \[0, 1\], or None to",
+        ),
+        ({"virtual_batch_size": 0}, "virtual_batch_size=0, expected an integer >= 1, or None"),
         ({"stat": "std"}, "stat='std', expected one of"),
         ({"schedule": "papre"}, "schedule='papre', expected 'paper', None, a Schedule or a function"),
     ],

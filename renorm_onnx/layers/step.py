@@ -171,7 +171,7 @@ def _run(layer: Layer, x: Tensor, mask: Tensor | None, reference: Reference) -> 
         size = x.numel() // x.size(1)
         if layer.stat == "sigma":
             return Part(y, Corrections(mean, None, None), sigma, size)
-        batch = BatchStatistics(mean, sigma.square().sub_(reference.eps), size)
+        batch = BatchStatistics(mean, sigma.square().sub_(reference.eps).relu_(), size)
         return Part(y, Corrections(mean, None, None), functional.observed_spread(batch, sigma, layer.stat), size)
     batch = layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
     sigma = functional.deviation(batch.var, reference.eps)

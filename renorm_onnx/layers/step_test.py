@@ -39,6 +39,16 @@ def test_each_statistic_moves_by_its_own_rule(schedule):
         torch.testing.assert_close(layer.running_var, value, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("stat", ["sigma", "var", "var_unbiased"])
+@pytest.mark.parametrize("gradients", [True, False])  # the usual step, and the general one
+def test_the_variance_of_a_constant_channel_does_not_fall_below_zero(stat, gradients):
+    for eps in (1e-5, 2e-5, 3e-5, 1e-3, 3e-3):
+        layer = BatchRenorm1d(2, eps=eps, momentum=1.0, stat=stat)
+        with torch.set_grad_enabled(gradients):
+            layer(torch.full((4, 2), 3.0))
+        assert layer.running_var.min() >= 0
+
+
 def test_warm_up_with_the_unbiased_variance_is_torchs_batch_norm_step_for_step():
     layer = BatchRenorm2d(3, momentum=0.1, stat="var_unbiased", dtype=torch.float64)
     reference = nn.BatchNorm2d(3, momentum=0.1, dtype=torch.float64)
