@@ -107,6 +107,12 @@ def timm():
                 del sys.modules[name]
 
 
+@torch.no_grad()  # levit keeps what it computes, and torch does not copy what needs a gradient
+def outputs_of(network, images):
+    """Evaluate `network`."""
+    return network.eval()(images)
+
+
 def calibrated(network, batches):
     """`network` with affine parameters of its own, and statistics of `batches`."""
     generator = torch.Generator().manual_seed(0)
@@ -126,15 +132,13 @@ def test_an_architecture_of_timm_keeps_its_outputs(timm, name, size, tmp_path):
     torch.manual_seed(0)
     network = timm.create_model(name, pretrained=False, num_classes=10)
     images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():  # levit keeps what it computes, and torch does not copy what needs a gradient
-        before = network.eval()(images[:2])
-    names = list(network.state_dict())
+    before, names = outputs_of(network, images[:2]), list(network.state_dict())
     norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
     network = convert_batchnorm(network, strict=True)
-    assert torch.equal(network.eval()(images[:2]), before), "conversion changed the output"
+    assert torch.equal(outputs_of(network, images[:2]), before), "conversion changed the output"
     assert list(network.state_dict()) == names
     assert sum(isinstance(m, _BatchRenorm) for m in network.modules()) == norms > 0
-    assert torch.equal(to_batchnorm(copy.deepcopy(network))(images[:2]), before), "so did the way back"
+    assert torch.equal(outputs_of(to_batchnorm(copy.deepcopy(network)), images[:2]), before), "so did the way back"
     network = calibrated(network, [images])
     model = to_onnx(network, images[:2], dynamic_shapes=({0: "batch"},), verify=False)
     calls = sum(node.domain == DOMAIN for node in model.graph.node)
