@@ -265,6 +265,27 @@ def test_no_command_imports_torch(model):
 
 
 def test_branches_stay_apart_where_merging_costs_precision(tmp_path, monkeypatch, capsys):
+    from dataclasses import replace
+
+    from renorm_onnx import delivery
+    from renorm_onnx.fusion.branches_test import IMAGE, rep_vgg
+
+    check = delivery._check
+
+    def strict(original, model, report, *rest):
+        verdict, unchecked = check(original, model, report, *rest)
+        return (replace(verdict, outcome="no", reason="too far") if report.branches_merged else verdict), unchecked
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(delivery, "_check", strict)
+    onnx.save(rep_vgg().model(IMAGE, ["y"]), "model.onnx")
+    assert run("fuse", "model.onnx") == cli.YES
+    said = capsys.readouterr().out
+    assert "branches kept apart, because merged they cost precision: too far" in said
+    assert [n.op_type for n in onnx.load("model.fused.onnx").graph.node].count("Conv") == 2
+
+
+def test_branches_that_are_merged_wrongly_are_no_matter_of_precision(tmp_path, monkeypatch, capsys):
     from renorm_onnx.fusion import branches
     from renorm_onnx.fusion.branches_test import IMAGE, rep_vgg
 
@@ -272,10 +293,9 @@ def test_branches_stay_apart_where_merging_costs_precision(tmp_path, monkeypatch
     onnx.save(rep_vgg().model(IMAGE, ["y"]), "model.onnx")
     place = branches._place
     monkeypatch.setattr(branches, "_place", lambda *given: place(*given) * (1 + 1e-4))
-    assert run("fuse", "model.onnx") == cli.YES
-    said = capsys.readouterr().out
-    assert "branches kept apart" in said
-    assert [n.op_type for n in onnx.load("model.fused.onnx").graph.node].count("Conv") == 2
+    assert run("fuse", "model.onnx") == cli.NO
+    assert "rewritten place(s) compute something else" in capsys.readouterr().out
+    assert not (tmp_path / "model.fused.onnx").exists()
 
 
 def test_a_process_that_ends_looks_for_no_garbage_and_a_caller_keeps_its_own_ways(model, capsys):

@@ -209,9 +209,9 @@ def fuse_file(
     model = original if verify == "never" else model_file.load(original)
     report = fuse_in_place(model, options)
     verdict, unchecked = _check(original, model, report, verify, providers, seed)
-    if verdict is not None and verdict.outcome == "no" and report.branches_merged:
+    if report.branches_merged and verdict is not None and verdict.outcome == "no" and _places_hold(verdict):
         # Merging is exact, but adds weights of several sizes before they are rounded; a badly conditioned network can
-        # feel that. Folding never asks so much, and is worth having alone.
+        # feel that, rarely more than `verify` grants it. Folding never asks so much, and is worth having alone.
         remark = f"branches kept apart, because merged they cost precision: {verdict.reason}"
         model = model_file.load(original)
         report = fuse_in_place(model, replace(options or FuseOptions(), merge_branches=False))
@@ -223,6 +223,11 @@ def fuse_file(
         _write(source, path, model, report, force=force or in_place)
     after = _size(path) if written else 0
     return FusedFile(os.fspath(source), path, written, report, verdict, unchecked, before, after)
+
+
+def _places_hold(verdict: Verdict) -> bool:
+    """Whether only rounding is in doubt: a place that computes something else is a fault, and must be seen."""
+    return verdict.sites is not None and verdict.sites.complete
 
 
 def _write(source: str | os.PathLike[str], path: str, model: ir.Model, report: FusionReport, *, force: bool) -> None:
