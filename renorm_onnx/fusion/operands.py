@@ -17,10 +17,9 @@ EXPAND, EXPAND_BFLOAT16 = 8, 13
 
 
 def is_read_once(value: ir.Value) -> bool:
-    """Whether `value` is stored for one operand alone, so that nobody else sees it change."""
-    return (
-        value.is_initializer() and not value.is_graph_input() and not value.is_graph_output() and len(value.uses()) == 1
-    )
+    """Whether `value` is stored for one operand alone, and nothing is said of it that may cease to hold."""
+    own = value.is_initializer() and not value.is_graph_input() and not value.is_graph_output()
+    return own and len(value.uses()) == 1 and not (value.meta or value.metadata_props or value.doc_string)
 
 
 def set_content(value: ir.Value, parameter: Parameter, name: str) -> None:

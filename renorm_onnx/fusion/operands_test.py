@@ -102,3 +102,22 @@ def test_narrowing_keeps_every_axis_that_matters(array: np.ndarray, shape: tuple
     narrow = Parameter.new(array, ir.DataType.FLOAT).narrowed()
     assert narrow.shape == shape
     np.testing.assert_array_equal(np.broadcast_to(narrow.float64(), array.shape), array)
+
+
+@pytest.mark.parametrize("read", ["once", "twice"])
+def test_what_was_said_of_a_weight_is_not_said_of_what_it_became(read: str) -> None:
+    b = Builder()
+    weight = b.normal(4, 3, 3, 3)
+    outputs = [b.norm(b.node("Conv", "x", weight), 4)]
+    if read == "twice":
+        outputs.append(b.node("Conv", "x", weight))
+    model = b.model({"x": ["n", 3, 8, 8]}, outputs)
+    annotation = model.graph.quantization_annotation.add(tensor_name=weight)
+    annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value=weight)
+    fused, report = fuse(model)
+    assert len(report.folded) == 1
+    kept = [a.tensor_name for a in fused.graph.quantization_annotation]
+    assert kept == ([] if read == "once" else [weight])
+    changed = fused.graph.node[0].input[1]
+    assert changed != weight
+    assert_same(model, fused)
