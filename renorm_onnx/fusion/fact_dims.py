@@ -145,7 +145,7 @@ def _reduce(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, axes = inputs[0].dims, axes_of(node, inputs)
     if dims is None or (axes is None and (len(node.inputs) > 1 and node.inputs[1] is not None)):
         return [Fact(dtype=inputs[0].dtype)]
-    if axes is None and attribute(node, "noop_with_empty_axes", 0):
+    if not axes and attribute(node, "noop_with_empty_axes", 0):
         return [Fact(dims, dtype=inputs[0].dtype)]
     gone = set(range(len(dims))) if not axes else {a % len(dims) for a in axes}
     kept = attribute(node, "keepdims", 1)

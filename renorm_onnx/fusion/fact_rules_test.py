@@ -61,6 +61,16 @@ def test_sizes_follow_the_specification_and_open_ones_stay_open(body: str, sizes
     assert tuple(d if isinstance(d, int) else None for d in dims[1:]) == sizes
 
 
+@pytest.mark.parametrize("axes", ["", ", none"])
+def test_a_reduction_over_no_axes_may_be_none(axes: str) -> None:
+    constants = {"k": np.float32([[1, 2]]), "none": np.zeros(0, np.int64)}
+    kept = facts_of(f"y = ReduceSum<noop_with_empty_axes=1>(k{axes})", "float[N] x", **constants)["y"]
+    assert (kept.dims, kept.content) == ((1, 2), None)
+    summed = facts_of(f"y = ReduceSum(k{axes})", "float[N] x", **constants)["y"]
+    assert summed.content is not None
+    assert summed.content.tolist() == [[3]]
+
+
 def test_equal_names_are_not_equal_sizes() -> None:
     facts = facts_of("a = Relu(x) b = Relu(z) y = Add(a, b)", "float[N,4] x, float[N,4] z")
     first, second = facts["a"].dims, facts["b"].dims
