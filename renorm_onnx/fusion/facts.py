@@ -221,14 +221,29 @@ class Facts:
         for value in graph.inputs:
             if value not in carried:  # the run's number, the condition: handed on, they must not lead here again
                 self._known[value] = self._row(node, value) or Fact(dtype=value.dtype)
-        before, opened = dict(self._known), set[Dimension]()
+        known, opened = len(self._known), set[Dimension]()
         for _ in range(2 + sum(len(dims) for dims in first if dims is not None)):
             for value, dims in zip(carried, first, strict=True):
                 self._known[value] = Fact(dims, dtype=value.dtype)
             then = [_common(dims, self[value].dims, opened) for dims, value in zip(first, handed_on, strict=True)]
             if then == first:
                 return
-            first, self._known = then, dict(before)
+            first = then
+            self._retract(graph, known)
+        for value in carried:
+            self._known[value] = Fact(dtype=value.dtype)
+
+    def _retract(self, graph: ir.Graph, known: int) -> None:
+        """Forget, of all but the first `known` facts, those about values of a body: no other rests on what it assumed.
+
+        Those about the bodies around it are kept, or each would be proven again in every round of each one inside.
+        """
+        kept: dict[ir.Value, Fact] = {}
+        while len(self._known) > known:
+            value, fact = self._known.popitem()
+            if value.graph is not graph:
+                kept[value] = fact
+        self._known.update(kept)
 
     def _derive(self, node: ir.Node) -> None:
         rule = self._rules.get(node.op_type) if node.domain in ("", "ai.onnx") else None

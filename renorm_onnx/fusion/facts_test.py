@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -12,7 +14,7 @@ from onnx import numpy_helper
 from renorm_onnx import model_file
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
-from renorm_onnx.fusion.facts import Dimension, Facts
+from renorm_onnx.fusion.facts import Dimension, Fact, Facts
 from renorm_onnx.runtime.reference import evaluate
 
 
@@ -119,3 +121,31 @@ def test_a_value_that_depends_on_the_number_of_the_run_ends_the_proof_and_nothin
     model = looped("h", "x", "f = Cast<to=1>(i) n = Add(h, f)", "n", "float[2,4] x")
     assert sizes(model, "h") is None
     assert sizes(model, "i") is None
+
+
+def test_bodies_in_bodies_are_proven_once_each() -> None:
+    """Each body reads a value of the one around it, and takes a second round: 2^20 rounds, if all began again."""
+    body = ""
+    for i in reversed(range(20)):
+        around = f"r{i - 1}" if i else f"s{i}"
+        values = f"g{i} = Identity(c{i}) r{i} = Relu(s{i}) h{i} = Concat<axis=0>(s{i}, {around})"
+        heading = f"b{i} (int64 i{i}, bool c{i}, float s{i}) => (bool g{i}, float h{i})"
+        body = f"o{i} = Loop<body = {heading} {{ {values} {body} }}>(count, yes, start)"
+    text = f'<ir_version: 10, opset_import: ["" : 17]> g (float[1] x) => (float o0) {{ {body} }}'
+    model = onnx.parser.parse_model(text)
+    for name, value in {"count": np.array(1), "yes": np.array(True), "start": np.ones((2, 3), np.float32)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    derived: list[str] = []
+
+    def counted(node: ir.Node, inputs: Sequence[Fact], opset: int) -> Sequence[Fact]:
+        derived.append(node.outputs[0].name or "")
+        return RULES["Concat"](node, inputs, opset)
+
+    loaded = ir.from_proto(model)
+    facts = Facts(loaded, {**RULES, "Concat": counted}, CONSTANT_OPERATORS)
+    inmost = next(o for n in loaded.graph.all_nodes() for o in n.outputs if o.name == "h19")
+    dims = facts[inmost].dims
+    assert dims is not None
+    assert isinstance(dims[0], Dimension)
+    assert dims[1] == 3
+    assert len(derived) <= 3 * 20
