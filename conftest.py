@@ -1,13 +1,20 @@
-"""What holds for every test of the repository: those that need a GPU are skipped by name where there is none."""
+"""What holds for every test of the repository.
+
+Those that need a GPU are skipped by name where there is none. Processes that a test starts, in whatever folder, import
+this project, installed or not.
+"""
 
 import functools
 import os
+from pathlib import Path
 
 import pytest
 
 pytest_plugins = ["pytester"]
 
 LIBRARIES = ("torch", "onnxruntime")
+
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 @functools.cache

@@ -10,13 +10,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import nn
 
 from export import __main__ as command
 from export.deploy import sha256
 from models import MODELS
 from models.calibration import calibrated
-from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
+from renorm_onnx.layers.modules import BatchRenorm1d
 
 NAMES = ["mlp", "repvgg"]
 
@@ -98,12 +97,6 @@ def test_the_training_error_is_large_for_another_network(folder: Path) -> None:
         network[0].bias += 0.1
     assert command.training_error(network, inputs, folder / "mlp.training.onnx") > 1e-3
     assert command.training_error(network, inputs, folder / "mlp.onnx") == float("inf")
-
-
-def test_norms_of_every_rank_are_at_hand() -> None:
-    assert {entry.spatial_dims for entry in MODELS.values()} <= set(command._NORMS)
-    assert issubclass(command._NORMS[2], nn.Module)
-    assert command._NORMS[2] is BatchRenorm2d
 
 
 def test_an_unknown_model_and_a_folder_that_is_a_file_are_refused(

@@ -16,7 +16,6 @@ from renorm_onnx import cli
 from renorm_onnx.cli_test import small_model
 
 COMMAND = [sys.executable, "-m", "renorm_onnx"]
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def folder(tmp_path) -> Path:
 
 
 def started(folder, *arguments, **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | options.pop("env", {})
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | options.pop("env", {})
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen([*COMMAND, *map(os.fsdecode, arguments)], cwd=folder, env=environment, **streams)
 
@@ -74,16 +73,14 @@ def test_a_result_that_cannot_be_printed_is_one_line(folder):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_process_without_its_standard_streams_does_its_work(folder, closed):
     words = " ".join(COMMAND)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(f"{words} fuse model.onnx {closed}", shell=True, cwd=folder, env=environment, timeout=120)
+    done = subprocess.run(f"{words} fuse model.onnx {closed}", shell=True, cwd=folder, timeout=120)
     assert done.returncode == cli.YES
     assert onnx.load(folder / "model.fused.onnx").graph.node[0].op_type == "Conv"
 
 
 def test_an_error_never_goes_to_stdout(folder):
     command = f"{' '.join(COMMAND)} inspect absent.onnx --json 2>&-"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, shell=True, cwd=folder, env=environment, timeout=120, stdout=subprocess.PIPE)
+    done = subprocess.run(command, shell=True, cwd=folder, timeout=120, stdout=subprocess.PIPE)
     assert done.returncode == cli.BAD_INPUT
     assert json.loads(done.stdout)["error"]["type"] == "ModelFileError"
 

@@ -45,6 +45,5 @@ def test_the_watcher_notices_what_it_looks_for(harm: str, monkeypatch: pytest.Mo
     # Only the one that hangs is waited for; a busy machine takes its time for the others.
     monkeypatch.setattr(fuzz_model_file, "SECONDS", 2.0 if harm == "hang" else 60.0)
     monkeypatch.setattr(fuzz_model_file, "CHILD", [str(child)])
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     with pytest.raises(RuntimeError, match=expected.get(harm, "the child ended with 1")):
         fuzz_model_file.run(3, seed=0)
