@@ -20,10 +20,10 @@ from renorm_onnx.restoring import restore
 from renorm_onnx.runtime.comparison import Tolerance, compare
 from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.session import open_session
-from runtime_tests.write_frozen import FOLDER, STEPS, main
+from runtime_tests.write_frozen import FOLDER, STEPS, main, networks
 
 FILES = sorted(FOLDER.glob("*/*.onnx"))
-INFERENCE = [path for path in FILES if path.stem != "training_step"]
+INFERENCE = [path for path in FILES if not path.stem.startswith("training")]
 FLOAT32 = Tolerance(rms=1e-5, peak=1e-4)  # RepVGG is ten layers deep
 DOUBLE = Tolerance(rms=1e-6, peak=1e-5)  # epsilon and momentum are float32 in the file
 
@@ -47,7 +47,7 @@ def steps(model: ir.Model, values: dict[str, np.ndarray]) -> Iterator[dict[str, 
 
 
 def test_this_release_has_its_files_and_they_are_small() -> None:
-    assert {p.stem for p in FILES if p.parent.name == renorm_onnx.__version__} == {"mlp", "repvgg", "training_step"}
+    assert {p.stem for p in FILES if p.parent.name == renorm_onnx.__version__} == set(networks())
     assert all(p.stat().st_size < 100_000 for p in FOLDER.rglob("*.*"))
 
 

@@ -45,6 +45,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str]]:
     stem = nn.Sequential(
         nn.Conv2d(3, 4, 3, bias=False), BatchRenorm2d(4, r_max=2.0, momentum=0.1, schedule=linear(10, 20), stat="var")
     )
+    two_sets = nn.Sequential(BatchRenorm1d(5, r_max=2.0, momentum=0.1, renorm_momentum=0.02, schedule=linear(10, 20)))
     return {
         "mlp": (
             calibrated(mlp.mlp(17, (32, 32), 6, norm=BatchRenorm1d)).eval(),
@@ -57,6 +58,7 @@ def networks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...], str]]:
             "eval",
         ),
         "training_step": (calibrated(stem).train(), (torch.randn(4, 3, 6, 6),), "train"),
+        "training_two_sets": (calibrated(two_sets).train(), (torch.randn(8, 5),), "train"),
     }
 
 
