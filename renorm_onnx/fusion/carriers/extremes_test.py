@@ -74,3 +74,10 @@ def test_a_constant_shift_within_softmax_cancels() -> None:
         fused: onnx.ModelProto = assert_fuses(model, kept)
         assert kept or operators(fused) == {"Softmax": 1}
     assert_fuses(build("a = Mul(x, k) y = Softmax(a)", "double[2,4,3] x", "y", k=np.array(2.0)), [Reason.SCALE])
+
+
+def test_a_scale_that_softmax_refuses_does_not_keep_a_shift_behind_it() -> None:
+    text = "z = Relu(x) m = Mul(z, s) n = Transpose<perm=[0,2,1]>(m) a = Add(n, k) y = Softmax<axis=1>(a)"
+    constants = {"s": quarters([4, 1]), "k": quarters([4], 1)}
+    fused: onnx.ModelProto = assert_fuses(build(text, "double[2,4,3] x", "y", **constants), [Reason.SCALE])
+    assert operators(fused) == {"Relu": 1, "Mul": 1, "Transpose": 1, "Softmax": 1}

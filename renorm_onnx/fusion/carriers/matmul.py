@@ -102,7 +102,7 @@ class MatMul(Carrier):
         if given.axes not in ((), (_inner_axis(side, ranks),)) or (other is None and not given.has_shift):
             return self._pass_outer(node, side, given, ranks)
         if other is None:
-            return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
+            return refuse(Reason.WEIGHT, node, "has a weight that is not constant")
         inner = _inner_axis(1 - side, ranks)
         if given.axis is not None and given.channels != other.shape[inner]:
             return refuse(Reason.AXIS, node, f"sums over {other.shape[inner]} elements, the map has {given.channels}")
@@ -129,7 +129,7 @@ class MatMul(Carrier):
             return refuse(Reason.AXIS, node, "does not sum over the axis that the map runs along")
         places = {axis_in_factor(axis, side, ranks): axis for axis in range(_output_rank(ranks) or 0)}
         if _inner_axis(side, ranks) in given.axes:
-            return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=len(given.axes) == 1)
+            return refuse(Reason.WEIGHT, node, "has a weight that is not constant")
         return Step((), {0: given.moved(places.__getitem__)})
 
 

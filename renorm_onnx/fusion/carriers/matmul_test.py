@@ -148,3 +148,14 @@ def test_a_shift_goes_into_the_branch_that_does_not_bend() -> None:
     weights = {"W": quarters([4, 3, 1, 1]), "V": quarters([4, 3, 1, 1], 3)}
     fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", **weights, **norm(4, positive=True)))
     assert operators(fused) == {"Conv": 2, "Relu": 1, "Add": 1}
+
+
+@pytest.mark.parametrize(("first", "kept"), [("Add(z, k)", Reason.WEIGHT), ("Mul(z, k)", Reason.WEIGHT)])
+def test_a_map_that_a_computed_product_refuses_does_not_keep_another_behind_it(first: str, kept: Reason) -> None:
+    text = (
+        f"z = Relu(x) a = {first} t = Transpose<perm=[0,2,1]>(a) b = Mul(t, n) u = Transpose<perm=[0,2,1]>(b) "
+        "v = Relu(w) q = MatMul(u, v) y = MatMul(q, W)"
+    )
+    constants = {"k": quarters([5]), "n": np.array(-2.0), "W": quarters([3, 3], 1)}
+    fused = assert_fuses(build(text, "double[2,4,5] x, double[2,5,3] w", "y", **constants), [kept])
+    assert operators(fused) == {"Relu": 2, first[:3]: 1, "Transpose": 2, "MatMul": 2}

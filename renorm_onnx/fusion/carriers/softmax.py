@@ -34,7 +34,7 @@ class Softmax(Carrier):
         """Drop a shift that does not vary among what is summed."""
         given, rank = maps[0], desk.fact(node.inputs[0]).rank
         if given.has_scale:
-            return refuse(Reason.SCALE, node, "takes exponentials, so a scale does not cancel", structural=True)
+            return refuse(Reason.SCALE, node, "takes exponentials, so a scale does not cancel")
         begin = int(attribute(node, "axis", -1 if desk.opset >= 13 else 1))
         if given.axes and rank is None:
             return refuse(Reason.SHAPE, node, "has an input of unknown rank", structural=True)
