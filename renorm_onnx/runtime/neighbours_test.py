@@ -1,5 +1,8 @@
 """Networks that amplify rounding: a correct fold is accepted there, and a wrong one is refused all the same."""
 
+import gc
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import onnx.numpy_helper as onh
@@ -11,6 +14,7 @@ from renorm_onnx.runtime.neighbours import neighbour
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.parity_networks_test import EPS, Builder, info, make_norm
 from renorm_onnx.runtime.parity_test import edit
+from renorm_onnx.runtime.sides import Sides
 
 DEPTH, WIDTH = 14, 24
 
@@ -114,3 +118,22 @@ def test_a_torch_module_has_neighbours_too():
     assert np.array_equal(other.evaluate(x)["y"], want)
     assert 0 < np.abs(other.run(x)["y"] - own).max() < 1e-5
     assert np.array_equal(reference.run(x)["y"], own)
+
+
+def test_neighbours_leave_no_weights_behind_where_nobody_looks_for_garbage():
+    weights = np.random.default_rng(0).normal(size=(300, 300))
+    b = Builder(False, EPS, False, np.float32)
+    b.add("MatMul", ["x", b.weight("w", weights)], "y")
+    model = b.model([info("x", ["N", 300])], [info("y", ["N", 300])])
+    sides = Sides(model, model, allow_symlinks=False)
+    sides.neighbour(0, "cpu")
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for seed in range(8):
+            sides.neighbour(seed, "cpu")
+        assert tracemalloc.get_traced_memory()[0] < 4 * weights.size
+    finally:
+        tracemalloc.stop()
+        gc.enable()

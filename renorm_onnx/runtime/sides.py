@@ -67,7 +67,13 @@ class Sides:
         """
         if self.torch is not None:
             return self.torch.neighbour(seed)
-        return open_session(neighbour(self.model, seed), provider)
+        changed = neighbour(self.model, seed)
+        try:
+            return open_session(changed, provider)
+        finally:
+            # Nodes and values refer to each other: only a search for garbage would let go of the weights.
+            for value in changed.graph.initializers.values():
+                value.const_value = None
 
     @property
     def names_agree(self) -> bool:
