@@ -39,14 +39,15 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
     r_max, d_max = layer.schedule.checked(now, layer.r_max, layer.d_max, type(layer).__name__)
     share = 1 / (now + 1) if layer.momentum is None else layer.momentum
     eps = kernels.constant(layer.eps, var.dtype)
+    seen: list[Tensor] = []
 
     def correct(x: Tensor) -> Corrected:
         batch_mean, batch_var = kernels.statistics(x)
         sigma, batch_sigma = torch.add(var, eps).sqrt_(), torch.add(batch_var, eps).sqrt_()
         r = torch.div(batch_sigma, sigma).clamp_(1 / r_max, r_max)
         d = torch.sub(batch_mean, mean).div_(sigma).clamp_(-d_max, d_max)
-        learn(batch_mean, batch_var, batch_sigma, sigma)
-        return Corrected(batch_mean, batch_var, batch_sigma.reciprocal_(), r, d)
+        seen.extend((batch_mean, batch_var, batch_sigma, sigma))
+        return Corrected(batch_mean, batch_var, batch_sigma.reciprocal(), r, d)
 
     def learn(batch_mean: Tensor, batch_var: Tensor | None, batch_sigma: Tensor, sigma: Tensor | None = None) -> None:
         mean.lerp_(batch_mean, share)
@@ -65,6 +66,7 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
         learn(batch_mean, None, inverse.reciprocal())
     else:
         y = kernels.renormalize(x, parameters["weight"], parameters["bias"], layer.eps, correct)
+        learn(*seen)  # last: what fails before, as for want of memory, leaves the layer as it was
     step.add_(_ONE)
     layer._clock.advanced(step)
     return y

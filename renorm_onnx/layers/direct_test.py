@@ -85,3 +85,12 @@ def test_a_parametrized_weight_is_used_and_trained():
     torch.testing.assert_close(y, twice(x))
     (y**3).sum().backward()
     assert layer.parametrizations.weight.original.grad.abs().max() > 0
+
+
+def test_a_step_that_fails_leaves_the_layer_as_it_was():
+    layer = BatchRenorm2d(3, schedule=None).train()
+    layer.weight = torch.nn.Parameter(torch.ones(4))
+    before = [buffer.clone() for buffer in layer.buffers()]
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    assert all(torch.equal(old, new) for old, new in zip(before, layer.buffers(), strict=True))
