@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from renorm_onnx.errors import InputError
+
 # Looked up once: a small layer is as fast as what it calls.
 _backward = torch.ops.aten.native_batch_norm_backward.default
 _transform_active = torch._C._are_functorch_transforms_active
@@ -64,12 +66,26 @@ def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
 
     Returns:
         y; the batch mean and 1 / sigma_B, shape (C,), float32 for half inputs.
+
+    Raises:
+        InputError: gamma or beta is not of length C.
     """
+    _check_lengths(x, weight, bias)
     if x.dtype in _HALF:
         weight = torch.ones(x.size(1), device=x.device) if weight is None else weight.float()
         bias = None if bias is None else bias.float()
     y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     return y, mean, inverse
+
+
+def _check_lengths(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    # The native kernel reads beyond the end of what is too short.
+    channels = x.size(1)
+    if (weight is not None and weight.numel() != channels) or (bias is not None and bias.numel() != channels):
+        shapes = [None if given is None else tuple(given.shape) for given in (weight, bias)]
+        raise InputError(
+            f"batch renorm: weight of shape {shapes[0]} and bias of shape {shapes[1]}; x has {channels} channels"
+        )
 
 
 class Corrected(NamedTuple):
@@ -96,7 +112,11 @@ def renormalize(
 
     Returns:
         y of the shape, type and memory format of x.
+
+    Raises:
+        InputError: gamma or beta is not of length C.
     """
+    _check_lengths(x, weight, bias)
     # Not Function.apply, whose care for function transforms costs as much as two operations.
     y: Tensor = super(torch.autograd.Function, _Renormalize).apply(x, weight, bias, eps, find)  # type: ignore[misc, no-untyped-call]
     return y

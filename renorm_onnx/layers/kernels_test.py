@@ -7,6 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from renorm_onnx.errors import InputError
 from renorm_onnx.layers import functional, kernels, modules
 from renorm_onnx.layers.conftest import LAYERS, NaiveBatchRenorm, make_batch, outcome, shaken, weights_like, worst
 from renorm_onnx.layers.modules import BatchRenorm2d
@@ -237,3 +238,16 @@ def test_forward_mode_derivatives_equal_reverse_mode():
 
 def _pure(layer, x):
     return functional_call(layer, {name: value.clone() for name, value in layer.named_buffers()}, (x,))
+
+
+@pytest.mark.parametrize("bounds", [(1.0, 0.0), (3.0, 5.0)])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_parameters_of_another_length_are_refused_and_teach_nothing(bounds, name, length):
+    layer = BatchRenorm2d(3, r_max=bounds[0], d_max=bounds[1], schedule=None)
+    before = copy.deepcopy(layer.state_dict())
+    setattr(layer, name, torch.nn.Parameter(torch.ones(length)))
+    with pytest.raises(InputError, match=rf"{name} of shape \({length},\).*x has 3 channels"):
+        layer(torch.randn(4, 3, 5, 5))
+    for key in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(layer.state_dict()[key], before[key], rtol=0, atol=0)
