@@ -17,17 +17,10 @@ import onnx_ir as ir
 # Whose constants are weights. Those of Resize, Clip or a quantizer are not: one ulp there changes sizes or whole steps.
 _WEIGHTED = frozenset(
     {
-        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Mul", "Add", "Sub", "Div", "PRelu", "BatchNormalization"),
-        *(
-            "LayerNormalization",
-            "InstanceNormalization",
-            "GroupNormalization",
-            "RMSNormalization",
-            "LSTM",
-            "GRU",
-            "RNN",
-        ),
-        *("BatchRenormalization", "Einsum", "Gather"),
+        *("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Gather", "LSTM", "GRU", "RNN"),
+        *("Mul", "Add", "Sub", "Div", "PRelu"),
+        *("BatchNormalization", "BatchRenormalization", "GroupNormalization"),
+        *("InstanceNormalization", "LayerNormalization", "RMSNormalization"),
     }
 )
 MOVED = 1 / 12
@@ -51,7 +44,9 @@ def neighbour(model: ir.Model, seed: int) -> ir.Model:
         if weights.dtype.itemsize == 1:
             continue  # 8-bit floats are codes
         target = np.where(rng.random(weights.shape) < 0.5, np.inf, -np.inf).astype(weights.dtype)
-        moved = np.where(rng.random(weights.shape) < MOVED, np.nextafter(weights, target), weights)
+        with np.errstate(over="ignore"):
+            beside = np.nextafter(weights, target)
+        moved = np.where((rng.random(weights.shape) < MOVED) & np.isfinite(beside), beside, weights)
         value.const_value = ir.tensor(moved.astype(weights.dtype), dtype=tensor.dtype, name=value.name)
     return copy
 

@@ -137,3 +137,12 @@ def test_neighbours_leave_no_weights_behind_where_nobody_looks_for_garbage():
     finally:
         tracemalloc.stop()
         gc.enable()
+
+
+def test_a_neighbour_of_the_largest_number_is_finite():
+    b = Builder(False, EPS, False, np.float32)
+    b.add("Add", ["x", b.weight("mask", np.full(600, np.finfo(np.float32).min, np.float32))], "y")
+    model = ir.from_proto(b.model([info("x", ["N", 600])], [info("y", ["N", 600])]))
+    mask = neighbour(model, 0).graph.initializers["mask"].const_value.numpy()
+    assert np.isfinite(mask).all()
+    assert (mask > np.finfo(np.float32).min).any()

@@ -232,7 +232,7 @@ class _Comparison:
         if reason := _first_of(one.judge.unusable() for one in runners):
             return self._answer(base, runners, "unusable", reason)
         doubtful = [one for one in runners if _wrong(one)]
-        if doubtful and self._places_hold():
+        if doubtful and self._neighbours_may_count():
             for one in doubtful:
                 self._draw_neighbours(one)
             if reason := _first_of(one.judge.unusable() for one in doubtful):
@@ -281,8 +281,8 @@ class _Comparison:
             "otherwise, since one run of it says too little of what rounding costs"
         )
 
-    def _places_hold(self) -> bool:
-        """Tell whether the candidate is known to mean the same, so that only its rounding is in doubt."""
+    def _neighbours_may_count(self) -> bool:
+        """Tell whether every rewritten place holds by itself; a torch module has none, and neighbours count alone."""
         if self._sides.torch is not None:
             return True
         if self._sites is None:

@@ -76,7 +76,8 @@ class TorchReference:
                     up = torch.rand(weights.shape, generator=generator) < 0.5
                     target = torch.where(up, math.inf, -math.inf).to(weights.dtype)
                     moved = torch.rand(weights.shape, generator=generator) < MOVED
-                    weights.copy_(torch.where(moved, torch.nextafter(weights, target), weights))
+                    beside = torch.nextafter(weights, target)
+                    weights.copy_(torch.where(moved & beside.isfinite(), beside, weights))
         return other
 
     def _call(self, module: Any, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

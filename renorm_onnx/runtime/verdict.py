@@ -197,7 +197,7 @@ class Judge:
             for trial, e in ordinary:
                 if not e.problem and not self._passes_gate(e):
                     limit = _FLIPS_GATE if e.discrete else self.precision.gate
-                    off = ratio(e.unfused_rms if e.discrete else e.own_rms, e.size_rms)
+                    off = ratio(e.own_rms, e.size_rms)
                     who = "itself" if e.unfused_rms >= e.near_rms else "with its weights rounded otherwise"
                     return (
                         f"reference unusable: on {self.provider}, output {output!r}, inputs {trial.label}, the unfused "
@@ -206,8 +206,8 @@ class Judge:
         return ""
 
     def _passes_gate(self, e: Errors) -> bool:
-        if e.discrete:
-            return e.unfused_rms <= _FLIPS_GATE
+        if e.discrete:  # of few elements a neighbour may change one, which would be more than the gate
+            return e.unfused_rms <= _FLIPS_GATE and e.near_rms <= max(_FLIPS_GATE, 1 / max(e.elements, 1))
         return e.own_rms <= max(self.precision.gate * e.size_rms, self.precision.floor)
 
     def _rows_of(self, output: str, found: list[tuple[Trial, Errors]]) -> Iterable[Row]:

@@ -209,3 +209,16 @@ def test_small_sets_of_one_kind_are_judged_together():
     assert "and 63 more" in rows[0].inputs
     assert failures(judge) == []
     assert all(math.isfinite(row.typical) for row in rows)
+
+
+@pytest.mark.parametrize(("changed", "usable"), [(0, True), (1, True), (2, False), (16, False)])
+def test_labels_that_neighbours_change_are_no_reference(changed, usable):
+    labels = np.arange(32)
+    judge, trial = Judge("cpu", PRECISIONS["float32"]), Trial("normal", {}, "normal")
+    judge.add(trial, "y", errors_of(labels, labels, np.where(labels < 13, -1, labels)))
+    judge.take_in(trial, "y", labels, np.where(labels < changed, -1, labels))
+    assert (judge.unusable() == "") is usable, judge.unusable()
+    if usable:
+        assert failures(judge) != []
+    else:
+        assert f"the unfused model with its weights rounded otherwise is off by {changed / 32:.1e}" in judge.unusable()
