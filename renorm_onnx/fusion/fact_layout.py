@@ -173,7 +173,7 @@ def _gather(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 def slice_bounds(node: ir.Node, inputs: Facts, opset: int, rank: int) -> list[tuple[int, slice]] | None:
     """The axes that Slice cuts and how, where that is constant: attributes before opset 10, inputs since.
 
-    Python's rules for ends outside the sequence are those of ONNX, for negative steps too.
+    Python's rules for ends outside the sequence are those of ONNX, and for negative steps those of onnxruntime.
     """
     lists: list[list[int | Dimension] | None]
     if opset < 10:
