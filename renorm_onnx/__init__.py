@@ -11,6 +11,8 @@ __version__ = "0.2.0"
 # Module -> the public names it defines. No module bears the name of a public function.
 _NAMES = {
     "errors": ("InputError", "MachineError", "ModelFileError", "RenormError", "VerificationError"),
+    "layers.schedules": ("HardSwitch", "Ramp", "Schedule", "Sigmoid", "linear", "stretched"),
+    "layers.masked": ("length_mask",),
     "layers.modules": ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"),
     "layers.distributed": ("SyncBatchRenorm", "convert_sync_batchrenorm"),
     "layers.running_stats": ("sync_running_stats", "update_stats"),
@@ -50,11 +52,18 @@ if TYPE_CHECKING:
     from renorm_onnx.layers.distributed import SyncBatchRenorm as SyncBatchRenorm
     from renorm_onnx.layers.distributed import convert_sync_batchrenorm as convert_sync_batchrenorm
     from renorm_onnx.layers.keras_weights import load_keras as load_keras
+    from renorm_onnx.layers.masked import length_mask as length_mask
     from renorm_onnx.layers.modules import BatchRenorm1d as BatchRenorm1d
     from renorm_onnx.layers.modules import BatchRenorm2d as BatchRenorm2d
     from renorm_onnx.layers.modules import BatchRenorm3d as BatchRenorm3d
     from renorm_onnx.layers.running_stats import sync_running_stats as sync_running_stats
     from renorm_onnx.layers.running_stats import update_stats as update_stats
+    from renorm_onnx.layers.schedules import HardSwitch as HardSwitch
+    from renorm_onnx.layers.schedules import Ramp as Ramp
+    from renorm_onnx.layers.schedules import Schedule as Schedule
+    from renorm_onnx.layers.schedules import Sigmoid as Sigmoid
+    from renorm_onnx.layers.schedules import linear as linear
+    from renorm_onnx.layers.schedules import stretched as stretched
     from renorm_onnx.onnx_function import attach as attach
     from renorm_onnx.restoring import restore as restore
     from renorm_onnx.runtime.parity import verify as verify

@@ -92,7 +92,7 @@ class _BatchRenorm(_NormBase):
         Args:
             x: Shape (N, C, *).
             mask: True at valid positions, shape (N, *), bool; statistics are taken from these alone. For padded
-                sequences see `length_mask`. Evaluation does not need it.
+                sequences see `renorm_onnx.length_mask`. Evaluation does not need it.
 
         Returns:
             y of the shape and type of x.
@@ -249,7 +249,10 @@ def _check_arguments(
 
 
 class BatchRenorm1d(_BatchRenorm):
-    """Batch renormalization of (N, C) or (N, C, L); arguments as in `BatchRenorm2d`."""
+    """Batch renormalization of (N, C) or (N, C, L); arguments as in `BatchRenorm2d`.
+
+    The default schedule is plain batch normalization up to step 5,000; it reaches d_max at 25,000 and r_max at 40,000.
+    """
 
     ranks = (2, 3)
 
@@ -286,8 +289,11 @@ class BatchRenorm2d(_BatchRenorm):
         dtype: Of parameters and buffers.
         r_max: Bound on r at the schedule's end, at least 1.
         d_max: Bound on d at the schedule's end, at least 0, in standard deviations.
-        schedule: How the bounds get there from (1, 0), step by step: `"paper"`, None for no way at all (they hold from
-            the first step), a `Schedule`, or a function from the step to (r_max, d_max). The step is
+        schedule: How the bounds get there from (1, 0), step by step. `"paper"` is plain batch normalization up to step
+            5,000, then two straight lines: to d_max at step 25,000 and to r_max at step 40,000. A run that is much
+            shorter never gets there: give it `stretched(total_steps)`, which has the same shape, `linear(start, end)`,
+            `Ramp(start, r_end, d_end)`, `HardSwitch(at)` or `Sigmoid(t_delta)`, all of `renorm_onnx`. None: the bounds
+            hold from the first step. A function from the step to (r_max, d_max) will do as well. The step is
             `num_batches_tracked`; with gradient accumulation each microbatch counts.
         stat: What is averaged over time and kept as `running_var`: `"sigma"`, as in the paper (kept as sigma^2 - eps);
             the variance, `"var"`; or m / (m - 1) times it, `"var_unbiased"`, as torch's batch norm does.
@@ -304,6 +310,9 @@ class BatchRenorm2d(_BatchRenorm):
 
 
 class BatchRenorm3d(_BatchRenorm):
-    """Batch renormalization of (N, C, D, H, W); arguments as in `BatchRenorm2d`."""
+    """Batch renormalization of (N, C, D, H, W); arguments as in `BatchRenorm2d`.
+
+    The default schedule is plain batch normalization up to step 5,000; it reaches d_max at 25,000 and r_max at 40,000.
+    """
 
     ranks = (5,)

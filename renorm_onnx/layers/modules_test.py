@@ -1,16 +1,19 @@
 import copy
 import io
+import re
 
 import pytest
 import torch
 from torch import nn
 
+import renorm_onnx
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.conftest import LAYERS, algorithm_1, make_batch, shaken
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from renorm_onnx.layers.schedules import PAPER
+from renorm_onnx.layers.schedules import PAPER, Schedule
 
 TORCH = {BatchRenorm1d: nn.BatchNorm1d, BatchRenorm2d: nn.BatchNorm2d, BatchRenorm3d: nn.BatchNorm3d}
+SCHEDULES = {"stretched": (800,), "linear": (1, 9), "Ramp": (1, 9, 5), "HardSwitch": (7,), "Sigmoid": (0.1,)}
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
@@ -81,6 +84,21 @@ def test_state_dicts_load_strictly_both_ways(options):
 def test_a_bad_constructor_argument_is_refused_by_name(arguments, message):
     with pytest.raises(InputError, match=message):
         BatchRenorm2d(**{"num_features": 3, **arguments})
+
+
+@pytest.mark.parametrize("kind", list(TORCH))
+def test_the_docstring_says_at_which_steps_the_default_schedule_moves(kind):
+    schedule = kind(3).schedule
+    for step in (schedule.start, schedule.d_end, schedule.r_end):
+        assert f"{step:,}" in kind.__doc__
+
+
+def test_every_schedule_that_the_docstring_names_comes_from_the_package():
+    named = re.findall(r"`(\w+)\([a-z_, ]+\)`", BatchRenorm2d.__doc__)
+    assert sorted(named) == sorted(SCHEDULES)
+    for name in named:
+        assert name in renorm_onnx.__all__
+        assert isinstance(BatchRenorm2d(3, schedule=getattr(renorm_onnx, name)(*SCHEDULES[name])).schedule, Schedule)
 
 
 @pytest.mark.parametrize("training", [True, False])
