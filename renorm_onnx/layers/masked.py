@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.layers.functional import BatchStatistics, accumulation_type, scale_and_shift
+from renorm_onnx.layers import kernels
+from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 
 
 def length_mask(lengths: Tensor, length: int) -> Tensor:
@@ -51,6 +52,26 @@ def check_mask(x: Tensor, mask: Tensor, who: str) -> None:
         raise InputError(
             f"{who}: mask has shape {tuple(mask.shape)} and dtype {mask.dtype}, expected {wanted} and torch.bool "
             f"because x has shape {tuple(x.shape)}"
+        )
+
+
+def check_valid_positions(x: Tensor, mask: Tensor, who: str) -> None:
+    """Refuse a mask that leaves too little to normalize by, where asking does not wait for a device.
+
+    That is on the CPU, run eagerly. Elsewhere such a batch is normalized by what there is and teaches nothing.
+
+    Args:
+        x: Shape (N, C, *), for the message.
+        mask: Shape (N, *), bool. A batch of no positions at all is no mistake of its mask.
+        who: Name of the layer, for the message.
+
+    Raises:
+        InputError: Fewer than two positions are valid.
+    """
+    if mask.is_cpu and kernels.available(mask) and mask.numel() > 0 and (size := int(mask.sum())) < 2:
+        raise InputError(
+            f"{who}: {ONE_VALUE} {tuple(x.shape)}, of which the mask leaves {size} valid per channel; "
+            "leave such a batch out of training"
         )
 
 

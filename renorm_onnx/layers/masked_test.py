@@ -59,17 +59,40 @@ def test_what_padding_holds_reaches_neither_statistics_nor_gradients(junk):
         torch.testing.assert_close(dirty, clean)
 
 
-@pytest.mark.parametrize("valid", [0, 1])
-def test_fewer_than_two_valid_positions_teach_nothing(valid):
-    layer = layer_for(3)
-    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+def mask_of(valid):
     mask = torch.zeros(6, 5, dtype=torch.bool)
     mask[0, :valid] = True
-    y = layer(make_batch(3), mask)
+    return mask
+
+
+@pytest.mark.parametrize("valid", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"virtual_batch_size": 3}, {"track_running_stats": False}])
+def test_fewer_than_two_valid_positions_are_refused_and_change_nothing(options, valid):
+    layer = layer_for(3, **options)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    said = rf"BatchRenorm1d: Expected more than 1 value .* \(6, 3, 5\), of which the mask leaves {valid} valid"
+    with pytest.raises(InputError, match=said):
+        layer(make_batch(3), mask_of(valid))
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name])
+    layer(make_batch(3), mask_of(2))
+
+
+@pytest.mark.parametrize("valid", [0, 1])
+def test_fewer_than_two_valid_positions_teach_nothing_where_nobody_looks(valid):
+    layer = layer_for(3)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    y = torch.compile(layer, backend="eager", fullgraph=True)(make_batch(3), mask_of(valid))
     assert torch.isfinite(y).all()
     assert torch.equal(layer.running_mean, mean)
     torch.testing.assert_close(layer.running_var, var, rtol=1e-15, atol=0)
     assert layer.num_batches_tracked.item() == 1
+
+
+def test_a_batch_without_positions_and_an_evaluation_need_no_valid_ones():
+    layer = layer_for(3)
+    assert layer(torch.zeros(0, 3, 5, dtype=torch.float64), torch.zeros(0, 5, dtype=torch.bool)).shape == (0, 3, 5)
+    assert torch.isfinite(layer.eval()(make_batch(3), mask_of(0))).all()
 
 
 def test_ghost_batches_take_their_part_of_the_mask():

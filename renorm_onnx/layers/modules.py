@@ -20,7 +20,7 @@ from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.direct import take_usual_step
 from renorm_onnx.layers.exported import take_exported_step
 from renorm_onnx.layers.functional import STATS, BatchStatistics, Stat
-from renorm_onnx.layers.masked import check_mask, normalize_masked
+from renorm_onnx.layers.masked import check_mask, check_valid_positions, normalize_masked
 from renorm_onnx.layers.recomputation import Memory
 from renorm_onnx.layers.schedules import Bounds, Schedule, as_schedule, check_bounds
 from renorm_onnx.layers.step import take_step
@@ -93,13 +93,16 @@ class _BatchRenorm(_NormBase):
             x: Shape (N, C, *).
             mask: True at valid positions, shape (N, *), bool; statistics are taken from these alone. For padded
                 sequences see `renorm_onnx.length_mask`. Evaluation does not need it.
+                Fewer than two valid positions are refused on the CPU; on other devices and in compiled graphs, where
+                looking would wait for the device, and in a ghost batch, they teach nothing, but the step is counted.
 
         Returns:
             y of the shape and type of x.
 
         Raises:
             InputError: x has a rank, a number of channels or a type that the layer does not take; in training, x has
-                one value per channel; the mask does not fit x; the schedule returns bounds that cannot be used.
+                one value per channel, or its mask leaves no more; the mask does not fit x; the schedule returns bounds
+                that cannot be used.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -143,11 +146,16 @@ class _BatchRenorm(_NormBase):
     @torch.jit.unused
     def _masked_forward(self, x: Tensor, mask: Tensor) -> Tensor:
         self._check_input_dim(x)
-        check_mask(x, mask, type(self).__name__)
+        who = type(self).__name__
+        check_mask(x, mask, who)
         if self.running_mean is None or self.running_var is None or (self.training and not self.track_running_stats):
+            check_valid_positions(x, mask, who)
             one = torch.ones(x.size(1), dtype=functional.accumulation_type(x), device=x.device)
             return normalize_masked(x, mask, self.weight, self.bias, one, torch.zeros_like(one), self.eps)
-        return take_step(self, x, mask) if self.training else self._forward(x)
+        if not self.training:
+            return self._forward(x)
+        check_valid_positions(x, mask, who)
+        return take_step(self, x, mask)
 
     def _batch_statistics(self, x: Tensor) -> BatchStatistics:
         """Return the statistics that normalize x; a subclass may pool them over processes."""
