@@ -159,7 +159,7 @@ class Cut:
 
         Args:
             feeds: At least its inputs.
-            absolute: Take absolute values of its weights.
+            absolute: Take absolute values of its weights; of integers as soon as they become floats.
 
         Raises:
             InputError: It cannot be evaluated on these.
@@ -176,11 +176,14 @@ class Cut:
         if absolute:
             for value in graph.initializers.values():
                 value.const_value = _absolute(value.const_value)
-            for node in graph:
+            for node in tuple(graph):
                 _make_absolute(node)
+                if _makes_floats(node):
+                    _append_absolute(graph, node)
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
         name = self.output.name or ""
-        return np.asarray(evaluate(model, {k: v for k, v in feeds.items() if k in self.inputs})[name])
+        result = np.asarray(evaluate(model, {k: v for k, v in feeds.items() if k in self.inputs})[name])
+        return np.abs(result) if absolute else result
 
 
 def _attribute(attr: ir.Attr) -> str:
@@ -216,11 +219,30 @@ def _absolute(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
     return ir.tensor(np.abs(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
+def _makes_floats(node: ir.Node) -> bool:
+    """Tell whether a node makes floats of integers, whose sign is kept until then: sizes may be -1."""
+    if node.op_type == "DequantizeLinear":
+        return True
+    return node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()).is_floating_point()
+
+
+def _append_absolute(graph: ir.Graph, node: ir.Node) -> None:
+    """Let all that read the result of a node read its absolute value: of |w - zero point|, for one, not of |w|."""
+    (signed,) = node.outputs
+    users = tuple(signed.uses())
+    absolute = ir.Node("", "Abs", [signed])
+    graph.insert_after(node, absolute)
+    for user, position in users:
+        user.replace_input_with(position, absolute.outputs[0])
+
+
 def _make_absolute(node: ir.Node) -> None:
     """Take the absolute value of constants and factors of a node, in place."""
     for name, attr in list(node.attributes.items()):
         if attr.type is ir.AttributeType.FLOAT and name in ("alpha", "beta", "value_float"):
             node.attributes[name] = ir.AttrFloat32(name, abs(attr.as_float()))
+        elif attr.type is ir.AttributeType.FLOATS and name == "value_floats":
+            node.attributes[name] = ir.AttrFloat32s(name, [abs(value) for value in attr.as_floats()])
         elif attr.type is ir.AttributeType.TENSOR and name == "value":
             absolute = _absolute(attr.as_tensor())
             if absolute is not None:

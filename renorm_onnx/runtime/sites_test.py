@@ -6,6 +6,7 @@ import onnx.numpy_helper as onh
 import onnx_ir as ir
 import pytest
 
+from renorm_onnx.runtime.cuts import GraphByNames
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.parity_networks_test import NETWORKS, Builder, build, info, make_norm
 from renorm_onnx.runtime.parity_test import edit
@@ -112,6 +113,71 @@ def test_values_that_only_follow_from_shapes_are_no_places_to_cut():
     assert report.ok, report
     assert [site.name for site in report.sites] == ["y"]
     assert report.sites[0].before == ("Shape", "Slice", "Expand", "Conv", "BatchNormalization")
+
+
+DEQUANTIZED = {
+    "signed": (np.int8, None, "w_k = DequantizeLinear<axis=0>(q, s)"),
+    "zero point": (np.int8, [7, -100, 127, -128], "w_k = DequantizeLinear<axis=0>(q, s, z)"),
+    "unsigned": (np.uint8, [128, 255, 3, 0], "w_k = DequantizeLinear<axis=0>(q, s, z)"),
+    "cast": (np.int8, None, "f_k = Cast<to=1>(q) w_k = Mul(f_k, s4)"),
+    "reshaped": (np.int8, None, "r = Cast<to=7>(sizes) v_k = DequantizeLinear<axis=0>(q, s) w_k = Reshape(v_k, r)"),
+    "constant": (
+        np.int8,
+        None,
+        "c = Constant<value_floats=[-1.0]>() v_k = DequantizeLinear<axis=0>(q, s) w_k = Mul(v_k, c)",
+    ),
+}
+
+
+def dequantized(form, *, gain=1.0, move=0.0, folded=True):
+    """A Conv of integer weights with its norm: folded, into their scales and a bias; and weight and bias in float64."""
+    kind, zero_points, body = DEQUANTIZED[form]
+    rng = np.random.default_rng(3)
+    limits = np.iinfo(kind)
+    q = rng.integers(limits.min, limits.max, (4, 3, 2, 2), dtype=kind, endpoint=True)
+    norm, scale, bias = make_norm(4), rng.uniform(1e-3, 1e-2, 4), rng.normal(size=4)
+    factor, shift = norm.affine()
+    scale, bias = scale.astype(np.float32), bias.astype(np.float32)
+    if folded:
+        scale, bias = scale * factor, bias * factor + shift
+    scale[2] *= gain
+    bias[1] *= 1 + move
+    scale, bias = scale.astype(np.float32), bias.astype(np.float32)
+    # What the fold changes needs another name: one name means one value in both models.
+    body = body.replace("_k", "_folded" if folded else "_raw")
+    conv = "y = Conv(x, w_folded, b)" if folded else "n = Conv(x, w_raw, b)"
+    tail = "" if folded else "y = BatchNormalization<epsilon=0.001>(n, gamma, beta, mean, var)"
+    header = '<ir_version: 8, opset_import: ["" : 17]> g (float[2,3,6,6] x) => (float[2,4,5,5] y)'
+    model = onnx_parse(f"{header} {{ {body} {conv} {tail} }}")
+    arrays = {"q": q, "s": scale, "s4": scale.reshape(4, 1, 1, 1), "b": bias, **vars(norm)}
+    arrays |= {"z": np.array(zero_points or [0] * 4, kind), "sizes": np.array([4, 3, 2, -1], np.int32)}
+    model.graph.initializer.extend(onh.from_array(array, name) for name, array in arrays.items())
+    centred = q.astype(np.float64) - (0 if zero_points is None else np.reshape(zero_points, (4, 1, 1, 1)))
+    return load(model), centred * scale.reshape(4, 1, 1, 1).astype(np.float64), bias.astype(np.float64)
+
+
+@pytest.mark.parametrize("form", DEQUANTIZED)
+def test_a_norm_in_the_scales_of_integer_weights_stays_under_the_bound(form):
+    report = check_sites(dequantized(form, folded=False)[0], dequantized(form)[0])
+    assert report.complete, report
+    assert 0 < report.sites[0].used < 1
+
+
+@pytest.mark.parametrize("damage", [{"gain": 1.01}, {"gain": 1 + 1e-5}, {"move": 1e-3}, {"move": 1e-5}], ids=str)
+@pytest.mark.parametrize("form", DEQUANTIZED)
+def test_a_wrong_scale_or_bias_of_integer_weights_is_found(form, damage):
+    report = check_sites(dequantized(form, folded=False)[0], dequantized(form, **damage)[0])
+    assert [site.name for site in report.wrong] == ["y"], report
+
+
+@pytest.mark.parametrize("form", DEQUANTIZED)
+def test_integer_weights_bound_their_products_by_their_distance_from_the_zero_point(form):
+    model, weight, bias = dequantized(form)
+    x = np.random.default_rng(1).normal(size=(2, 3, 6, 6))
+    windows = np.lib.stride_tricks.sliding_window_view(np.abs(x), (2, 2), axis=(2, 3))
+    expected = np.einsum("nchwij,ocij->nohw", windows, np.abs(weight)) + np.abs(bias).reshape(4, 1, 1)
+    bound = GraphByNames(model).cut("y", set()).run({"x": np.abs(x)}, absolute=True)
+    np.testing.assert_allclose(bound, expected, rtol=1e-12)
 
 
 def test_control_flow_is_listed_as_unchecked_with_the_reason():
