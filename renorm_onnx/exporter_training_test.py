@@ -13,11 +13,13 @@ from torch import nn
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.exporter_training import UPDATED
+from renorm_onnx.inlining import inline
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.schedules import linear
 from renorm_onnx.onnx_function import DOMAIN, TRAINING, TRAINING_NAMES, TWO_SETS
 from renorm_onnx.onnx_layers import layers_in
 from renorm_onnx.restoring import restore
+from renorm_onnx.runtime.parity import verify
 
 STEPS = 50
 SHAPES = {"rows": (8, 3), "line": (4, 3, 6), "image": (4, 3, 4, 5), "volume": (2, 3, 3, 2, 4)}
@@ -278,3 +280,17 @@ def test_a_schedule_that_is_a_python_function_is_refused() -> None:
     net = nn.Sequential(BatchRenorm2d(3, schedule=lambda step: (1.0 + step, 0.5))).train()
     with pytest.raises(InputError, match=r"the schedule of module '0' is a Python function, which has no ONNX form"):
         to_onnx(net, torch.randn(2, 3, 4, 4), mode="train")
+
+
+def test_a_step_is_compared_with_its_inlined_form_counter_and_all() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4)).train()
+    proto = to_onnx(net, torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), mode="train")
+    inlined = ir.from_proto(proto)
+    inline(inlined)
+    verdict = verify(proto, inlined)
+    assert verdict.ok, verdict
+    counter = f"1.num_batches_tracked{UPDATED}"
+    assert counter in {row.output for row in verdict.rows}
+    add = next(node for node in inlined.graph if node.outputs[0].name == counter)
+    add.replace_input_with(1, add.inputs[0])
+    assert counter in {row.output for row in verify(proto, inlined).rows if not row.ok}

@@ -46,8 +46,10 @@ class Variation:
         """Take in the output for one more set of inputs. Labels and masks, of few values, may well be all the same."""
         if array.dtype.kind != "f":
             self._varied = True
-        finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array[:0]
-        if self._varied or not finite.size:
+        if self._varied:
+            return
+        finite = array[np.isfinite(array)]
+        if not finite.size:
             return
         self._low, self._high = min(self._low, finite.min()), max(self._high, finite.max())
         self._elements += finite.size

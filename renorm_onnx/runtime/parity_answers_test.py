@@ -43,6 +43,22 @@ def test_an_output_that_depends_on_no_input_is_not_called_dead():
     assert verdict.skipped == ()
 
 
+def scalars(limit):
+    """`n` and `b` are of rank 0; `n` is 3 N + 5, and `b` tells whether that is below `limit`."""
+    body = "y = Mul(x, x) m = Size(x) five = Constant<value_int=5>() n = Add(m, five) "
+    body += f"limit = Constant<value_int={limit}>() b = Less(n, limit)"
+    return model_of("float[N,3] x", "float[N,3] y, int64 n, bool b", body)
+
+
+def test_outputs_of_rank_0_that_are_no_floats_are_compared_too():
+    verdict = verify(scalars(10**6), scalars(10**6))
+    assert verdict.ok, verdict
+    assert {row.output for row in verdict.rows} == {"y", "n", "b"}
+    verdict = verify(scalars(10**6), scalars(0))
+    assert verdict.outcome == "no"
+    assert {row.output for row in verdict.rows if not row.ok} == {"b"}
+
+
 def test_an_output_without_elements_is_neither_right_nor_wrong():
     body = "y = Compress(x, mask) z = Add(x, x)"
     model = model_of("float[N,3] x, bool[3] mask", "float[K] y, float[N,3] z", body)
