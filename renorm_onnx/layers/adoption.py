@@ -21,7 +21,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers.functional import Stat
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from renorm_onnx.layers.schedules import CONSTANT, PAPER, HardSwitch, Schedule, linear
-from renorm_onnx.layers.swap import plan_swaps, quoted, swap_layers
+from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, swap_layers
 
 logger = logging.getLogger(__name__)
 
@@ -179,10 +179,12 @@ def adopt(module: nn.Module, **options: Any) -> nn.Module:
         `module`, or its replacement if it is itself such a layer.
 
     Raises:
+        InputError: `module` is no module.
         InputError: A layer's statistics were never learned or were lost, or a value cannot be used. The model is then
             as it was.
         TypeError: `options` names something that no layer takes.
     """
+    check_module(module, "adopt")
     alone: list[str] = []
 
     def build(name: str, old: nn.Module) -> nn.Module | None:

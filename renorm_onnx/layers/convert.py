@@ -20,7 +20,16 @@ from renorm_onnx.layers.activated import Activated, BatchRenormAct2d
 from renorm_onnx.layers.distributed import SyncBatchRenorm, SyncBatchRenormAct
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from renorm_onnx.layers.schedules import CONSTANT, Schedule, as_schedule
-from renorm_onnx.layers.swap import carry_attributes, home_of, plan_swaps, quoted, share_state, swap_layers, why_not
+from renorm_onnx.layers.swap import (
+    carry_attributes,
+    check_module,
+    home_of,
+    plan_swaps,
+    quoted,
+    share_state,
+    swap_layers,
+    why_not,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +91,13 @@ def convert_batchnorm(
         `module`, or its replacement if it is itself a BatchNorm.
 
     Raises:
+        InputError: `module` is no module.
         InputError: A lazy layer has not seen a batch yet; an option or a layer's own value cannot be used; `strict`
             and a layer would be left alone. The model is then as it was.
         TypeError: `options` names something that no layer takes.
     """
-    schedule = as_schedule(options.pop("schedule", "paper"))
+    check_module(module, "convert_batchnorm")
+    schedule = as_schedule(options.pop("schedule", "paper"), "convert_batchnorm")
     bounds = _checked_options(options)
     alone: list[str] = []
     trained: list[_BatchRenorm] = []
@@ -226,7 +237,11 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
 
     Returns:
         `module`, or its replacement if it is itself a BatchRenorm.
+
+    Raises:
+        InputError: `module` is no module.
     """
+    check_module(module, "to_batchnorm")
     alone: list[str] = []
 
     def build(name: str, old: nn.Module) -> nn.Module | None:

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers.adoption import adopt
 from renorm_onnx.layers.convert import convert_batchnorm, to_batchnorm
-from renorm_onnx.layers.distributed import SyncBatchRenorm
+from renorm_onnx.layers.distributed import SyncBatchRenorm, convert_sync_batchrenorm
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.schedules import HardSwitch, Ramp, Sigmoid, linear
 
@@ -353,3 +354,9 @@ def test_converting_twice_and_converting_nothing_change_nothing():
     layer = convert_batchnorm(model)[1]
     assert convert_batchnorm(model)[1] is layer
     assert to_batchnorm(nn.Identity()).training
+
+
+@pytest.mark.parametrize("convert", [convert_batchnorm, to_batchnorm, convert_sync_batchrenorm, adopt])
+def test_what_is_no_module_is_refused_by_name(convert):
+    with pytest.raises(InputError, match=f"{convert.__name__}: module is a str, expected a torch.nn.Module"):
+        convert("x")

@@ -28,7 +28,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers.activated import Activated
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 from renorm_onnx.layers.modules import _BatchRenorm
-from renorm_onnx.layers.swap import plan_swaps, quoted, swap_layers, why_not
+from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, swap_layers, why_not
 
 # Of a module's attributes, the containers that two modules cannot share.
 _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
@@ -217,8 +217,9 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
         `module`, or its replacement if it is itself such a layer.
 
     Raises:
-        InputError: A layer has a `virtual_batch_size`. The model is then as it was.
+        InputError: `module` is no module; a layer has a `virtual_batch_size`. The model is then as it was.
     """
+    check_module(module, "convert_sync_batchrenorm")
 
     def build(name: str, old: nn.Module) -> nn.Module | None:
         activated = isinstance(old, Activated)
@@ -226,7 +227,7 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
             return None
         if why_not(old, children=Activated.followers if activated else ()):
             return None
-        _refuse_ghosts(quoted(name), old.virtual_batch_size)
+        _refuse_ghosts(f"convert_sync_batchrenorm: {quoted(name)}", old.virtual_batch_size)
         kind = SyncBatchRenormAct if activated else SyncBatchRenorm
         new: SyncBatchRenorm = kind.__new__(kind)
         state = old.__getstate__()

@@ -284,7 +284,7 @@ def test_ghost_batches_are_refused():
     with pytest.raises(InputError, match="SyncBatchRenorm: virtual_batch_size=4, expected None because ghost batches"):
         SyncBatchRenorm(3, virtual_batch_size=4)
     model = nn.Sequential(BatchRenorm1d(3), BatchRenorm1d(3, virtual_batch_size=4))
-    with pytest.raises(InputError, match="'1': virtual_batch_size=4"):
+    with pytest.raises(InputError, match="convert_sync_batchrenorm: '1': virtual_batch_size=4"):
         convert_sync_batchrenorm(model)
     assert type(model[0]) is BatchRenorm1d
 

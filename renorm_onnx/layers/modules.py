@@ -71,8 +71,13 @@ class _BatchRenorm(_NormBase):
     ) -> None:
         who = type(self).__name__
         _check_arguments(who, num_features, eps, momentum, stat, renorm_momentum, virtual_batch_size)
+        if renorm_momentum is not None and not track_running_stats:
+            raise InputError(
+                f"{who}: renorm_momentum={renorm_momentum!r} given with track_running_stats=False, expected None: "
+                "without running statistics there is no second set of them"
+            )
         check_bounds((r_max, d_max), f"{who}: got")
-        resolved = as_schedule(schedule)
+        resolved = as_schedule(schedule, who)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.r_max = float(r_max)
         self.d_max = float(d_max)
@@ -230,6 +235,13 @@ class _BatchRenorm(_NormBase):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)  # type: ignore[no-untyped-call]
 
 
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError):
+        return False
+
+
 def _check_arguments(
     who: str,
     num_features: int,
@@ -241,13 +253,13 @@ def _check_arguments(
 ) -> None:
     if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
         raise InputError(f"{who}: num_features={num_features!r}, expected an integer >= 1")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not (_is_finite(eps) and eps >= 0):
         raise InputError(f"{who}: eps={eps!r}, expected a finite number >= 0")
-    if momentum is not None and not (math.isfinite(momentum) and 0 <= momentum <= 1):
+    if momentum is not None and not (_is_finite(momentum) and 0 <= momentum <= 1):
         raise InputError(f"{who}: momentum={momentum!r}, expected a number in [0, 1], or None for a cumulative average")
     if stat not in STATS:
         raise InputError(f"{who}: stat={stat!r}, expected one of {STATS}")
-    if renorm_momentum is not None and not (math.isfinite(renorm_momentum) and 0 <= renorm_momentum <= 1):
+    if renorm_momentum is not None and not (_is_finite(renorm_momentum) and 0 <= renorm_momentum <= 1):
         raise InputError(
             f"{who}: renorm_momentum={renorm_momentum!r}, expected a number in [0, 1], or None to use one set of "
             "statistics for r, d and inference"

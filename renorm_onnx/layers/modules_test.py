@@ -78,7 +78,14 @@ def test_state_dicts_load_strictly_both_ways(options):
         ),
         ({"virtual_batch_size": 0}, "virtual_batch_size=0, expected an integer >= 1, or None"),
         ({"stat": "std"}, "stat='std', expected one of"),
-        ({"schedule": "papre"}, "schedule='papre', expected 'paper', None, a Schedule or a function"),
+        ({"momentum": "a"}, r"momentum='a', expected a number in \[0, 1\]"),
+        ({"renorm_momentum": "a"}, r"renorm_momentum='a', expected a number in \[0, 1\]"),
+        ({"eps": None}, "eps=None, expected a finite number >= 0"),
+        (
+            {"renorm_momentum": 0.1, "track_running_stats": False},
+            r"renorm_momentum=0\.1 given with track_running_stats=False, expected None",
+        ),
+        ({"schedule": "papre"}, "BatchRenorm2d: schedule='papre', expected 'paper', None, a Schedule or a function"),
     ],
 )
 def test_a_bad_constructor_argument_is_refused_by_name(arguments, message):

@@ -279,9 +279,7 @@ class FromFunction(Schedule):
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise InputError(
-                f"schedule={self.function!r}, expected 'paper', None, a Schedule or a function of the step"
-            )
+            raise InputError(f"FromFunction: function={self.function!r}, expected a function of the step")
         _FUNCTIONS[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -344,11 +342,12 @@ def linear(start: float, end: float) -> Ramp:
     return Ramp(start, end, end)
 
 
-def as_schedule(given: "str | Schedule | Callable[[int], Bounds] | None") -> Schedule:
+def as_schedule(given: "str | Schedule | Callable[[int], Bounds] | None", who: str) -> Schedule:
     """Return the schedule that a layer's `schedule=` argument names.
 
     Args:
         given: `"paper"`, None (the bounds hold from the first step), a `Schedule`, or a function of the step.
+        who: Name of the layer, for the message.
 
     Raises:
         InputError: None of these.
@@ -359,4 +358,6 @@ def as_schedule(given: "str | Schedule | Callable[[int], Bounds] | None") -> Sch
         return given
     if given == "paper":
         return PAPER
-    return FromFunction(given)  # type: ignore[arg-type]
+    if not callable(given):
+        raise InputError(f"{who}: schedule={given!r}, expected 'paper', None, a Schedule or a function of the step")
+    return FromFunction(given)

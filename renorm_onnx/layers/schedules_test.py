@@ -150,7 +150,10 @@ def test_bounds_that_cannot_be_used_are_refused_and_change_nothing(bounds, messa
         (lambda: HardSwitch(float("inf")), "HardSwitch: at=inf"),
         (lambda: Sigmoid(0), "Sigmoid: t_delta=0, expected a finite number > 0"),
         (lambda: stretched(0), "stretched: total_steps=0, expected a finite number > 0"),
-        (lambda: as_schedule(3), "schedule=3, expected 'paper', None, a Schedule or a function of the step"),
+        (
+            lambda: as_schedule(3, "layer"),
+            "layer: schedule=3, expected 'paper', None, a Schedule or a function of the step",
+        ),
     ],
 )
 def test_a_bad_schedule_is_refused_when_made(make, message):

@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeVar
 
 from torch import nn
 
+from renorm_onnx.errors import InputError
+
 Layer = TypeVar("Layer", bound=nn.Module)
 
 # Made anew by nn.Module.__init__, or bound to the code of the layer that goes.
@@ -33,6 +35,20 @@ class Swap(NamedTuple):
     name: str  # first qualified name in the model
     old: nn.Module
     new: nn.Module
+
+
+def check_module(module: object, who: str) -> None:
+    """Refuse what is no module.
+
+    Args:
+        module: What should be one.
+        who: Name of the function, for the message.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{who}: module is a {type(module).__name__}, expected a torch.nn.Module")
 
 
 def plan_swaps(root: nn.Module, build: Callable[[str, nn.Module], nn.Module | None]) -> list[Swap]:
