@@ -240,7 +240,7 @@ def provider_status(name: str) -> ProviderStatus:
     major = wheel_cuda_major() or _NEWEST_CUDA
     stage, detail, fix = classify(log + "\n" + failure, wheel_major=major, other_majors=_other_majors(major))
     if stage in ("libraries missing", "wrong CUDA version") and not driver_visible():
-        fix = f"{_FIX_DRIVER}; without one the CUDA libraries are of no use. {fix}"
+        fix = f"{_FIX_DRIVER}. Then run: {_INSTALL_CUDA}"
     return ProviderStatus(name, False, stage, detail, fix)
 
 

@@ -45,6 +45,19 @@ def test_each_stage_of_a_failing_cuda_provider_is_told_apart(log, others, stage,
     assert "\x1b" not in detail
 
 
+@pytest.mark.parametrize("others", [(), (12,)])
+def test_without_a_driver_the_advice_is_the_driver_first_and_then_the_libraries(monkeypatch, others):
+    monkeypatch.setattr(providers, "PROVIDERS", {**providers.PROVIDERS, "cuda": "CPUExecutionProvider"})
+    monkeypatch.setattr(providers, "_run_probe", lambda *given: (NO_LIBRARIES, ""))
+    monkeypatch.setattr(providers, "_other_majors", lambda major: others)
+    monkeypatch.setattr(providers, "driver_visible", lambda: False)
+    status = providers.provider_status.__wrapped__("cuda")
+    assert status.fix == (
+        "No NVIDIA driver is visible: install one, or pass it into the container (--gpus all). "
+        'Then run: pip install "onnxruntime-gpu[cuda,cudnn]"'
+    )
+
+
 def test_the_cpu_provider_runs_a_model():
     status = providers.provider_status("cpu")
     assert status.creatable
