@@ -1,7 +1,7 @@
 """The command `renorm-onnx`: argument parsing and printing, nothing else.
 
 Results go to stdout, everything else to stderr. Exit status: 0 yes, 1 the verdict is no, 2 wrong usage or bad input,
-3 this machine lacks what was asked for. Nothing heavy is imported before a command needs it, and torch never.
+3 this machine lacks what was asked for, 130 interrupted. Nothing heavy is imported before it is needed, torch never.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="renorm-onnx",
         description="Fold the norms of an ONNX model that fold exactly, say why the rest stays, and prove the result.",
-        epilog="Exit status: 0 yes, 1 the verdict is no, 2 wrong usage or bad input, 3 this machine cannot.",
+        epilog="Exit status: 0 yes, 1 the verdict is no, 2 bad usage or input, 3 this machine cannot, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"renorm-onnx {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
@@ -173,7 +173,8 @@ def _add_fuse(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="an ONNX file")
     _add_output(parser, "fused")
     parser.add_argument("--in-place", action="store_true", help="write the result over MODEL itself")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a norm can be folded, 0 if none")
+    check = "write nothing; exit 1 means that a norm could be folded (or a branch or constant operator), 0 that none"
+    parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument(
         "--target",
         choices=("fp32", "tf32", "fp16"),
@@ -358,9 +359,12 @@ def _inspect(arguments: argparse.Namespace) -> _Outcome:
 
 
 def _bench(arguments: argparse.Namespace) -> _Outcome:
+    from renorm_onnx.errors import InputError
     from renorm_onnx.file_writing import check_output
     from renorm_onnx.runtime.bench import bench, plot
 
+    if arguments.compare and len(arguments.models) < 2:
+        raise InputError("--compare needs two models or more, since it compares the others with the first")
     if arguments.plot:  # before minutes of timing, not after
         check_output(arguments.plot, inputs=arguments.models, force=True)
     report = bench(

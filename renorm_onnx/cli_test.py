@@ -166,6 +166,7 @@ def test_a_missing_execution_provider_is_exit_3(model, capsys):
         (["verify", "model.onnx", "--seed", "x"], "'x' given, expected a whole number"),
         (["verify", "model.onnx", "--inputs", "model.onnx"], "it is no .npz or .npy file"),
         (["bench", "model.onnx", "--batch", "1,b"], "'1,b' given, expected whole numbers"),
+        (["bench", "model.onnx", "--compare"], "--compare needs two models or more"),
         (["bench", "model.onnx", "--plot", "absent/out.png"], "the folder 'absent' does not exist"),
         (["bench", "model.onnx", "--plot", "model.onnx"], "is the same file as the input"),
     ],
@@ -220,10 +221,10 @@ def test_verify_says_no_by_its_exit_status(model, capsys):
 def test_bench_compares_by_its_exit_status(model, capsys, monkeypatch):
     from renorm_onnx.runtime.timing_report import BenchReport
 
-    arguments = ("bench", "model.onnx", "--rounds", "1", "--json")
+    arguments = ("bench", "model.onnx", "model.onnx", "--rounds", "1", "--json")
     monkeypatch.setattr(BenchReport, "regressions", lambda self: ("slower",))
     assert run(*arguments) == cli.YES
-    assert json.loads(capsys.readouterr().out)["timings"][0]["model"] == "model.onnx"
+    assert json.loads(capsys.readouterr().out)["timings"][0]["model"] == "1: model.onnx"
     assert run(*arguments, "--compare") == cli.NO
 
 
@@ -258,6 +259,14 @@ def test_help_and_version_import_nothing_heavy():
         assert not modules_after(flag) & {"numpy", "onnx", "onnx_ir", "onnxruntime", "torch"}
 
 
+def test_the_help_tells_every_exit_status_and_what_a_check_answers(capsys):
+    run("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 bad usage or input, 3 this machine cannot, 130 interrupted." in said
+    run("fuse", "--help")
+    assert "exit 1 means that a norm could be folded" in " ".join(capsys.readouterr().out.split())
+
+
 def test_no_command_imports_torch(model):
     commands = [["fuse", "model.onnx"], ["verify", "model.onnx"], ["inspect", "model.onnx"]]
     for command in commands:
@@ -272,9 +281,10 @@ def test_branches_stay_apart_where_merging_costs_precision(tmp_path, monkeypatch
 
     check = delivery._check
 
-    def strict(original, model, report, *rest):
-        verdict, unchecked = check(original, model, report, *rest)
-        return (replace(verdict, outcome="no", reason="too far") if report.branches_merged else verdict), unchecked
+    def strict(original, model, *rest):
+        verdict, unchecked = check(original, model, *rest)
+        merged = [n.op_type for n in model.graph].count("Conv") == 1
+        return (replace(verdict, outcome="no", reason="too far") if merged else verdict), unchecked
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(delivery, "_check", strict)

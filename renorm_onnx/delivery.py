@@ -1,7 +1,7 @@
 """From a model file to a fused one: read, fold, check, write. What `renorm-onnx fuse` does.
 
-Nothing is written unless the check says yes, and nothing is ever half-written. A file in which nothing folds is copied
-byte for byte.
+Nothing is written unless the check says yes, and nothing is ever half-written. A file in which nothing folds and
+no function is opened is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from renorm_onnx import __version__, model_file
 from renorm_onnx.errors import InputError, MachineError
+from renorm_onnx.fusion.calls import define_calls
 from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
 from renorm_onnx.fusion.report import METADATA_KEY, FusionReport
 from renorm_onnx.inlining import inline
+from renorm_onnx.model_tensors import all_tensors
 from renorm_onnx.onnx_function import DOMAIN
 from renorm_onnx.runtime.table import text_table
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from renorm_onnx.runtime.parity import Verdict
 
 SCHEMA_VERSION = 1
 VERIFY = ("auto", "require", "never")
+UNCHANGED = "nothing was changed"
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,17 @@ class FusedFile:
     Attributes:
         source, target: The paths; `target` is what was or would have been written.
         written: Whether `target` is there now.
+        rewritten: Whether the result differs from `source`: something was folded, or functions were opened or defined.
         report: What was folded and what was kept.
         verdict: The check; None if there was none.
         unchecked: Why there was no end-to-end check, or an empty string.
-        bytes_before, bytes_after: Sizes of the files with their data; `bytes_after` is 0 if nothing was written.
+        bytes_before, bytes_after: Sizes with the data files, each counted once; `bytes_after` is 0 if not written.
     """
 
     source: str
     target: str
     written: bool
+    rewritten: bool
     report: FusionReport
     verdict: Verdict | None
     unchecked: str
@@ -65,6 +70,7 @@ class FusedFile:
             "source": self.source,
             "target": self.target,
             "written": self.written,
+            "rewritten": self.rewritten,
             "fusion": self.report.to_dict(),
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
             "unchecked": self.unchecked,
@@ -89,10 +95,18 @@ class FusedFile:
             lines = str(self.verdict).splitlines()[: 1 if self.verdict.ok else None]
         if self.unchecked:
             lines.append(f"not verified: {self.unchecked}")
-        if self.written and not self.report.changed:
-            lines.append(f"nothing to fold: {self.target} is a copy of {self.source}")
+        if not self.written:
+            lines.append("wrote nothing")
+        elif self.report.changed:
+            lines.append(f"wrote {self.target}")
+        elif self.rewritten:
+            same = self.report.operators_before == self.report.operators_after
+            how = "whose functions alone differ" if same else "with plain operators in place of functions"
+            lines.append(f"nothing to fold: wrote {self.target}, {how}")
+        elif self.source == self.target:
+            lines.append(f"nothing to fold: {self.target} stays as it is")
         else:
-            lines.append(f"wrote {self.target}" if self.written else "wrote nothing")
+            lines.append(f"nothing to fold: {self.target} is a copy of {self.source}")
         return lines
 
 
@@ -130,6 +144,8 @@ def inline_file(
 ) -> InlinedFile:
     """Replace the renorm functions of a model file by plain ONNX operators, for runtimes without functions.
 
+    Calls whose definition the file lacks are replaced too.
+
     Args:
         source: The model.
         target: Where to write; None: ``model.onnx`` -> ``model.inlined.onnx``.
@@ -141,10 +157,12 @@ def inline_file(
 
     Raises:
         ModelFileError: The model cannot be read, or the target must not or cannot be written.
+        InputError: The model's opset is too old for a function that it calls and lacks.
     """
     model = model_file.load(source, allow_symlinks=allow_symlinks)
     path = os.fspath(target) if target is not None else _beside(source, "inlined")
     model_file.check_output(path, inputs=[source], force=force)
+    define_calls(model)
     calls = inline(model, domain=DOMAIN)
     model_file.save(model, path, force=force)
     return InlinedFile(os.fspath(source), path, calls)
@@ -194,7 +212,7 @@ def fuse_file(
 
     Raises:
         ModelFileError: The model cannot be read, or the target must not or cannot be written.
-        InputError: An option is unknown.
+        InputError: An option is unknown; the model's opset is too old for a function of ours that it calls and lacks.
         MachineError: The check was required, or a provider asked for, and this machine lacks what it needs.
     """
     if verify not in VERIFY:
@@ -205,10 +223,14 @@ def fuse_file(
     path = os.fspath(source) if in_place else os.fspath(target) if target is not None else default_target(source)
     if not dry_run:
         model_file.check_output(path, inputs=[] if in_place else [source], force=force or in_place)
+    before = os.path.getsize(source) + _data_size(original)
+    defined = define_calls(original)  # or nothing could run the original, to compare with
+    functions = set(original.functions)
     # The check compares with the original; without one, nobody else needs it.
     model = original if verify == "never" else model_file.load(original)
     report = fuse_in_place(model, options)
-    verdict, unchecked = _check(original, model, report, verify, providers, seed)
+    rewritten = report.changed or defined or functions != set(model.functions)
+    verdict, unchecked = _check(original, model, verify, providers, seed) if rewritten else (None, UNCHANGED)
     if report.branches_merged and verdict is not None and verdict.outcome == "no" and _places_hold(verdict):
         # Merging is exact, but adds weights of several sizes before they are rounded; a badly conditioned network can
         # feel that, rarely more than `verify` grants it. Folding never asks so much, and is worth having alone.
@@ -216,26 +238,23 @@ def fuse_file(
         model = model_file.load(original)
         report = fuse_in_place(model, replace(options or FuseOptions(), merge_branches=False))
         report.remarks.append(remark)
-        verdict, unchecked = _check(original, model, report, verify, providers, seed)
+        rewritten = report.changed or defined or functions != set(model.functions)
+        verdict, unchecked = _check(original, model, verify, providers, seed) if rewritten else (None, UNCHANGED)
     written = not dry_run and (verdict is None or verdict.outcome in ("yes", "skipped"))
-    before = _size(source)
-    if written:
-        _write(source, path, model, report, force=force or in_place)
-    after = _size(path) if written else 0
-    return FusedFile(os.fspath(source), path, written, report, verdict, unchecked, before, after)
+    after = 0
+    if written and rewritten:
+        model.metadata_props[METADATA_KEY] = metadata(report)
+        after = model_file.save(model, path, force=force or in_place)
+    elif written:
+        after = before
+        if not in_place:
+            model_file.copy_file(source, path, force=force)
+    return FusedFile(os.fspath(source), path, written, rewritten, report, verdict, unchecked, before, after)
 
 
 def _places_hold(verdict: Verdict) -> bool:
     """Whether only rounding is in doubt: a place that computes something else is a fault, and must be seen."""
     return verdict.sites is not None and verdict.sites.complete
-
-
-def _write(source: str | os.PathLike[str], path: str, model: ir.Model, report: FusionReport, *, force: bool) -> None:
-    if report.changed:
-        model.metadata_props[METADATA_KEY] = metadata(report)
-        model_file.save(model, path, force=force)
-    elif not (os.path.exists(path) and os.path.samefile(source, path)):
-        model_file.copy_file(source, path, force=force)
 
 
 def metadata(report: FusionReport) -> str:
@@ -246,13 +265,11 @@ def metadata(report: FusionReport) -> str:
 
 
 def _check(
-    original: ir.Model, model: ir.Model, report: FusionReport, verify: str, providers: Sequence[str], seed: int
+    original: ir.Model, model: ir.Model, verify: str, providers: Sequence[str], seed: int
 ) -> tuple[Verdict | None, str]:
     """The verdict, or why there is none."""
     if verify == "never":
         return None, "verification was turned off"
-    if not report.changed:
-        return None, "nothing was folded"
     from renorm_onnx.runtime.parity import LIMIT
     from renorm_onnx.runtime.parity import verify as judge
 
@@ -266,5 +283,7 @@ def _check(
     return verdict, "; ".join(verdict.skipped) if verdict.outcome == "skipped" else ""
 
 
-def _size(path: str | os.PathLike[str]) -> int:
-    return os.path.getsize(path)
+def _data_size(model: ir.Model) -> int:
+    """The size of the data files that a model reads its tensors from, in bytes."""
+    paths = {os.path.realpath(tensor.path) for tensor in all_tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+    return sum(map(os.path.getsize, paths))

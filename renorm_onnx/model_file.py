@@ -223,7 +223,7 @@ def model_bytes(model: ir.Model) -> bytes:
     return buffer.getvalue()
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) -> None:
+def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) -> int:
     """Write the model to a file, whole or not at all.
 
     The weights go to a data file beside it when the model came with one, or when they exceed 1.5 GB. They are streamed:
@@ -233,6 +233,9 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
         model: Left as it is.
         path: The `.onnx` file. Its data file is named after it and after its own content.
         force: Replace an existing file. Data files that it used stay: another model may use them too.
+
+    Returns:
+        The size of the file in bytes, its data file included.
 
     Raises:
         ModelFileError: As `check_output`, or the disk is full, or the weights exceed what the file can hold.
@@ -262,6 +265,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
             data.publish(os.fspath(next(iter(place.values())).location))
         file.publish()
     logger.info("wrote %s: %d tensors, %d of them in a data file", path, len(tensors), len(place or ()))
+    return file.size + (data.size if data is not None and place else 0)
 
 
 def _size(tensor: ir.TensorProtocol) -> int:

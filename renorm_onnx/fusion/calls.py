@@ -1,4 +1,4 @@
-"""Which function calls must be opened before norms can be folded.
+"""Which function calls must be defined or opened before norms can be folded.
 
 A function is inlined, at each call, if its body holds a normalization, or if the way of a norm ends at one of its
 calls and it holds an operator that could absorb one. Every other function stays a function.
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.inlining import graphs_of, inline
+from renorm_onnx.onnx_function import attach, calls_in
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,21 @@ _ARITHMETIC = {
     *("Unsqueeze", "Flatten", "Expand", "Shape", "Gather", "Concat", "Slice", "Cast", "CastLike", "ConstantOfShape"),
     *("Range", "Size", "Equal", "Where"),
 }
+
+
+def define_calls(model: ir.Model) -> bool:
+    """Define, in place, the functions of ours that `model` calls and lacks; a model that lacks none stays as it is.
+
+    A file exported inside `keep_ops` has such calls, and no runtime knows them, unless `attach` was called too.
+
+    Returns:
+        Whether a definition was added.
+
+    Raises:
+        InputError: The model's opset is too old for a function it calls.
+    """
+    lacking = any(call.op_identifier() not in model.functions for call in calls_in(model))
+    return lacking and attach(model) > 0
 
 
 def open_norms(model: ir.Model) -> int:

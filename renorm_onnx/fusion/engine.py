@@ -22,7 +22,7 @@ import onnx_ir as ir
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
 from renorm_onnx.fusion.branches import Merge, find_merges
-from renorm_onnx.fusion.calls import open_absorbers, open_norms
+from renorm_onnx.fusion.calls import define_calls, open_absorbers, open_norms
 from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, label
 from renorm_onnx.fusion.carriers import load_carriers
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
@@ -97,7 +97,7 @@ def fuse(
     Raises:
         ModelFileError: The model cannot be read, or breaks a rule of ONNX; or the result exceeds the 2 GB of a
             `ModelProto`: `renorm_onnx.fuse_file` writes such a model, an `onnx_ir.Model` holds it.
-        InputError: An option is unknown.
+        InputError: As `fuse_in_place`.
     """
     copy = model_file.load(model, allow_symlinks=allow_symlinks)
     report = fuse_in_place(copy, options)
@@ -112,11 +112,12 @@ def fuse_in_place(model: ir.Model, options: FuseOptions | None = None) -> Fusion
         options: What may be done; None for the defaults.
 
     Returns:
-        The report. Where its `changed` is false, no norm was folded, though function calls may have been inlined.
+        The report. Where its `changed` is false, nothing was folded, though function calls may have been inlined.
 
     Raises:
-        InputError: An option is unknown.
+        InputError: An option is unknown; the model's opset is too old for a function of ours that it calls and lacks.
     """
+    define_calls(model)
     return _Engine(model, options or FuseOptions()).run()
 
 

@@ -183,7 +183,7 @@ class FusionReport:
 
     @property
     def changed(self) -> bool:
-        """Whether the model differs from its input."""
+        """Whether anything was folded or merged; a model may differ from its input by inlined functions alone."""
         return bool(self.branches_merged) or any(e.outcome == "folded" for e in self.entries)
 
     def to_dict(self) -> dict[str, Any]:

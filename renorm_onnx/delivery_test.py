@@ -1,0 +1,178 @@
+"""What `fuse_file` and `inline_file` write where nothing folds, and what they say about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+
+from renorm_onnx import cli, model_file
+from renorm_onnx.delivery import fuse_file, inline_file
+from renorm_onnx.errors import InputError
+from renorm_onnx.onnx_function import DEFAULTS, DOMAIN, INFERENCE, TRAINING, attach
+
+CHANNELS = 4
+
+
+def model_of_calls(*, foldable: bool = False, name: str = INFERENCE, opset: int = 18) -> onnx.ModelProto:
+    """A Conv or a Relu and a call of ours without a definition, as `keep_ops` leaves it; a norm cannot pass Relu."""
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(CHANNELS, CHANNELS, 1, 1)), "var": rng.uniform(0.5, 2, CHANNELS)}
+    arrays |= {name: rng.normal(size=CHANNELS) for name in ("scale", "B", "mean")}
+    arrays |= {name: np.asarray(value) for name, value in (("r", 3.0), ("d", 5.0), ("share", 0.1))}
+    inputs = ["h", "scale", "B", "mean", "var"] + (["r", "d", "share"] if name == TRAINING else [])
+    outputs = ["y", "m", "v"] if name == TRAINING else ["y"]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"]) if foldable else helper.make_node("Relu", ["x"], ["h"]),
+        helper.make_node(name, inputs, outputs, name="bn", domain=DOMAIN, **DEFAULTS),
+    ]
+    shape = [2, CHANNELS, 5, 5]
+    graph = helper.make_graph(
+        nodes,
+        "calls",
+        [helper.make_tensor_value_info("x", 1, shape)],
+        [helper.make_tensor_value_info("y", 1, shape)],
+        [numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
+    )
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def saved(path: Path, model: onnx.ModelProto, *, defined: bool) -> Path:
+    loaded = model_file.load(model)
+    if defined:
+        attach(loaded)
+    model_file.save(loaded, path)
+    return path
+
+
+def last_line(text: object) -> str:
+    return str(text).splitlines()[-1]
+
+
+def outputs_of(path: str | Path) -> np.ndarray:
+    x = np.random.default_rng(1).normal(size=(2, CHANNELS, 5, 5)).astype(np.float32)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["y"], {"x": x})[0])
+
+
+def test_where_nothing_folds_the_functions_become_plain_operators_and_are_verified(tmp_path):
+    source = saved(tmp_path / "model.onnx", model_of_calls(), defined=True)
+    done = fuse_file(source)
+    written = onnx.load(done.target)
+    assert not done.report.changed
+    assert done.rewritten
+    assert done.to_dict()["rewritten"] is True
+    assert [n.op_type for n in written.graph.node] == ["Relu", "BatchNormalization"]
+    assert not written.functions
+    assert {i.domain for i in written.opset_import} == {""}
+    assert done.verdict is not None
+    assert done.verdict.outcome == "yes"
+    assert last_line(done) == f"nothing to fold: wrote {done.target}, with plain operators in place of functions"
+    np.testing.assert_allclose(outputs_of(done.target), outputs_of(source), rtol=1e-6, atol=1e-6)
+
+
+def test_a_result_without_functions_that_is_wrong_is_not_written(tmp_path, monkeypatch):
+    from renorm_onnx import delivery
+
+    fuse = delivery.fuse_in_place
+
+    def wrong(model, options):
+        report = fuse(model, options)
+        model.graph[-1].attributes["epsilon"] = delivery.ir.AttrFloat32("epsilon", 1e-2)
+        return report
+
+    monkeypatch.setattr(delivery, "fuse_in_place", wrong)
+    done = fuse_file(saved(tmp_path / "model.onnx", model_of_calls(), defined=True))
+    assert (done.ok, done.written) == (False, False)
+    assert not Path(done.target).exists()
+
+
+def test_a_model_that_needs_nothing_is_copied_and_in_place_left_as_it_is(tmp_path):
+    plain = Path(fuse_file(saved(tmp_path / "model.onnx", model_of_calls(), defined=True)).target)
+    content = plain.read_bytes()
+    copied = fuse_file(plain, tmp_path / "copy.onnx")
+    assert not copied.rewritten
+    assert Path(copied.target).read_bytes() == content
+    assert last_line(copied) == f"nothing to fold: {copied.target} is a copy of {plain}"
+    left = fuse_file(plain, in_place=True)
+    assert plain.read_bytes() == content
+    assert last_line(left) == f"nothing to fold: {plain} stays as it is"
+
+
+def test_a_check_says_no_only_where_a_norm_folds_not_where_functions_are_opened(tmp_path):
+    kept = saved(tmp_path / "kept.onnx", model_of_calls(), defined=True)
+    folded = saved(tmp_path / "folded.onnx", model_of_calls(foldable=True), defined=True)
+    assert cli.main(["fuse", str(kept), "--check"]) == cli.YES
+    assert cli.main(["fuse", str(folded), "--check"]) == cli.NO
+    assert last_line(fuse_file(kept, dry_run=True)) == "wrote nothing"
+
+
+@pytest.mark.parametrize("verify", ["auto", "never"])
+def test_calls_without_a_definition_fold_as_if_they_had_one(tmp_path, verify):
+    source = saved(tmp_path / "model.onnx", model_of_calls(foldable=True), defined=False)
+    defined = saved(tmp_path / "defined.onnx", model_of_calls(foldable=True), defined=True)
+    done = fuse_file(source, verify=verify)
+    assert (len(done.report.folded), done.written) == (1, True)
+    assert last_line(done) == f"wrote {done.target}"
+    assert [n.op_type for n in onnx.load(done.target).graph.node] == ["Conv"]
+    np.testing.assert_allclose(outputs_of(done.target), outputs_of(defined), rtol=1e-5, atol=1e-5)
+
+
+def test_calls_without_a_definition_are_inlined_and_inspected(tmp_path, capsys):
+    source = saved(tmp_path / "model.onnx", model_of_calls(), defined=False)
+    done = inline_file(source)
+    assert done.calls == 1
+    assert [n.op_type for n in onnx.load(done.target).graph.node] == ["Relu", "BatchNormalization"]
+    assert cli.main(["inspect", str(source)]) == cli.YES
+    assert "1 norms, 0 of them can be folded" in capsys.readouterr().out
+
+
+def test_a_training_step_without_a_definition_gets_one(tmp_path):
+    done = fuse_file(saved(tmp_path / "model.onnx", model_of_calls(name=TRAINING), defined=False), verify="never")
+    assert [f.name for f in onnx.load(done.target).functions] == [TRAINING]
+    assert np.isfinite(outputs_of(done.target)).all()
+    assert last_line(done) == f"nothing to fold: wrote {done.target}, whose functions alone differ"
+
+
+def test_a_call_that_cannot_be_defined_is_refused(tmp_path):
+    source = saved(tmp_path / "model.onnx", model_of_calls(name=TRAINING, opset=17), defined=False)
+    for command in (fuse_file, inline_file):
+        with pytest.raises(InputError, match="needs opset 18 or newer"):
+            command(source)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_sizes_count_each_data_file_once(tmp_path):
+    def size(folder: Path) -> int:
+        return sum(path.stat().st_size for path in folder.iterdir())
+
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(32, 32)).astype(np.float32) for _ in range(2)]
+    nodes = [helper.make_node("MatMul", ["x", "w0"], ["h"]), helper.make_node("MatMul", ["h", "w1"], ["y0"])]
+    nodes.append(helper.make_node("Mul", ["y0", "s"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "two",
+        [helper.make_tensor_value_info("x", 1, [3, 32])],
+        [helper.make_tensor_value_info("y", 1, [3, 32])],
+        [numpy_helper.from_array(a, f"w{i}") for i, a in enumerate(arrays)]
+        + [numpy_helper.from_array(np.float32(3.0), "s")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    folders = [tmp_path / name for name in ("before", "after", "copy")]
+    for folder in folders:
+        folder.mkdir()
+    paths = [folder / "model.onnx" for folder in folders]
+    onnx.save(model, paths[0], save_as_external_data=True, location="model.data", size_threshold=0)
+    done = fuse_file(paths[0], paths[1])
+    assert done.report.changed
+    assert (done.bytes_before, done.bytes_after) == (size(folders[0]), size(folders[1]))
+    assert done.bytes_before > sum(a.nbytes for a in arrays)
+    again = fuse_file(paths[1], paths[2])
+    assert not again.rewritten
+    assert (again.bytes_before, again.bytes_after) == (size(folders[1]), size(folders[2]))
