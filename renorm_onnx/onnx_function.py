@@ -285,8 +285,12 @@ def attach(model: ir.Model) -> int:
         The number of calls.
 
     Raises:
-        InputError: The model's opset is too old for a function it calls.
+        InputError: `model` is no `onnx_ir.Model`; its opset is too old for a function it calls.
     """
+    if not isinstance(model, ir.Model):
+        raise InputError(
+            f"attach: model is a {type(model).__name__}, expected an onnx_ir.Model, as ONNXProgram.model is"
+        )
     opset = model.opset_imports.get("", 1)
     count = 0
     for call in calls_in(model):

@@ -250,3 +250,8 @@ def test_unsharing_twice_changes_nothing_more() -> None:
     names = sorted(model.graph.initializers)
     unshare(model)
     assert sorted(model.graph.initializers) == names
+
+
+def test_a_model_that_is_not_of_onnx_ir_is_refused():
+    with pytest.raises(InputError, match=r"attach: model is a ModelProto, expected an onnx_ir\.Model"):
+        attach(onnx.ModelProto())

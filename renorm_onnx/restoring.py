@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+import onnx
 import torch
 from torch import nn
 
@@ -10,12 +11,13 @@ from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter_checks import layers_of, uncompiled
 from renorm_onnx.layers.modules import _BatchRenorm
+from renorm_onnx.layers.swap import check_module
 from renorm_onnx.onnx_layers import LayerInfo, layers_in
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
-def restore(module: nn.Module, path: str | os.PathLike[str], *, allow_symlinks: bool = False) -> int:
+def restore(module: nn.Module, path: str | os.PathLike[str] | onnx.ModelProto, *, allow_symlinks: bool = False) -> int:
     """Fill the batch-renormalization layers of `module`, in place, from the function calls of an exported model.
 
     Weights, statistics, eps, momentum, r_max, d_max, stat and the step counter are restored; training goes on as if it
@@ -25,28 +27,33 @@ def restore(module: nn.Module, path: str | os.PathLike[str], *, allow_symlinks: 
 
     Args:
         module: A model with layers of the same paths and sizes. Unchanged if this raises.
-        path: A file that `to_onnx` wrote, not fused: folding leaves nothing to restore.
+        path: A file that `to_onnx` wrote, or the model that it returned; not fused: folding leaves nothing to restore.
         allow_symlinks: Follow links to data files outside the model's folder.
 
     Returns:
         The number of layers restored.
 
     Raises:
+        InputError: `module` is no module, or `path` no path or model.
         InputError: The file has no such calls; its layers and the module's differ in path or size.
         ModelFileError: The file cannot be read.
     """
+    check_module(module, "restore")
+    if not isinstance(path, (str, os.PathLike, onnx.ModelProto)):
+        raise InputError(f"restore: path is a {type(path).__name__}, expected a path or an onnx.ModelProto")
+    shown = "the model" if isinstance(path, onnx.ModelProto) else repr(os.fspath(path))
     model = model_file.load(path, allow_symlinks=allow_symlinks)
     found = {info.name: info for info in layers_in(model)}
     layers = layers_of(uncompiled(module))
     if not found:
         raise InputError(
-            f"restore: {os.fspath(path)!r} has no batch renormalization calls; pass the file that "
+            f"restore: {shown} has no batch renormalization calls; pass the file that "
             "to_onnx wrote, before fusing or inlining"
         )
     if found.keys() != layers.keys():
         only_file, only_module = sorted(found.keys() - layers.keys()), sorted(layers.keys() - found.keys())
         raise InputError(
-            f"restore: the layers of {os.fspath(path)!r} and of {type(module).__name__} differ: only in the file: "
+            f"restore: the layers of {shown} and of {type(module).__name__} differ: only in the file: "
             f"{only_file}; only in the module: {only_module}"
         )
     plans = [_Plan.of(found[name], layer) for name, layer in layers.items()]

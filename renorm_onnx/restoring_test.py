@@ -111,3 +111,21 @@ def test_a_file_without_calls_is_refused_with_advice(trained, tmp_path) -> None:
     to_onnx(trained, torch.randn(2, 3), tmp_path / "plain.onnx", functions=False, verify=False)
     with pytest.raises(InputError, match="has no batch renormalization calls; pass the file that to_onnx wrote"):
         restore(build(), tmp_path / "plain.onnx")
+
+
+def test_a_model_in_memory_restores_as_its_file_does():
+    net = build()
+    train(net, 10, 0)
+    proto = to_onnx(net.eval(), torch.randn(4, 3))
+    other = fresh()
+    assert restore(other, proto) == 3
+    assert torch.equal(other[1].running_var, net[1].running_var)
+    with pytest.raises(InputError, match="restore: the layers of the model and of Sequential differ"):
+        restore(nn.Sequential(BatchRenorm1d(4)), proto)
+
+
+def test_what_is_no_module_and_what_is_no_model_are_refused():
+    with pytest.raises(InputError, match=r"restore: module is a str, expected a torch\.nn\.Module"):
+        restore("net", "net.onnx")
+    with pytest.raises(InputError, match=r"restore: path is a int, expected a path or an onnx\.ModelProto"):
+        restore(build(), 3)
