@@ -129,7 +129,9 @@ def to_onnx(
     check_names(model, input_names, output_names)
     check_sizes(model, dynamic_shapes)
     calls = _finish(model, opset, live, functions=functions, metadata=metadata)
-    if not calls:
+    if not calls and live is not None and layers_of(live):
+        _log.warning("to_onnx: no batch renorm layer became a call; called with a mask in training, it is plain ONNX")
+    elif not calls:
         advice = "" if live is not None else "; capture the program inside keep_ops()"
         _log.warning("to_onnx: the model has no batch renorm layer%s", advice)
     report = ExportReport(len(calls), sum(name != INFERENCE for name in calls), opset)

@@ -46,6 +46,10 @@ def uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
+def _at(name: str) -> str:
+    return f"module {name!r}" if name else "the model itself"
+
+
 def layers_of(module: nn.Module) -> dict[str, _BatchRenorm]:
     """Return our layers by path; a layer used in several places once, under its first path."""
     return {name: m for name, m in module.named_modules() if isinstance(m, _BatchRenorm)}
@@ -124,7 +128,7 @@ def check_modes(module: nn.Module, mode: str) -> None:
     for name, layer in layers_of(module).items():
         if layer.training and isinstance(layer.schedule, FromFunction):
             raise InputError(
-                f"to_onnx(mode='train'): the schedule of module {name!r} is a Python function, which has no ONNX form; "
+                f"to_onnx(mode='train'): the schedule of {_at(name)} is a Python function, which has no ONNX form; "
                 "use a Schedule, or None for bounds that hold from the first step"
             )
     pooled = [name for name, m in layers_of(module).items() if m.training and isinstance(m, SyncBatchRenorm)]
@@ -138,7 +142,7 @@ def check_modes(module: nn.Module, mode: str) -> None:
     for name, m in module.named_modules():
         if isinstance(m, _BatchNorm) and m.training:
             raise InputError(
-                f"to_onnx(mode='train'): module {name!r} is a {type(m).__name__} in training mode, which torch exports "
+                f"to_onnx(mode='train'): {_at(name)} is a {type(m).__name__} in training mode, which torch exports "
                 "as inference; convert it with convert_batchnorm or call .eval() on it"
             )
 
@@ -250,7 +254,7 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
     for name, m in module.named_modules():
         if functions and _FOREIGN.search(type(m).__name__) and not isinstance(m, _BatchRenorm):
             raise InputError(
-                f"to_onnx: module {name!r} is a {type(m).__module__}.{type(m).__qualname__}, another library's batch "
+                f"to_onnx: {_at(name)} is a {type(m).__module__}.{type(m).__qualname__}, another library's batch "
                 "renormalization, which would be exported as loose arithmetic; call adopt(module) first, or pass "
                 "functions=False"
             )
@@ -261,7 +265,7 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise InputError(
-                f"to_onnx: module {name!r} has track_running_stats=False; without running statistics there is nothing "
+                f"to_onnx: {_at(name)} has track_running_stats=False; without running statistics there is nothing "
                 "to normalize by at inference"
             )
     fresh = [name for name, m in layers.items() if not m.training and int(m.num_batches_tracked or 0) == 0]

@@ -281,3 +281,25 @@ def test_an_export_without_verification_says_so(caplog) -> None:
     with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
         to_onnx(small(), X, verify=False)
     assert caplog.messages == ["to_onnx: 1 call; opset 20 asked and reached; not verified"]
+
+
+def test_the_root_is_named_as_such():
+    with pytest.raises(InputError, match="to_onnx: the model itself has track_running_stats=False"):
+        to_onnx(BatchRenorm2d(3, track_running_stats=False).eval(), X)
+
+
+class Masked(nn.Module):
+    """A layer that is always called with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchRenorm2d(3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.norm(x, mask)
+
+
+def test_a_masked_layer_in_training_is_not_said_to_be_missing(caplog):
+    to_onnx(Masked(), (X, torch.ones(2, 6, 6, dtype=torch.bool)), mode="train")
+    assert "no batch renorm layer became a call" in caplog.text
+    assert "the model has no batch renorm layer" not in caplog.text
