@@ -127,7 +127,7 @@ def to_onnx(
     program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **shapes, **names)
     model = program.model
     check_names(model, input_names, output_names)
-    check_sizes(model, dynamic_shapes)
+    check_sizes(model, dynamic_shapes, dynamic_axes)
     calls = _finish(model, opset, live, functions=functions, metadata=metadata)
     if not calls and live is not None and layers_of(live):
         _log.warning("to_onnx: no batch renorm layer became a call; called with a mask in training, it is plain ONNX")

@@ -223,10 +223,11 @@ def check_names(model: ir.Model, input_names: Sequence[str] | None, output_names
             )
 
 
-def check_sizes(model: ir.Model, dynamic_shapes: Any) -> None:
+def check_sizes(model: ir.Model, dynamic_shapes: Any, dynamic_axes: Any) -> None:
     """Refuse a model with a fixed size that was asked to be dynamic.
 
-    A module that fixes a size makes torch give up the `torch.export.Dim` for it without a word.
+    A module that fixes a size makes torch give up the `torch.export.Dim` for it without a word, and a name in
+    `dynamic_axes` that is no input is passed over.
 
     Raises:
         InputError: There are fewer dynamic sizes than were asked for.
@@ -234,13 +235,16 @@ def check_sizes(model: ir.Model, dynamic_shapes: Any) -> None:
     asked = [
         leaf for leaf in torch.utils._pytree.tree_leaves(dynamic_shapes) if isinstance(leaf, (str, torch.export.Dim))
     ]
+    outputs = {v.name for v in model.graph.outputs}
+    asked += [axis for name, axes in (dynamic_axes or {}).items() if name not in outputs for axis in axes]
     inputs = {
         v.name: [str(d) if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()] for v in model.graph.inputs
     }
     if len(asked) > sum(isinstance(size, str) for shape in inputs.values() for size in shape):
+        given = f"dynamic_shapes={dynamic_shapes}" if dynamic_axes is None else f"dynamic_axes={dynamic_axes}"
         raise InputError(
-            f"to_onnx: dynamic_shapes={dynamic_shapes!r} given, but the module fixes some of these sizes: its inputs "
-            f"are {inputs}; export it without them, or change what fixes them, such as a reshape to numbers"
+            f"to_onnx: {given} given, but some of these sizes are fixed: the inputs are {inputs}; name inputs and "
+            "axes, from 0, that exist, or change what fixes the size, such as a reshape to numbers"
         )
 
 
