@@ -87,10 +87,14 @@ def test_a_parametrized_weight_is_used_and_trained():
     assert layer.parametrizations.weight.original.grad.abs().max() > 0
 
 
-def test_a_step_that_fails_leaves_the_layer_as_it_was():
-    layer = BatchRenorm2d(3, schedule=None).train()
-    layer.weight = torch.nn.Parameter(torch.ones(4))
+@pytest.mark.parametrize("bounds", [(1.0, 0.0), (3.0, 5.0)])
+def test_a_step_that_fails_leaves_the_layer_as_it_was(bounds, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    layer = BatchRenorm2d(3, r_max=bounds[0], d_max=bounds[1], schedule=None).train()
     before = [buffer.clone() for buffer in layer.buffers()]
-    with pytest.raises(RuntimeError):
+    monkeypatch.setattr(torch, "native_batch_norm", fail)
+    with pytest.raises(torch.OutOfMemoryError):
         layer(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
     assert all(torch.equal(old, new) for old, new in zip(before, layer.buffers(), strict=True))
