@@ -225,20 +225,17 @@ def fuse_file(
         model_file.check_output(path, inputs=[] if in_place else [source], force=force or in_place)
     before = os.path.getsize(source) + _data_size(original)
     defined = define_calls(original)  # or nothing could run the original, to compare with
-    functions = set(original.functions)
     # The check compares with the original; without one, nobody else needs it.
     model = original if verify == "never" else model_file.load(original)
-    report = fuse_in_place(model, options)
-    rewritten = report.changed or defined or functions != set(model.functions)
+    report, rewritten = _fold(model, options, defined=defined)
     verdict, unchecked = _check(original, model, verify, providers, seed) if rewritten else (None, UNCHANGED)
     if report.branches_merged and verdict is not None and verdict.outcome == "no" and _places_hold(verdict):
         # Merging is exact, but adds weights of several sizes before they are rounded; a badly conditioned network can
         # feel that, rarely more than `verify` grants it. Folding never asks so much, and is worth having alone.
         remark = f"branches kept apart, because merged they cost precision: {verdict.reason}"
         model = model_file.load(original)
-        report = fuse_in_place(model, replace(options or FuseOptions(), merge_branches=False))
+        report, rewritten = _fold(model, replace(options or FuseOptions(), merge_branches=False), defined=defined)
         report.remarks.append(remark)
-        rewritten = report.changed or defined or functions != set(model.functions)
         verdict, unchecked = _check(original, model, verify, providers, seed) if rewritten else (None, UNCHANGED)
     written = not dry_run and (verdict is None or verdict.outcome in ("yes", "skipped"))
     after = 0
@@ -250,6 +247,13 @@ def fuse_file(
         if not in_place:
             model_file.copy_file(source, path, force=force)
     return FusedFile(os.fspath(source), path, written, rewritten, report, verdict, unchecked, before, after)
+
+
+def _fold(model: ir.Model, options: FuseOptions | None, *, defined: bool) -> tuple[FusionReport, bool]:
+    """Fold in place; say too whether the model is another than its file holds, be it only by its functions."""
+    functions = set(model.functions)
+    report = fuse_in_place(model, options)
+    return report, report.changed or defined or functions != set(model.functions)
 
 
 def _places_hold(verdict: Verdict) -> bool:

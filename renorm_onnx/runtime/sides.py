@@ -84,7 +84,7 @@ class Sides:
         """Return the outputs that depend on what is fed, by more than its shape."""
         return data_names(self.model, {spec.name for spec in input_specs(self.model)})
 
-    @property
+    @functools.cached_property
     def precision(self) -> Precision:
         """What the coarsest type of the original allows to expect."""
         nodes = list(self.model.graph.all_nodes())
