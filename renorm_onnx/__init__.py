@@ -26,7 +26,7 @@ _NAMES = {
     "inspection": ("inspect_model",),
     "exporter": ("keep_ops", "to_onnx", "translation_table"),
     "onnx_function": ("attach",),
-    "restoring": ("restore",),
+    "exporting.restoring": ("restore",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from renorm_onnx.exporter import keep_ops as keep_ops
     from renorm_onnx.exporter import to_onnx as to_onnx
     from renorm_onnx.exporter import translation_table as translation_table
+    from renorm_onnx.exporting.restoring import restore as restore
     from renorm_onnx.fusion.engine import FuseOptions as FuseOptions
     from renorm_onnx.fusion.engine import fuse as fuse
     from renorm_onnx.fusion.report import FusionReport as FusionReport
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
     from renorm_onnx.layers.schedules import linear as linear
     from renorm_onnx.layers.schedules import stretched as stretched
     from renorm_onnx.onnx_function import attach as attach
-    from renorm_onnx.restoring import restore as restore
     from renorm_onnx.runtime.parity import verify as verify
 
 

@@ -360,7 +360,7 @@ def _inspect(arguments: argparse.Namespace) -> _Outcome:
 
 def _bench(arguments: argparse.Namespace) -> _Outcome:
     from renorm_onnx.errors import InputError
-    from renorm_onnx.file_writing import check_output
+    from renorm_onnx.files.file_writing import check_output
     from renorm_onnx.runtime.bench import bench, plot
 
     if arguments.compare and len(arguments.models) < 2:

@@ -17,11 +17,11 @@ import onnx_ir as ir
 
 from renorm_onnx import __version__, model_file
 from renorm_onnx.errors import InputError, MachineError
+from renorm_onnx.files.model_tensors import all_tensors
 from renorm_onnx.fusion.calls import define_calls
 from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
 from renorm_onnx.fusion.report import METADATA_KEY, FusionReport
 from renorm_onnx.inlining import inline
-from renorm_onnx.model_tensors import all_tensors
 from renorm_onnx.onnx_function import DOMAIN
 from renorm_onnx.runtime.table import text_table
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from renorm_onnx import model_file, opset_lowering
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporter_checks import (
+from renorm_onnx.exporting.checks import (
     as_args,
     check_layers,
     check_modes,
@@ -40,9 +40,9 @@ from renorm_onnx.exporter_checks import (
     quiet,
     uncompiled,
 )
-from renorm_onnx.exporter_failures import explain_failure, without_colour
-from renorm_onnx.exporter_training import WRAPPED, TrainingStep, open_statistics, set_defaults
-from renorm_onnx.exporter_verification import ExportReport, verify_export
+from renorm_onnx.exporting.failures import explain_failure, without_colour
+from renorm_onnx.exporting.training import WRAPPED, TrainingStep, open_statistics, set_defaults
+from renorm_onnx.exporting.verification import ExportReport, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops
 from renorm_onnx.onnx_function import (
     DEFAULTS,

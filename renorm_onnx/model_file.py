@@ -23,12 +23,12 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.external_data import BLOCK_BYTES, check_external, set_folder
-from renorm_onnx.file_writing import NewFile, check_output, explain
-from renorm_onnx.model_checks import check_model, check_size
-from renorm_onnx.model_tensors import all_tensors, in_memory, renamable, with_inner_tensors, with_tensors
-from renorm_onnx.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
-from renorm_onnx.tensor_checks import quoted, tensor_bytes
+from renorm_onnx.files.external_data import BLOCK_BYTES, check_external, set_folder
+from renorm_onnx.files.file_writing import NewFile, check_output, explain
+from renorm_onnx.files.model_checks import check_model, check_size
+from renorm_onnx.files.model_tensors import all_tensors, in_memory, renamable, with_inner_tensors, with_tensors
+from renorm_onnx.files.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
+from renorm_onnx.files.tensor_checks import quoted, tensor_bytes
 
 __all__ = ["check_output", "collection_paused", "copy_file", "load", "model_bytes", "save", "to_proto"]
 

@@ -13,8 +13,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from renorm_onnx import model_file, protobuf_writing
+from renorm_onnx import model_file
 from renorm_onnx.errors import ModelFileError
+from renorm_onnx.files import protobuf_writing
 
 WEIGHT = np.random.default_rng(0).normal(size=(64, 3, 3, 3)).astype(np.float32)
 

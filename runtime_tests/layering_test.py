@@ -27,9 +27,10 @@ ORDER = [
     "layers.swap",
     "layers.distributed layers.running_stats",
     "layers.convert layers.adoption layers.keras_weights",
-    "file_writing tensor_checks",
-    "external_data name_checks model_tensors",
-    "model_checks protobuf_writing",
+    "files",
+    "files.file_writing files.tensor_checks",
+    "files.external_data files.name_checks files.model_tensors",
+    "files.model_checks files.protobuf_writing",
     "model_file",
     "inlining",
     "onnx_function",
@@ -54,15 +55,16 @@ ORDER = [
     "runtime.parity runtime.bench runtime.doctor",
     "runtime layers fusion",
     "delivery inspection",
-    "exporter_failures",
-    "exporter_checks",
-    "exporter_training restoring",
-    "exporter_verification",
+    "exporting",
+    "exporting.failures",
+    "exporting.checks",
+    "exporting.training exporting.restoring",
+    "exporting.verification",
     "exporter",
     "cli",
     "__main__",
 ]
-TORCH_ALLOWED = ["layers", "layers.*", "exporter", "exporter_*", "restoring"]
+TORCH_ALLOWED = ["layers", "layers.*", "exporter", "exporting.*"]
 TORCH_ON_DEMAND = ["runtime.torch_reference"]  # Imports torch inside a function, for a module the caller made with it.
 
 

@@ -5,9 +5,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from renorm_onnx import model_file, protobuf_writing
+from renorm_onnx import model_file
 from renorm_onnx.delivery import fuse_file
 from renorm_onnx.errors import InputError, ModelFileError
+from renorm_onnx.files import protobuf_writing
 from renorm_onnx.fusion.conftest import Builder, assert_same, operators
 from renorm_onnx.fusion.engine import FuseOptions, fuse
 from renorm_onnx.fusion.report import Reason

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx import TensorProto
 
-from renorm_onnx.external_data import read_rows
+from renorm_onnx.files.external_data import read_rows
 from renorm_onnx.fusion.facts import Fact, to_float64
 
 Array = npt.NDArray[np.float64]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from renorm_onnx import exporter_verification
 from renorm_onnx.errors import VerificationError
 from renorm_onnx.exporter import to_onnx
-from renorm_onnx.exporter_verification import ExportReport, check_structure, verify_export
+from renorm_onnx.exporting import verification
+from renorm_onnx.exporting.verification import ExportReport, check_structure, verify_export
 from renorm_onnx.layers.modules import BatchRenorm2d
 from renorm_onnx.runtime.estimate import Cost
 
@@ -70,7 +70,7 @@ def test_bfloat16_below_opset_22_is_explained() -> None:
 
 
 def test_a_model_that_costs_too_much_is_not_run_and_this_is_said(model, net, monkeypatch) -> None:
-    monkeypatch.setattr(exporter_verification, "LIMIT", Cost(1e3, 1e9, complete=True))
+    monkeypatch.setattr(verification, "LIMIT", Cost(1e3, 1e9, complete=True))
     report = verify_export(model, net, (X,), {}, REPORT)
     assert report.error is None
     assert "not checked: values, because one run takes" in str(report)

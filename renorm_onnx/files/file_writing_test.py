@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from renorm_onnx import file_writing
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.file_writing import NewFile, check_output
+from renorm_onnx.files import file_writing
+from renorm_onnx.files.file_writing import NewFile, check_output
 
 
 @pytest.fixture

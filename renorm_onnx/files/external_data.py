@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.file_writing import explain
-from renorm_onnx.tensor_checks import quoted, tensor_bytes
+from renorm_onnx.files.file_writing import explain
+from renorm_onnx.files.tensor_checks import quoted, tensor_bytes
 
 # Blocks of this size stay in the processor's cache between reading, hashing and writing.
 BLOCK_BYTES: Final = 1 << 18

@@ -13,7 +13,7 @@ import onnx
 from onnx import FunctionProto, GraphProto, NodeProto
 
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.tensor_checks import quoted
+from renorm_onnx.files.tensor_checks import quoted
 
 MAX_NODES: Final = 200_000
 # onnxruntime crashes somewhere beyond: it follows calls on the stack.

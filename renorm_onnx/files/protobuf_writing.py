@@ -16,8 +16,8 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.external_data import blocks
-from renorm_onnx.tensor_checks import quoted
+from renorm_onnx.files.external_data import blocks
+from renorm_onnx.files.tensor_checks import quoted
 
 # What protobuf readers accept in one message.
 PROTOBUF_LIMIT: Final = 2**31 - 1

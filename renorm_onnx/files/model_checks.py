@@ -14,8 +14,8 @@ from google.protobuf import unknown_fields  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
 
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.name_checks import MAX_NODES, Scope, check_calls, define, plain_domain, resolve, title
-from renorm_onnx.tensor_checks import check_tensor, densified, quoted
+from renorm_onnx.files.name_checks import MAX_NODES, Scope, check_calls, define, plain_domain, resolve, title
+from renorm_onnx.files.tensor_checks import check_tensor, densified, quoted
 
 MAX_ENTRIES: Final = 2_000_000
 # protobuf reads messages at most 100 deep, three per graph: no file can hold more than 31 graphs in one another.

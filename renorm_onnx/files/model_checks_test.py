@@ -9,8 +9,9 @@ import onnx
 import pytest
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from renorm_onnx import model_checks, model_file, name_checks
+from renorm_onnx import model_file
 from renorm_onnx.errors import ModelFileError
+from renorm_onnx.files import model_checks, name_checks
 
 node = helper.make_node
 

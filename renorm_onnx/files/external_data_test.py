@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from renorm_onnx import external_data, model_file
+from renorm_onnx import model_file
 from renorm_onnx.errors import ModelFileError
+from renorm_onnx.files import external_data
 
 VALUES = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 SIZE = VALUES.nbytes

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.tensor_checks import check_tensor, densified, quoted
+from renorm_onnx.files.tensor_checks import check_tensor, densified, quoted
 
 
 def tensor(dims: list[int], kind: int = TensorProto.FLOAT, **fields: object) -> TensorProto:

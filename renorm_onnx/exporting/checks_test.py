@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from renorm_onnx import exporter_checks
 from renorm_onnx.errors import InputError, ModelFileError
 from renorm_onnx.exporter import keep_ops, to_onnx
-from renorm_onnx.exporter_checks import check_options, newest_loadable, quiet
+from renorm_onnx.exporting import checks
+from renorm_onnx.exporting.checks import check_options, newest_loadable, quiet
 from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import BatchRenorm2d
 
@@ -209,7 +209,7 @@ def test_a_failed_export_names_the_layer_and_keeps_torchs_message(layer, message
 
 def test_an_opset_that_onnxruntime_does_not_load_is_refused_unless_nothing_is_to_be_run(monkeypatch) -> None:
     defined = onnx.defs.onnx_opset_version()
-    monkeypatch.setattr(exporter_checks, "newest_loadable", lambda: defined - 1)
+    monkeypatch.setattr(checks, "newest_loadable", lambda: defined - 1)
     message = (
         rf"opset={defined} given; .* to {defined - 1}, the newest that the installed onnxruntime knows; "
         rf"with verify=False up to {defined}, for another runtime"

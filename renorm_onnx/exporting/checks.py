@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from renorm_onnx.errors import InputError, MachineError
-from renorm_onnx.exporter_failures import described
+from renorm_onnx.exporting.failures import described
 from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.schedules import FromFunction
@@ -37,7 +37,7 @@ _NOISY = ("torch", "onnxscript", "onnx_ir")
 #: Code whose warnings during an export concern its own authors; torch puts some at the line that called it.
 _THEIRS = (
     *(str(m.__file__).removesuffix("__init__.py") for m in (torch, onnxscript, ir, onnx, copyreg, contextlib)),
-    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
 )
 
 

@@ -7,10 +7,10 @@ from torch import nn
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import to_onnx
+from renorm_onnx.exporting.restoring import restore
 from renorm_onnx.layers.modules import BatchRenorm1d
 from renorm_onnx.layers.schedules import linear
 from renorm_onnx.onnx_layers import layers_in
-from renorm_onnx.restoring import restore
 
 
 def build(features: int = 4) -> nn.Sequential:

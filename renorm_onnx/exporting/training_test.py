@@ -12,13 +12,13 @@ from torch import nn
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import to_onnx
-from renorm_onnx.exporter_training import UPDATED
+from renorm_onnx.exporting.restoring import restore
+from renorm_onnx.exporting.training import UPDATED
 from renorm_onnx.inlining import inline
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.schedules import linear
 from renorm_onnx.onnx_function import DOMAIN, TRAINING, TRAINING_NAMES, TWO_SETS
 from renorm_onnx.onnx_layers import layers_in
-from renorm_onnx.restoring import restore
 from renorm_onnx.runtime.parity import verify
 
 STEPS = 50
