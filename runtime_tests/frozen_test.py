@@ -11,12 +11,12 @@ from torch import nn
 
 import renorm_onnx
 from renorm_onnx import model_file
-from renorm_onnx.exporter_training import UPDATED
+from renorm_onnx.exporting.restoring import restore
+from renorm_onnx.exporting.training import UPDATED
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.layers.modules import BatchRenorm2d
 from renorm_onnx.layers.schedules import linear
 from renorm_onnx.onnx_layers import layers_in
-from renorm_onnx.restoring import restore
 from renorm_onnx.runtime.comparison import Tolerance, compare
 from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.session import open_session

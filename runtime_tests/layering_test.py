@@ -65,7 +65,7 @@ ORDER = [
     "__main__",
 ]
 TORCH_ALLOWED = ["layers", "layers.*", "exporter", "exporting.*"]
-TORCH_ON_DEMAND = ["runtime.torch_reference"]  # Imports torch inside a function, for a module the caller made with it.
+TORCH_ON_DEMAND = ["runtime.judging.torch_reference"]  # Imports torch in a function, for a module of the caller.
 
 
 @functools.cache

@@ -36,16 +36,16 @@ from renorm_onnx.errors import MachineError
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.onnx_function import DOMAIN, inline
-from renorm_onnx.runtime.deviation import Errors, errors_of
 from renorm_onnx.runtime.inputs import Trial, input_specs, make_trial
-from renorm_onnx.runtime.neighbours import neighbour
+from renorm_onnx.runtime.judging.deviation import Errors, errors_of
+from renorm_onnx.runtime.judging.neighbours import neighbour
+from renorm_onnx.runtime.judging.sites import check_sites
+from renorm_onnx.runtime.judging.torch_reference import TorchReference
+from renorm_onnx.runtime.judging.verdict import POOLED, PRECISIONS, Judge
 from renorm_onnx.runtime.providers import provider_status
 from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.session import LEVELS, open_session
-from renorm_onnx.runtime.sites import check_sites
 from renorm_onnx.runtime.table import text_table
-from renorm_onnx.runtime.torch_reference import TorchReference
-from renorm_onnx.runtime.verdict import POOLED, PRECISIONS, Judge
 
 Array = npt.NDArray[Any]
 

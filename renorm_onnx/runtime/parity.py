@@ -19,19 +19,19 @@ import numpy.typing as npt
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, RenormError
 from renorm_onnx.runtime.comparison import TOLERANCES, Comparison, Tolerance, compare
-from renorm_onnx.runtime.deviation import errors_of
 from renorm_onnx.runtime.estimate import LIMIT, Cost, estimate
 from renorm_onnx.runtime.inputs import Trial, input_specs
-from renorm_onnx.runtime.layerwise import compare_layers
-from renorm_onnx.runtime.outputs import Variation, largest_difference, tensors_of
+from renorm_onnx.runtime.judging.deviation import errors_of
+from renorm_onnx.runtime.judging.layerwise import compare_layers
+from renorm_onnx.runtime.judging.outputs import Variation, largest_difference, tensors_of
+from renorm_onnx.runtime.judging.pair import Pair
+from renorm_onnx.runtime.judging.report import Repeat, Verdict
+from renorm_onnx.runtime.judging.sites import SiteReport, check_sites
+from renorm_onnx.runtime.judging.torch_reference import is_torch_module
+from renorm_onnx.runtime.judging.trials import ReferenceUnusableError, trials
+from renorm_onnx.runtime.judging.verdict import POOLED, Judge, Row
 from renorm_onnx.runtime.providers import onnxruntime
-from renorm_onnx.runtime.report import Repeat, Verdict
 from renorm_onnx.runtime.session import Session, open_session
-from renorm_onnx.runtime.sides import Sides
-from renorm_onnx.runtime.sites import SiteReport, check_sites
-from renorm_onnx.runtime.torch_reference import is_torch_module
-from renorm_onnx.runtime.trials import ReferenceUnusableError, trials
-from renorm_onnx.runtime.verdict import POOLED, Judge, Row
 
 __all__ = [
     "LIMIT",
@@ -106,11 +106,11 @@ def verify(
         candidate, fusion = fuse(reference)
     if is_torch_module(reference) and (sites or layers):
         raise InputError("verify: sites= and layers= need a reference model, a torch module has no value names")
-    sides = Sides(reference, candidate, allow_symlinks=allow_symlinks)
+    pair = Pair(reference, candidate, allow_symlinks=allow_symlinks)
     if sites is None:
-        sites = fusion is not None or sides.names_agree
-    found = check_sites(sides.model, sides.candidate, seed=seed) if sites else None
-    comparison = _Comparison(sides, found, seed, dict(sizes or {}))
+        sites = fusion is not None or pair.names_agree
+    found = check_sites(pair.model, pair.candidate, seed=seed) if sites else None
+    comparison = _Comparison(pair, found, seed, dict(sizes or {}))
     verdict = comparison.run(tuple(dict.fromkeys(providers)), inputs, limit, layers)
     if found is not None:
         verdict = _with_sites(verdict, found)
@@ -139,8 +139,8 @@ class _Runners:
 class _Comparison:
     """One call of `verify`."""
 
-    def __init__(self, sides: Sides, sites: SiteReport | None, seed: int, sizes: dict[str, int]) -> None:
-        self._sides, self._sites, self._seed, self._sizes = sides, sites, seed, sizes
+    def __init__(self, pair: Pair, sites: SiteReport | None, seed: int, sizes: dict[str, int]) -> None:
+        self._pair, self._sites, self._seed, self._sizes = pair, sites, seed, sizes
         self._skipped: list[str] = []
         self._remarks: list[str] = []
         self._trials: list[tuple[Trial, dict[str, Array]]] = []
@@ -149,11 +149,11 @@ class _Comparison:
         self._variations: dict[str, Variation] = {}
 
     def run(self, providers: Sequence[str], inputs: Any, limit: Cost | None, layers: bool) -> Verdict:
-        sides = self._sides
-        base = Verdict("no", "", precision=sides.precision.name)
-        if sides.problems:
-            return replace(base, reason=f"The interface differs: {sides.problems[0]}", problems=tuple(sides.problems))
-        cost = estimate(sides.model, self._sizes)
+        pair = self._pair
+        base = Verdict("no", "", precision=pair.precision.name)
+        if pair.problems:
+            return replace(base, reason=f"The interface differs: {pair.problems[0]}", problems=tuple(pair.problems))
+        cost = estimate(pair.model, self._sizes)
         base = replace(base, cost=cost)
         if limit is not None and (cost.flops > limit.flops or cost.bytes > limit.bytes):
             return _skipped(base, f"one run takes {cost}, the limit is {limit}")
@@ -167,21 +167,21 @@ class _Comparison:
         return _skipped(base, verdict.reason) if limit is not None and self._uncovered else verdict
 
     def _run(self, base: Verdict, providers: Sequence[str], inputs: Any, cost: Cost, layers: bool) -> Verdict:
-        sides, precision = self._sides, self._sides.precision
+        pair, precision = self._pair, self._pair.precision
         base = replace(base, environment=_environment(providers))
         runners: list[_Runners] = []
         for provider in providers:
-            unfused = sides.torch or open_session(sides.sources[0], provider)
+            unfused = pair.torch or open_session(pair.sources[0], provider)
             try:
-                fused = open_session(sides.sources[1], provider)
+                fused = open_session(pair.sources[1], provider)
             except (ModelFileError, MachineError) as error:
                 return replace(base, reason=f"The candidate cannot be run where the reference can: {error}")
             runners.append(_Runners(provider, Judge(provider, precision), unfused, fused))
         placement = {one.provider: dict(Counter(node.provider for node in one.fused.placement)) for one in runners}
         base.environment["placement"] = placement
         try:
-            specs = input_specs(sides.model)
-            for trial, want in trials(sides.evaluate, specs, inputs, cost, self._seed, self._sizes):
+            specs = input_specs(pair.model)
+            for trial, want in trials(pair.evaluate, specs, inputs, cost, self._seed, self._sizes):
                 tensors = tensors_of(want)
                 if trial.ordinary:
                     for name, array in tensors.items():
@@ -195,7 +195,7 @@ class _Comparison:
         verdict = self._conclude(base, runners)
         if layers and self._first is not None:
             first, _ = self._first
-            compared = [compare_layers(sides.model, sides.candidate, one.provider, first, precision) for one in runners]
+            compared = [compare_layers(pair.model, pair.candidate, one.provider, first, precision) for one in runners]
             verdict = replace(verdict, layers=tuple(compared))
         return verdict
 
@@ -268,7 +268,7 @@ class _Comparison:
         """Before saying no: measure again what rounding costs, with the original's weights rounded otherwise."""
         for number in range(_NEIGHBOURS):
             try:
-                session = self._sides.neighbour(self._seed * _NEIGHBOURS + number, one.provider)
+                session = self._pair.neighbour(self._seed * _NEIGHBOURS + number, one.provider)
                 for trial, want in self._trials:
                     for name, array in tensors_of(session.run(trial.feeds)).items():
                         one.judge.take_in(trial, name, want[name], array)
@@ -283,15 +283,15 @@ class _Comparison:
 
     def _neighbours_may_count(self) -> bool:
         """Tell whether every rewritten place holds by itself; a torch module has none, and neighbours count alone."""
-        if self._sides.torch is not None:
+        if self._pair.torch is not None:
             return True
         if self._sites is None:
-            self._sites = check_sites(self._sides.model, self._sides.candidate, seed=self._seed)
+            self._sites = check_sites(self._pair.model, self._pair.candidate, seed=self._seed)
         return self._sites.complete
 
     def _dead_outputs(self) -> str:
         """Return why there can be no yes: an output that never changed, and places that were not all checked alone."""
-        live = self._sides.live_outputs()
+        live = self._pair.live_outputs()
         dead = [name for name, found in self._variations.items() if found.is_dead and name.partition("[")[0] in live]
         if not dead:
             return ""
@@ -308,7 +308,7 @@ class _Comparison:
             return base
         (trial, want), rows, repeats = self._first, list[Row](), []
         for one in runners:
-            again = tensors_of(open_session(self._sides.sources[1], one.provider).run(trial.feeds))
+            again = tensors_of(open_session(self._pair.sources[1], one.provider).run(trial.feeds))
             once = tensors_of(one.fused.run(trial.feeds))
             largest = max((largest_difference(once[name], again[name]) for name in once), default=0.0)
             repeats.append(Repeat(one.provider, largest, trial.label))
@@ -318,11 +318,11 @@ class _Comparison:
     def _optimized(self, one: _Runners, trial: Trial, want: Mapping[str, Array]) -> list[Row]:
         judge = Judge(one.provider, one.judge.precision)
         try:
-            fused = open_session(self._sides.sources[1], one.provider, optimize="all").run(trial.feeds)
-            if self._sides.torch:
+            fused = open_session(self._pair.sources[1], one.provider, optimize="all").run(trial.feeds)
+            if self._pair.torch:
                 unfused = one.unfused.run(trial.feeds)
             else:
-                unfused = open_session(self._sides.sources[0], one.provider, optimize="all").run(trial.feeds)
+                unfused = open_session(self._pair.sources[0], one.provider, optimize="all").run(trial.feeds)
         except (InputError, MachineError) as error:
             self._skipped.append(f"optimized models on {one.provider}: {error}")
             return []

@@ -8,8 +8,8 @@ import onnx.helper as oh
 import onnx.numpy_helper as onh
 import pytest
 
+from renorm_onnx.runtime.judging.verdict import POOLED
 from renorm_onnx.runtime.parity import verify
-from renorm_onnx.runtime.verdict import POOLED
 
 EPS = float(np.float32(1e-3))
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 import renorm_onnx.runtime.providers as providers
-import renorm_onnx.runtime.tensors as tensors
+import renorm_onnx.runtime.sessions.tensors as tensors
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
-from renorm_onnx.runtime.cuda_graph import CudaGraph
-from renorm_onnx.runtime.ort_errors import creation_error, run_error
-from renorm_onnx.runtime.placement import Placed, compute_nodes, placement_of
-from renorm_onnx.runtime.tensors import TensorSpec
+from renorm_onnx.runtime.sessions.cuda_graph import CudaGraph
+from renorm_onnx.runtime.sessions.ort_errors import creation_error, run_error
+from renorm_onnx.runtime.sessions.placement import Placed, compute_nodes, placement_of
+from renorm_onnx.runtime.sessions.tensors import TensorSpec
 
 LEVELS = {
     "off": "ORT_DISABLE_ALL",

@@ -7,9 +7,10 @@ import onnx.parser
 import pytest
 
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
-from renorm_onnx.runtime import Session, placement, providers
-from renorm_onnx.runtime.placement import Placed
+from renorm_onnx.runtime import Session, providers
 from renorm_onnx.runtime.session import open_session
+from renorm_onnx.runtime.sessions import placement
+from renorm_onnx.runtime.sessions.placement import Placed
 
 TWO_INPUTS = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,3] a, float[N,3] b) => (float[N,3] total, bool[N,3] larger) {

@@ -9,21 +9,21 @@ import onnx_ir as ir
 
 from renorm_onnx import model_file
 from renorm_onnx.fusion.report import METADATA_KEY
-from renorm_onnx.runtime.cuts import data_names
 from renorm_onnx.runtime.inputs import input_specs
-from renorm_onnx.runtime.interface import interface_problems
-from renorm_onnx.runtime.neighbours import neighbour
+from renorm_onnx.runtime.judging.cuts import data_names
+from renorm_onnx.runtime.judging.interface import interface_problems
+from renorm_onnx.runtime.judging.neighbours import neighbour
+from renorm_onnx.runtime.judging.torch_reference import TorchReference, is_torch_module
+from renorm_onnx.runtime.judging.verdict import PRECISIONS, Precision
 from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.session import Session, open_session, source_of
-from renorm_onnx.runtime.torch_reference import TorchReference, is_torch_module
-from renorm_onnx.runtime.verdict import PRECISIONS, Precision
 
 Array = npt.NDArray[Any]
 
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
 
 
-class Sides:
+class Pair:
     """The two models, loaded and held side by side.
 
     Args:

@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from renorm_onnx.runtime.neighbours import neighbour
+from renorm_onnx.runtime.judging.neighbours import neighbour
+from renorm_onnx.runtime.judging.pair import Pair
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.parity_networks_test import EPS, Builder, info, make_norm
 from renorm_onnx.runtime.parity_test import edit
-from renorm_onnx.runtime.sides import Sides
 
 DEPTH, WIDTH = 14, 24
 
@@ -108,7 +108,7 @@ def test_every_floating_type_has_neighbours(dtype):
 
 
 def test_a_torch_module_has_neighbours_too():
-    from renorm_onnx.runtime.torch_reference import TorchReference
+    from renorm_onnx.runtime.judging.torch_reference import TorchReference
 
     module = torch.nn.Sequential(torch.nn.Linear(30, 30), torch.nn.BatchNorm1d(30)).eval()
     reference = TorchReference(module, ["x"], ["y"])
@@ -125,14 +125,14 @@ def test_neighbours_leave_no_weights_behind_where_nobody_looks_for_garbage():
     b = Builder(False, EPS, False, np.float32)
     b.add("MatMul", ["x", b.weight("w", weights)], "y")
     model = b.model([info("x", ["N", 300])], [info("y", ["N", 300])])
-    sides = Sides(model, model, allow_symlinks=False)
-    sides.neighbour(0, "cpu")
+    pair = Pair(model, model, allow_symlinks=False)
+    pair.neighbour(0, "cpu")
     gc.collect()
     gc.disable()
     tracemalloc.start()
     try:
         for seed in range(8):
-            sides.neighbour(seed, "cpu")
+            pair.neighbour(seed, "cpu")
         assert tracemalloc.get_traced_memory()[0] < 4 * weights.size
     finally:
         tracemalloc.stop()

@@ -23,9 +23,9 @@ import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.model_file import collection_paused
-from renorm_onnx.runtime.cuts import UNIT_ROUNDOFF, Cut, GraphByNames
-from renorm_onnx.runtime.deviation import ratio
 from renorm_onnx.runtime.estimate import inferred_shapes
+from renorm_onnx.runtime.judging.cuts import UNIT_ROUNDOFF, Cut, GraphByNames
+from renorm_onnx.runtime.judging.deviation import ratio
 
 Array = npt.NDArray[Any]
 

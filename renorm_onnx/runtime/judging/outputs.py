@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from renorm_onnx.runtime.verdict import ENOUGH
+from renorm_onnx.runtime.judging.verdict import ENOUGH
 
 Array = npt.NDArray[Any]
 

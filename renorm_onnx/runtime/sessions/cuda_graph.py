@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-import renorm_onnx.runtime.tensors as tensors
+import renorm_onnx.runtime.sessions.tensors as tensors
 from renorm_onnx.errors import InputError
-from renorm_onnx.runtime.tensors import TensorSpec
+from renorm_onnx.runtime.sessions.tensors import TensorSpec
 
 
 class CudaGraph:

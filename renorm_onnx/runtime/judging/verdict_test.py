@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from renorm_onnx.runtime.deviation import errors_of, rms
 from renorm_onnx.runtime.inputs import Trial
-from renorm_onnx.runtime.verdict import POOLED, PRECISIONS, Judge
+from renorm_onnx.runtime.judging.deviation import errors_of, rms
+from renorm_onnx.runtime.judging.verdict import POOLED, PRECISIONS, Judge
 
 RNG = np.random.default_rng(0)
 R = RNG.normal(size=(32, 8))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from renorm_onnx.runtime.spread import Spread, spread_of
+from renorm_onnx.runtime.judging.error_spread import Spread, spread_of
 
 Array = npt.NDArray[Any]
 

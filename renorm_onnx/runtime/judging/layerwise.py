@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from renorm_onnx.runtime.deviation import errors_of
 from renorm_onnx.runtime.inputs import Trial
+from renorm_onnx.runtime.judging.deviation import errors_of
+from renorm_onnx.runtime.judging.verdict import POOLED, Judge, Precision, Row
 from renorm_onnx.runtime.reference import evaluate
 from renorm_onnx.runtime.session import open_session
 from renorm_onnx.runtime.table import text_table
-from renorm_onnx.runtime.verdict import POOLED, Judge, Precision, Row
 
 Array = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.runtime.neighbours import MOVED
+from renorm_onnx.runtime.judging.neighbours import MOVED
 
 
 def is_torch_module(value: Any) -> bool:

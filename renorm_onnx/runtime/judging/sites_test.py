@@ -6,11 +6,11 @@ import onnx.numpy_helper as onh
 import onnx_ir as ir
 import pytest
 
-from renorm_onnx.runtime.cuts import GraphByNames
+from renorm_onnx.runtime.judging.cuts import GraphByNames
+from renorm_onnx.runtime.judging.sites import check_sites
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.parity_networks_test import NETWORKS, Builder, build, info, make_norm
 from renorm_onnx.runtime.parity_test import edit
-from renorm_onnx.runtime.sites import check_sites
 
 
 def load(model):

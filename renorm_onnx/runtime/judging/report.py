@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from renorm_onnx.runtime.estimate import Cost
-from renorm_onnx.runtime.layerwise import LayerReport
-from renorm_onnx.runtime.sites import SiteReport
+from renorm_onnx.runtime.judging.layerwise import LayerReport
+from renorm_onnx.runtime.judging.sites import SiteReport
+from renorm_onnx.runtime.judging.verdict import POOLED, Row, plain
 from renorm_onnx.runtime.table import text_table
-from renorm_onnx.runtime.verdict import POOLED, Row, plain
 
 SCHEMA_VERSION = 1
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from renorm_onnx.errors import InputError
 from renorm_onnx.runtime.estimate import Cost
 from renorm_onnx.runtime.inputs import InputSpec, Trial, given_trials, make_trial, size_plans
-from renorm_onnx.runtime.verdict import ENOUGH
+from renorm_onnx.runtime.judging.verdict import ENOUGH
 
 Array = npt.NDArray[Any]
 Evaluate = Callable[[Mapping[str, Array]], dict[str, Array]]
