@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from renorm_onnx.delivery import fuse_file
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.fusion.report import FusionReport
+from renorm_onnx.runtime.judging.report import Verdict
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.providers import PROVIDERS, ProviderStatus, provider_status
-from renorm_onnx.runtime.report import Verdict
 from renorm_onnx.runtime.session import Session
 
 INPUT, OUTPUT = "input", "output"
