@@ -122,6 +122,59 @@ def test_a_machine_without_memory_is_exit_3(folder, capsys, monkeypatch):
     assert json.loads(said.out)["error"] == {"type": "MemoryError", "message": "out of memory"}
 
 
+@pytest.fixture
+def broken(folder, monkeypatch):
+    """A model, and an `inspect` that has a fault of its own."""
+    from renorm_onnx import inspection
+
+    def faulty(*_, **__):
+        return {}["nobody\nknows"]
+
+    monkeypatch.setattr(inspection, "inspect_model", faulty)
+    return str(folder / "model.onnx")
+
+
+def test_a_fault_of_our_own_is_one_line_and_a_status_that_is_no_verdict(broken, capsys):
+    assert cli.main(["inspect", broken]) == cli.INTERNAL
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "renorm-onnx inspect: internal error: KeyError: 'nobody\\nknows'; please report it with what --traceback adds\n"
+    )
+    assert cli.INTERNAL not in (cli.YES, cli.NO, cli.BAD_INPUT, cli.BAD_MACHINE, cli.INTERRUPTED)
+
+
+def test_a_fault_of_our_own_shows_where_it_arose_on_request(broken, capsys):
+    assert cli.main(["inspect", broken, "--traceback"]) == cli.INTERNAL
+    said = capsys.readouterr().err
+    assert "in faulty" in said
+    assert said.endswith("internal error: KeyError: 'nobody\\nknows'; please report it\n")
+
+
+def test_a_fault_of_our_own_is_json_too(broken, capsys):
+    assert cli.main(["inspect", broken, "--json", "--traceback"]) == cli.INTERNAL
+    said = json.loads(capsys.readouterr().out)
+    assert (said["ok"], said["exit_status"], said["error"]["type"]) == (False, cli.INTERNAL, "KeyError")
+    assert said["error"]["message"].startswith("internal error: KeyError")
+
+
+def test_a_result_that_is_no_json_is_a_fault_of_our_own(folder, capsys, monkeypatch):
+    from renorm_onnx.inspection import Inspection
+
+    monkeypatch.setattr(Inspection, "to_dict", lambda self: {"value": float("nan")})
+    assert cli.main(["inspect", str(folder / "model.onnx"), "--json"]) == cli.INTERNAL
+    assert json.loads(capsys.readouterr().out)["error"]["type"] == "ValueError"
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(folder):
+    model = small_model()
+    model.graph.input[0].name = model.graph.node[0].input[0] = "größe"
+    onnx.save(model, folder / "model.onnx")
+    status, out, err = finished(folder, "inspect", "model.onnx", env={"PYTHONIOENCODING": "ascii:strict"})
+    assert (status, err) == (cli.YES, "")
+    assert "gr\\xf6\\xdfe" in out
+
+
 def small_files() -> None:
     """In a child: no file may grow beyond 300 bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

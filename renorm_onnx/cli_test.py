@@ -262,7 +262,7 @@ def test_help_and_version_import_nothing_heavy():
 def test_the_help_tells_every_exit_status_and_what_a_check_answers(capsys):
     run("--help")
     said = " ".join(capsys.readouterr().out.split())
-    assert "2 bad usage or input, 3 this machine cannot, 130 interrupted." in said
+    assert "2 bad usage or input, 3 this machine cannot, 4 internal error, 130 interrupted." in said
     run("fuse", "--help")
     assert "exit 1 means that a norm could be folded" in " ".join(capsys.readouterr().out.split())
 
