@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -80,6 +81,9 @@ class Export:
     dtype: str = "float32"
     shapes: str = "batch"
 
+    def __str__(self) -> str:
+        return f"{self.model}-opset{self.opset}-{self.dtype}-{self.shapes.replace(' ', '_')}"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -98,10 +102,7 @@ class Case:
     provider: str
 
     def __str__(self) -> str:
-        e = self.export
-        return (
-            f"{e.model}-opset{e.opset}-{e.dtype}-{e.shapes.replace(' ', '_')}-{self.form}-{self.level}-{self.provider}"
-        )
+        return f"{self.export}-{self.form}-{self.level}-{self.provider}"
 
 
 @dataclass(frozen=True)
@@ -366,11 +367,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the part that the tests run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every row to FILE")
     options = parser.parse_args(argv)
-    outcomes = []
-    for outcome in run(exports(quick=options.quick, models=options.models), options.providers):
-        outcomes.append(outcome)
-        if outcome.status == "FAIL":
-            print(f"FAIL {outcome.case}: {outcome.note}", flush=True)
+    files = exports(quick=options.quick, models=options.models)
+    outcomes: list[Outcome] = []
+    started = time.perf_counter()
+    for number, export in enumerate(files, 1):
+        found = list(run([export], options.providers))
+        outcomes += found
+        for outcome in found:
+            if outcome.status == "FAIL":
+                print(f"FAIL {outcome.case}: {outcome.note}", flush=True)
+        counts = ", ".join(f"{n} {status}" for status, n in Counter(o.status for o in found).items())
+        seconds = time.perf_counter() - started
+        print(f"{number}/{len(files)} {export}: {counts} ({seconds:.0f} s)", file=sys.stderr, flush=True)
     skipped = Counter(o.note for o in outcomes if o.status == "skip")
     print("\n".join(summary(outcomes)))
     for reason, number in skipped.items():

@@ -145,7 +145,9 @@ def test_the_command_names_what_it_skips_and_refuses_to_when_a_gpu_is_required(c
     monkeypatch.delenv("RENORM_REQUIRE_CUDA", raising=False)
     assert main(["--quick", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())
-    assert f"skipped: {len(rows) // 2} rows: cuda is away" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"skipped: {len(rows) // 2} rows: cuda is away" in said.out
+    assert said.err.startswith(f"1/1 {QUICK[-2]}: 12 ok, 12 skip (")
     assert {row["status"] for row in rows if row["provider"] == "cuda"} == {"skip"}
     monkeypatch.setenv("RENORM_REQUIRE_CUDA", "1")
     assert main(["--quick"]) == 3
