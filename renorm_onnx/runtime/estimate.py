@@ -1,11 +1,16 @@
 """How much work one run of a model is, from its shapes alone."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import onnx
 import onnx_ir as ir
+
+from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
+from renorm_onnx.fusion.facts import Dims, Facts
 
 _CONSTANT_KEPT = 4096  # elements; shapes and axes are smaller, weights usually larger
 
@@ -72,19 +77,14 @@ def inferred_shapes(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, tupl
         model: Not changed; its weights are not read.
         sizes: Values for sizes that vary, by name; others count as 1 on the first axis, 32 on later ones.
     """
-    proto = _without_weights(model)
-    for info in proto.graph.input:
-        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-            if not dim.HasField("dim_value"):
-                dim.dim_value = sizes.get(dim.dim_param, sizes.get(f"axis {axis}", 32 if axis else 1))
-    del proto.graph.value_info[:]
-    for info in proto.graph.output:
-        info.type.tensor_type.ClearField("shape")
-    try:
+    light = _without_weights(model)
+    for value in light.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape(_size(sizes, axis, dim) for axis, dim in enumerate(value.shape))
+    shapes = _proven(light)
+    proto = ir.to_proto(light)
+    with contextlib.suppress(Exception):  # a model that onnx cannot infer is still a model
         proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # a model that onnx cannot infer is still a model; its shapes are unknown then
-        return {}
-    shapes = {}
     for info in [*proto.graph.value_info, *proto.graph.output, *proto.graph.input]:
         kind = info.type.tensor_type
         if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
@@ -94,14 +94,42 @@ def inferred_shapes(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, tupl
     return shapes
 
 
-def _without_weights(model: ir.Model) -> onnx.ModelProto:
+def _size(sizes: Mapping[str, int], axis: int, dim: int | ir.SymbolicDim) -> int:
+    if isinstance(dim, int):
+        return dim
+    return sizes.get(dim.value or "", sizes.get(f"axis {axis}", 32 if axis else 1))
+
+
+def _proven(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that our facts prove, and state them in the model, in place of whatever it states itself.
+
+    onnx follows few computations of shapes, and the facts know few operators; from their shapes onnx goes on.
+    """
+    values = [value for node in model.graph for value in node.outputs]
+    for value in values:
+        value.type, value.shape = None, None
+    facts, shapes = Facts(model, RULES, CONSTANT_OPERATORS), {}
+    for value in values:
+        dims, dtype = facts[value].dims, facts[value].dtype
+        if value.name and dims is not None and _are_numbers(dims):
+            shapes[value.name] = dims
+            if dtype is not None:
+                value.type, value.shape = ir.TensorType(dtype), ir.Shape(dims)
+    return shapes
+
+
+def _are_numbers(dims: Dims) -> TypeGuard[tuple[int, ...]]:
+    return all(isinstance(dim, int) for dim in dims)
+
+
+def _without_weights(model: ir.Model) -> ir.Model:
     light = model.clone()
     for value in light.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.size > _CONSTANT_KEPT:
             empty = onnx.TensorProto(name=value.name, dims=tensor.shape.numpy(), data_type=int(tensor.dtype))
             value.const_value = ir.serde.TensorProtoTensor(empty)
-    return ir.to_proto(light)
+    return light
 
 
 def _constant_shape(value: ir.Value) -> tuple[int, ...]:

@@ -70,6 +70,27 @@ def test_shapes_computed_in_the_graph_are_followed():
     assert inferred_shapes(ir.from_proto(proto), {"N": 5})["y"] == (5, 12)
 
 
+def test_shapes_that_only_our_facts_follow_are_known_and_so_is_what_comes_after():
+    """As torch writes a mean over computed axes; onnx follows no Reshape of a shape, our facts no GlobalLpPool."""
+    body = """m = Constant<value_ints=[-1]>() a = Constant<value_ints=[2, 3]>() r = Reshape(a, m)
+    h = GlobalLpPool(x) e = Expand(h, like) n = ReduceMean(e, r) f = Flatten(n) y = MatMul(f, w)"""
+    model = model_of("float[N,3,8,8] x", "float y", body, {"w": (3, 5)})
+    tensor = ir.tensor(np.array([1, 1, 4, 4]), name="like")
+    model.graph.initializers["like"] = ir.Value(name="like", const_value=tensor, type=ir.TensorType(ir.DataType.INT64))
+    model.opset_imports[""] = 18
+    shapes = inferred_shapes(ir.from_proto(ir.to_proto(model)), {"N": 2})
+    assert [shapes[name] for name in "hney"] == [(2, 3, 1, 1), (2, 3, 1, 1), (2, 3, 4, 4), (2, 5)]
+
+
+def test_shapes_that_a_file_states_are_not_believed():
+    model = model_of("float[N,3] x", "float[N,9] y", "a = Relu(x) y = Relu(a)")
+    for value in (*model.graph.node(0).outputs, *model.graph.outputs):
+        value.type, value.shape = ir.TensorType(ir.DataType.INT8), ir.Shape((7, 7))
+    shapes = inferred_shapes(model, {"N": 2})
+    assert (shapes["a"], shapes["y"]) == ((2, 3), (2, 3))
+    assert model.graph.outputs[0].shape == (7, 7)
+
+
 def test_what_cannot_be_inferred_is_said_to_be_a_lower_bound():
     model = model_of("float[4,7] x", "float y", "a = custom.Thing(x) y = Relu(a)")
     cost = estimate(model)
