@@ -20,6 +20,10 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float64]
 
 
+class UnlikeAxesError(ValueError):
+    """Two maps run along one axis of open size, and disagree on its length or on its period."""
+
+
 class AffineMap(NamedTuple):
     """``y = scale * x + shift``, one pair of numbers per index of `axes`.
 
@@ -189,11 +193,18 @@ class AffineMap(NamedTuple):
 
 
 def together(one: AffineMap, two: AffineMap) -> tuple[AffineMap, AffineMap]:
-    """Two maps of the same tensor, with numbers along all axes of both."""
+    """Two maps of the same tensor, with numbers along all axes of both.
+
+    Raises:
+        UnlikeAxesError: Both run along one axis, of open size, with different numbers of elements.
+    """
     if one.axes == two.axes and one.scale.shape == two.scale.shape:
         return one, two
-    assert one.periodic == two.periodic or not (one.axes and two.axes), "maps repeat themselves along different axes"
     axes = tuple(sorted({*one.axes, *two.axes}))
+    lengths = [dict(zip(m.axes, m.scale.shape, strict=False)) for m in (one, two)]
+    unlike = any(n != lengths[1].get(a, n) for a, n in lengths[0].items())
+    if unlike or (one.periodic != two.periodic and one.axes and two.axes):
+        raise UnlikeAxesError("maps of one tensor count its elements differently")
     rank = max(axes, default=0) + 1
     arrays = np.broadcast_arrays(*_placed(one, rank), *_placed(two, rank))
     shape = [arrays[0].shape[a] for a in axes] or [1]

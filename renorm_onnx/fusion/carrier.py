@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.affine import AffineMap, UnlikeAxesError
 from renorm_onnx.fusion.facts import Dims, Fact, Facts
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -58,7 +58,7 @@ class Step:
     """One operator's answer: what changes in it, and the maps that go on.
 
     Args:
-        edits: Applied only if the whole plan succeeds.
+        edits: Applied only if the whole plan succeeds; of this operator, or of one that makes a weight for it alone.
         onward: Backward: input index -> map demanded of that input. Forward: output index -> map it now lacks.
     """
 
@@ -195,7 +195,10 @@ def ask(carrier: Carrier | None, way: str, node: ir.Node, maps: Mapping[int, Aff
         return no_rule(node)
     if not carrier.many_axes and not all(m.is_simple for m in maps.values()):
         return refuse(Reason.AXIS, node, "takes maps along one axis, and the channels are split over several")
-    return carrier.backward(node, maps, desk) if way == "backward" else carrier.forward(node, maps, desk)
+    try:
+        return carrier.backward(node, maps, desk) if way == "backward" else carrier.forward(node, maps, desk)
+    except UnlikeAxesError:
+        return refuse(Reason.SHAPE, node, "meets maps that count the elements of one axis differently")
 
 
 def refuse(reason: Reason, node: ir.Node, why: str, *, structural: bool = False) -> Refusal:
