@@ -248,9 +248,7 @@ def numpy_type(dtype: ir.DataType) -> np.dtype[Any]:
 
 @functools.cache
 def largest(dtype: ir.DataType) -> float:
-    """The largest finite number of a type."""
-    if not dtype.is_floating_point():
-        return float(np.iinfo(numpy_type(dtype)).max)
+    """The largest finite number of a float type."""
     return float(ml_dtypes.finfo(numpy_type(dtype)).max)  # type: ignore[no-untyped-call]
 
 

@@ -143,7 +143,7 @@ class Planner:
                     _push(heap, -self._order.get(maker, 0.0), maker)
         # An output that nobody reads follows the others (Split), so it needs another name too.
         unread = (o for n, _ in trail for o in n.outputs if o.name and not o.uses() and not o.is_graph_output())
-        plan.changed = [v for v in demands if v is not norm.input]
+        plan.changed += [v for v in demands if v is not norm.input]
         plan.changed += [o for o in unread if o not in demands]
         return plan
 
@@ -254,7 +254,7 @@ class Planner:
                 refusal = self._spread(node.outputs[index], norm, heap, seen)
         if refusal is not None:
             return refusal
-        plan.changed = [v for v in arrivals if v is not norm.output]
+        plan.changed += [v for v in arrivals if v is not norm.output]
         return plan
 
     def _mark_forward(self, trail: Iterable[tuple[ir.Node, Step]], obstacle: ir.Node, refusal: Refusal) -> None:
@@ -284,18 +284,22 @@ class Planner:
         return None
 
     def _take(self, plan: Plan, node: ir.Node, step: Step) -> Refusal | None:
-        """Add a step's edits to the plan, unless a number would leave its type."""
+        """Add a step's edits to the plan, unless a number would leave its type; the maker of a weight is renamed."""
         for edit in step.edits:
             if isinstance(edit, SetInput) and (why := self._out_of_range(edit.parameter)):
                 return refuse(why[0], node, why[1])
         if step.edits or not step.onward:
             plan.edits.extend(step.edits)
+            makers = dict.fromkeys(e.node for e in step.edits if e.node is not node)
+            plan.changed += [o for maker in makers for o in maker.outputs]
             if (name := label(node)) not in plan.into:
                 plan.into.append(name)
         return None
 
     def _out_of_range(self, parameter: Parameter) -> tuple[Reason, str] | None:
         """Whether rounding to the type would overflow, or leave a whole row of a weight without its digits."""
+        if not parameter.dtype.is_floating_point():
+            return None  # whoever moves integers keeps them within their range, whose two ends differ
         limit = min(largest(parameter.dtype), self._limits.max_weight)
         if not parameter.factors:
             if not isinstance(parameter.base, np.ndarray) or not parameter.base.size:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
+from renorm_onnx.fusion.carriers.quantized import added_bias, scaled_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -79,7 +80,7 @@ class Conv(Carrier):
         if set(maps) != {0}:
             return refuse(Reason.WEIGHT, node, "gets its weight or bias from the norm")
         given = maps[0]
-        weight = desk.parameter(node, 1)
+        weight = weight_of(node, 1, desk)
         if weight is None:
             return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
         if given.axis not in (None, 1):
@@ -97,16 +98,13 @@ class Conv(Carrier):
         )
         if group == 1:
             scale = scale[:1]
-        edits = [SetInput(node, 1, weight.scaled(scale))]
-        if full.has_shift:
-            if why := padding_sees_shift(node, tuple(kernel)):
-                return refuse(Reason.PADDING, node, f"{why}, and the zeros must not be shifted")
-            bias = desk.parameter(node, 2)
-            if bias is None and desk.has_input(node, 2):
-                return refuse(Reason.WEIGHT, node, "has a bias that is not constant", structural=True)
-            total = weight.contract(shift, axis=1) + (0.0 if bias is None else bias.float64())
-            edits.append(SetInput(node, 2, Parameter.new(total, weight.dtype if bias is None else bias.dtype)))
-        return Step(tuple(edits))
+        edits = scaled_weight(node, 1, scale, desk) if full.has_scale else ()
+        if isinstance(edits, Refusal) or not full.has_shift:
+            return edits if isinstance(edits, Refusal) else Step(edits)
+        if why := padding_sees_shift(node, tuple(kernel)):
+            return refuse(Reason.PADDING, node, f"{why}, and the zeros must not be shifted")
+        added = added_bias(node, 2, weight.contract(shift, axis=1), weight.dtype, desk)
+        return added if isinstance(added, Refusal) else Step((*edits, *added))
 
 
 CARRIERS = (Conv(),)

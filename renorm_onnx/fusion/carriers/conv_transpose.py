@@ -24,8 +24,8 @@ import onnx_ir as ir
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
 from renorm_onnx.fusion.carriers.conv import bias_demand
+from renorm_onnx.fusion.carriers.quantized import added_bias, scaled_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 
 
@@ -68,7 +68,7 @@ class ConvTranspose(Carrier):
         if set(maps) != {0}:
             return refuse(Reason.WEIGHT, node, "gets its weight or bias from the norm")
         given = maps[0]
-        weight = desk.parameter(node, 1)
+        weight = weight_of(node, 1, desk)
         if weight is None:
             return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
         if given.axis not in (None, 1):
@@ -77,20 +77,18 @@ class ConvTranspose(Carrier):
         full = given.spread(inputs, 1)
         if full.channels != inputs:
             return refuse(Reason.AXIS, node, f"reads {inputs} channels, the map has {full.channels}")
-        edits = [SetInput(node, 1, weight.scaled(full.scale.reshape(-1, *[1] * (len(weight.shape) - 1))))]
-        if full.has_shift:
-            if why := missing_taps(node, kernel):
-                return refuse(Reason.PADDING, node, f"{why}, so the shift does not reach every position alike")
-            bias = desk.parameter(node, 2)
-            if bias is None and desk.has_input(node, 2):
-                return refuse(Reason.WEIGHT, node, "has a bias that is not constant", structural=True)
-            group = int(attribute(node, "group", 1))
-            spatial = tuple(range(2, len(weight.shape)))
-            taps = np.concatenate([block.sum(axis=spatial) for _, block in weight.blocks()]) * full.shift[:, None]
-            total = taps.reshape(group, inputs // group, per_group).sum(axis=1).reshape(-1)
-            total = total + (0.0 if bias is None else bias.float64())
-            edits.append(SetInput(node, 2, Parameter.new(total, weight.dtype if bias is None else bias.dtype)))
-        return Step(tuple(edits))
+        factor = full.scale.reshape(-1, *[1] * (len(weight.shape) - 1))
+        edits = scaled_weight(node, 1, factor, desk) if full.has_scale else ()
+        if isinstance(edits, Refusal) or not full.has_shift:
+            return edits if isinstance(edits, Refusal) else Step(edits)
+        if why := missing_taps(node, kernel):
+            return refuse(Reason.PADDING, node, f"{why}, so the shift does not reach every position alike")
+        group = int(attribute(node, "group", 1))
+        spatial = tuple(range(2, len(weight.shape)))
+        taps = np.concatenate([block.sum(axis=spatial) for _, block in weight.blocks()]) * full.shift[:, None]
+        total = taps.reshape(group, inputs // group, per_group).sum(axis=1).reshape(-1)
+        added = added_bias(node, 2, total, weight.dtype, desk)
+        return added if isinstance(added, Refusal) else Step((*edits, *added))
 
 
 def missing_taps(node: ir.Node, kernel: list[int]) -> str:

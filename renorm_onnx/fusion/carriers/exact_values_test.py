@@ -241,11 +241,14 @@ def _slice(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> A
 
 def _dequantize(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> Array:
     x, scale, zero = (*inputs, None)[:3]
-    axis = a.get("axis", 1)
-    scale = _along(scale, x.ndim, axis) if scale.ndim == 1 and scale.size > 1 else scale.reshape(())
-    zero = 0 if zero is None else zero.astype(int)
-    zero = _along(zero, x.ndim, axis) if np.size(zero) > 1 else zero
-    return (x.astype(int) - zero) * scale
+    axis, block = a.get("axis", 1), a.get("block_size", 0)
+    spread = [np.array(0) if zero is None else zero.astype(int), scale]
+    for i, numbers in enumerate(spread):
+        if block and numbers.ndim:
+            spread[i] = np.repeat(numbers, block, axis).take(range(x.shape[axis]), axis)
+        else:
+            spread[i] = _along(numbers, x.ndim, axis) if numbers.size > 1 else numbers.reshape(())
+    return np.asarray((x.astype(int) - spread[0]) * spread[1])
 
 
 def _global(function: Callable[..., Any]) -> Callable[..., Array]:

@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetAttribute, SetInput, Step, refuse
+from renorm_onnx.fusion.carriers.quantized import scaled_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Array, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -103,14 +104,17 @@ class Gemm(Carrier):
         inner = (1 - side) ^ transposed[side]  # the axis of this factor that is summed over
         if given.axis not in (None, inner):
             return self._pass_outer(node, side, given, desk)
-        other = desk.parameter(node, 1 - side)
+        other = weight_of(node, 1 - side, desk)
         if other is None:
             return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
         axis = side ^ transposed[1 - side]
         scale, shift = given.on_axis(axis).along(2)
         if given.axis is not None and given.channels != other.shape[axis]:
             return refuse(Reason.AXIS, node, f"sums over {other.shape[axis]} elements, the map has {given.channels}")
-        edits: list[Edit] = [SetInput(node, 1 - side, other.scaled(scale))] if given.has_scale else []
+        scaled = scaled_weight(node, 1 - side, scale, desk) if given.has_scale else ()
+        if isinstance(scaled, Refusal):
+            return scaled
+        edits: list[Edit] = list(scaled)
         if given.has_shift:
             constant = desk.parameter(node, 2)
             beta = float(attribute(node, "beta", 1.0))

@@ -22,8 +22,9 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
-from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, SetInput, Step, refuse
+from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Step, refuse
 from renorm_onnx.fusion.carriers.gemm import element_type
+from renorm_onnx.fusion.carriers.quantized import scaled_weight, weight_of
 from renorm_onnx.fusion.parameters import Array, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import constant_operator
@@ -98,7 +99,7 @@ class MatMul(Carrier):
         ranks = [desk.fact(v).rank for v in node.inputs]
         if ranks[0] is None or ranks[1] is None or not ranks[0] or not ranks[1]:
             return refuse(Reason.SHAPE, node, "has operands of unknown rank", structural=True)
-        other = desk.parameter(node, 1 - side)
+        other = weight_of(node, 1 - side, desk)
         if given.axes not in ((), (_inner_axis(side, ranks),)) or (other is None and not given.has_shift):
             return self._pass_outer(node, side, given, ranks)
         if other is None:
@@ -107,18 +108,16 @@ class MatMul(Carrier):
         if given.axis is not None and given.channels != other.shape[inner]:
             return refuse(Reason.AXIS, node, f"sums over {other.shape[inner]} elements, the map has {given.channels}")
         scale, shift = given.on_axis(inner).along(len(other.shape))
-        edits: list[SetInput | AddAfter] = []
-        if given.has_scale:
-            edits.append(SetInput(node, 1 - side, other.scaled(scale)))
-        if not given.has_shift:
-            return Step(tuple(edits))
+        edits = scaled_weight(node, 1 - side, scale, desk) if given.has_scale else ()
+        if isinstance(edits, Refusal) or not given.has_shift:
+            return edits if isinstance(edits, Refusal) else Step(edits)
         total = _contracted(other, shift, inner)
         if desk.opset < 7 and (total.ndim != 1 or side):
             return refuse(
                 Reason.OPSET, node, "would need an Add that broadcasts along the last axes, as from opset 7 on"
             )
         if total.ndim == 1 and side == 0 and following_add(node, desk):
-            return Step(tuple(edits), {0: AffineMap.of(1.0, total, (_output_rank(ranks) or 1) - 1)})
+            return Step(edits, {0: AffineMap.of(1.0, total, (_output_rank(ranks) or 1) - 1)})
         if (total.ndim > 1 or side) and ranks[side] != 1 and ranks[1 - side] != 1:
             total = np.expand_dims(total, -2 if side == 0 else -1)  # (..., N) -> (..., 1, N); (..., M) -> (..., M, 1)
         return Step((*edits, AddAfter(node, Parameter.new(total, other.dtype))))

@@ -1,5 +1,8 @@
 """DequantizeLinear: its scale absorbs a scale, so that a quantized weight stays quantized; its integers a whole shift.
 
+Also `weight_of`, `scaled_weight` and `added_bias`, by which operators that absorb a map at their input read and change
+their weight and bias, whether those are stored as they are or quantized.
+
 Before:
     ``y = s * ((q - zero_point) scale) + t``
 After:
@@ -26,10 +29,92 @@ from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetAttribute, SetInput, Step, refuse
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import Dims
-from renorm_onnx.fusion.parameters import Parameter, numpy_type
+from renorm_onnx.fusion.parameters import Array, Parameter, numpy_type
 from renorm_onnx.fusion.report import Reason, Refusal
 
 INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32)
+
+
+def weight_of(node: ir.Node, index: int, desk: Desk) -> Parameter | None:
+    """The numbers of a weight that is stored, or that DequantizeLinear makes of stored integers; None if it is neither.
+
+    Formula::
+
+        (q - zero_point) * scale        per tensor, per channel or in blocks
+    """
+    maker = _dequantizer(node, index, desk)
+    if maker is None:
+        return desk.parameter(node, index)
+    integers, scale = _integers(maker, 0, desk), desk.parameter(maker, 1)
+    dtype = desk.fact(node.inputs[index]).dtype
+    if integers is None or scale is None or dtype is None:
+        return None
+    zero = _integers(maker, 2, desk) if desk.has_input(maker, 2) else Parameter.new(0.0, integers.dtype)
+    if zero is None:
+        return None
+    steps, offsets = (_along_integers(maker, p.float64(), integers.shape) for p in (scale, zero))
+    return Parameter.new((integers.float64() - offsets) * steps, dtype)
+
+
+def scaled_weight(node: ir.Node, index: int, factor: Array, desk: Desk) -> tuple[Edit, ...] | Refusal:
+    """Multiply the weight that `weight_of` returned by `factor`, of the same rank; a quantized one stays quantized."""
+    maker = _dequantizer(node, index, desk)
+    if maker is None:
+        weight = desk.parameter(node, index)
+        assert weight is not None, "the caller has read it"
+        return (SetInput(node, index, weight.scaled(factor)),)
+    axes = tuple(i for i, n in enumerate(factor.shape) if n > 1)
+    wanted = AffineMap(factor.squeeze() if axes else factor.reshape(1), np.zeros(1), axes)
+    wanted = wanted.with_shift(np.zeros(wanted.scale.shape)).reduced()
+    if not wanted.is_simple:
+        return refuse(Reason.AXIS, maker, "has scales along one axis, and the weight would need them along two")
+    return _answered(maker, wanted, desk)
+
+
+def added_bias(node: ir.Node, index: int, total: Array, dtype: ir.DataType, desk: Desk) -> tuple[Edit, ...] | Refusal:
+    """Add `total`, of shape (C,), to the bias; one that is absent becomes a constant of type `dtype`."""
+    maker = _dequantizer(node, index, desk)
+    if maker is not None:
+        return _answered(maker, AffineMap.of(1.0, total, 0), desk)
+    bias = desk.parameter(node, index)
+    if bias is None and desk.has_input(node, index):
+        return refuse(Reason.WEIGHT, node, "has a bias that is not constant", structural=True)
+    if bias is not None:
+        total, dtype = total + bias.float64(), bias.dtype
+    return (SetInput(node, index, Parameter.new(total, dtype)),)
+
+
+def _dequantizer(node: ir.Node, index: int, desk: Desk) -> ir.Node | None:
+    """The DequantizeLinear that makes an operand for `node` alone."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    maker = None if value is None else value.producer()
+    if value is None or maker is None or maker.op_type != "DequantizeLinear" or maker.domain not in ("", "ai.onnx"):
+        return None
+    alone = len(value.uses()) == 1 and not value.is_graph_output() and maker.graph is node.graph
+    return maker if alone and (node, index) not in desk.pending else None
+
+
+def _answered(maker: ir.Node, wanted: AffineMap, desk: Desk) -> tuple[Edit, ...] | Refusal:
+    """What makes a DequantizeLinear of constants deliver ``wanted(output)``."""
+    step = DequantizeLinear().backward(maker, {0: wanted}, desk)
+    if isinstance(step, Refusal):
+        return step
+    edits = list(step.edits)
+    for index, onward in step.onward.items():
+        operand = desk.parameter(maker, index)
+        assert operand is not None, "the scale is constant"
+        edits.append(SetInput(maker, index, operand.mapped(*onward.along(len(operand.shape)))))
+    return tuple(edits)
+
+
+def _along_integers(maker: ir.Node, numbers: Array, shape: tuple[int, ...]) -> Array:
+    """Scales or zero points shaped to broadcast against integers of that shape, those of blocks repeated."""
+    axis = int(attribute(maker, "axis", 1))
+    if block := int(attribute(maker, "block_size", 0)):
+        return np.repeat(numbers, block, axis=axis).take(range(shape[axis]), axis=axis) if numbers.ndim else numbers
+    if numbers.size == 1:
+        return numbers.reshape([1] * len(shape))
+    return numbers.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
 
 
 class DequantizeLinear(Carrier):
@@ -94,11 +179,8 @@ def _shifted_integers(node: ir.Node, demand: AffineMap, scale: Parameter, desk: 
     integers = _integers(node, 0, desk)
     if integers is None or attribute(node, "block_size", 0):
         return refuse(Reason.SHIFT, node, "holds integers that are not constant, which do not take a shift")
-    rank = len(integers.shape)
-    axis = int(attribute(node, "axis", 1)) % rank if rank else 0
-    shape = [-1 if i == axis else 1 for i in range(rank)] if scale.float64().size > 1 else [1] * rank
-    gain, shift = demand.along(rank)
-    step = gain * scale.float64().reshape(shape)
+    gain, shift = demand.along(len(integers.shape))
+    step = gain * _along_integers(node, scale.float64(), integers.shape)
     with np.errstate(all="ignore"):
         moved = integers.float64() + np.rint(shift / step)
     limits = np.iinfo(numpy_type(integers.dtype))

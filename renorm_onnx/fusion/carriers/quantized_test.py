@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
-from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    assert_same,
+    bn,
+    build,
+    norm,
+    operators,
+    quarters,
+)
 from renorm_onnx.fusion.report import Reason
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.integers(-9, 10, (4, 3, 1, 1)).astype(np.int8)
-IMAGE = "double[N,3,H,W] x"
+IMAGE, IMAGE4 = "double[N,3,H,W] x", "double[N,4,H,W] x"
 SCALES = {"q": WEIGHT, "qs": np.array([0.5, 0.25, 2.0, 0.75]), "qz": np.array([0, 1, 2, -1], np.int8)}
 
 
@@ -33,6 +44,19 @@ def test_one_scale_becomes_many_and_its_zero_point_with_it() -> None:
     text = f"z = Squeeze(p) {text}".replace("qz", "z")
     model = build(text, f"{IMAGE}", "y", opset=21, **weights, p=np.array([2], np.int8), **norm(4))
     assert operators(assert_fuses(model))["BatchNormalization"] == 0
+
+
+def test_integers_may_lie_at_either_end_of_their_range() -> None:
+    text = f"w = DequantizeLinear(q, qs, qz) c = Conv(x, w) y = {bn('c')}"
+    for kind, end in ((np.int8, -128), (np.int8, 127), (np.uint8, 255), (np.int16, -32768)):
+        ends = {"q": np.full((4, 3, 1, 1), end, kind), "qs": np.array(0.5), "qz": np.array(end, kind)}
+        ends["q"][0] = 0
+        fused = assert_fuses(build(text, IMAGE, "y", opset=21, **ends, **norm(4)))
+        assert operators(fused)["BatchNormalization"] == 0
+    text = "b = DequantizeLinear(p, qs) c = Conv(x, W, b) y = Add(c, k)"
+    ends = {"p": np.full(4, -126, np.int8), "qs": np.array(0.5), "W": quarters([4, 3, 1, 1])}
+    assert_fuses(build(text, IMAGE, "y", opset=21, k=np.array(-1.0), **ends))
+    assert_fuses(build(text, IMAGE, "y", opset=21, k=np.array(-1.5), **ends), [Reason.SHIFT])
 
 
 @pytest.mark.parametrize(("kind", "low"), [(np.int32, -(2**31)), (np.int8, -128), (np.uint8, 0)])
@@ -67,3 +91,83 @@ def test_scales_along_another_axis_are_refused() -> None:
     square = np.tile(WEIGHT[:, :1], (1, 4, 1, 1))
     model = build(text, "double[N,4,H,W] x", "y", opset=21, q=square, qs=SCALES["qs"], **norm(4))
     assert_fuses(model, [Reason.AXIS])
+
+
+def before(
+    read: str, kept: Sequence[Reason] = (), *, inputs: str = "double[N,4,H,W] x", given: str = "x", **constants: Any
+) -> dict[str, int]:
+    """``x -> norm -> read``, a linear operator with a quantized weight `w`; the operators that are left."""
+    text = f"{read.partition(';')[0]} d = {given} y = {read.partition(';')[2]}"
+    fused = assert_fuses(build(text, inputs, "y", opset=21, **constants), kept)
+    stored = [i for i in fused.graph.initializer if i.name.startswith("q") and i.data_type == TensorProto.INT8]
+    assert stored, "the weight is no longer quantized"
+    return operators(fused)
+
+
+SQUARE = RNG.integers(-9, 10, (4, 4, 1, 1)).astype(np.int8)
+PLAIN = {"q": SQUARE, "qs": np.array(0.5), "qz": np.array(3, np.int8), "b": quarters([4])}
+EACH = PLAIN | {"qs": SCALES["qs"], "qz": SCALES["qz"]}
+
+
+def test_a_quantized_weight_takes_what_comes_before_it_where_its_scales_run_along_the_input() -> None:
+    norms = norm(4)
+    read = "w = DequantizeLinear(q, qs, qz);Conv(d, w, b)"
+    assert before(read, given=bn("x"), **PLAIN, **norms) == {"DequantizeLinear": 1, "Conv": 1}
+    along_input = "w = DequantizeLinear<axis=1>(q, qs, qz);Conv(d, w, b)"
+    assert before(along_input, given=bn("x"), **EACH, **norms)["BatchNormalization"] == 0
+    one, two = (f"w = DequantizeLinear<axis={i}>(q, qs, qz) y = Conv(x, w, b)" for i in (0, 1))
+    with pytest.raises(AssertionError, match="differs at"):
+        assert_same(build(one, IMAGE4, "y", opset=21, **EACH), build(two, IMAGE4, "y", opset=21, **EACH))
+    depthwise = EACH | {"q": SQUARE[:, :1]}
+    read = "w = DequantizeLinear<axis=0>(q, qs, qz);Conv<group=4>(d, w, b)"
+    assert before(read, given=bn("x"), **depthwise, **norms)["BatchNormalization"] == 0
+    read = "w = DequantizeLinear<axis=0>(q, qs, qz);ConvTranspose(d, w, b)"
+    assert before(read, given=bn("x"), **EACH, **norms)["BatchNormalization"] == 0
+
+
+def test_a_quantized_weight_whose_scales_run_along_its_output_takes_a_shift_and_one_scale_for_all() -> None:
+    read = "w = DequantizeLinear<axis=0>(q, qs, qz);Conv(d, w, b)"
+    shift = {"k": quarters([1, 4, 1, 1])}
+    assert before(read, given="Add(x, k)", **EACH, **shift) == {"DequantizeLinear": 1, "Conv": 1}
+    assert before(read, given="Mul(x, k)", k=np.array(-0.75), **EACH) == {"DequantizeLinear": 1, "Conv": 1}
+    assert before(read, [Reason.AXIS], given=bn("x"), **EACH, **norm(4))["BatchNormalization"] == 1
+    padded = "w = DequantizeLinear<axis=0>(q, qs, qz);Conv<pads=[1,1,1,1]>(d, w, b)"
+    before(padded, [Reason.PADDING], given="Add(x, k)", **EACH, **shift)
+
+
+def test_a_quantized_bias_takes_the_sum_of_a_shift_only_in_whole_steps() -> None:
+    read = "w = DequantizeLinear(q, qs, qz) b = DequantizeLinear(p, ps);Conv(d, w, b)"
+    more = {"q": SQUARE, "qs": np.array(0.5), "qz": np.array(3, np.int8), "ps": np.array(0.125)}
+    more |= {"p": np.arange(4, dtype=np.int32), "k": quarters([1, 4, 1, 1])}
+    assert before(read, given="Add(x, k)", **more) == {"DequantizeLinear": 2, "Conv": 1}
+    before(read, [Reason.SHIFT], given="Add(x, k)", **(more | {"ps": np.array(1.0)}))
+
+
+def test_quantized_factors_of_products_take_what_comes_before_them() -> None:
+    matrix = {"q": SQUARE[..., 0, 0], "qs": SCALES["qs"], "qz": SCALES["qz"]}
+    given = "Add(m, t)"
+    more = {"s": quarters([4]), "t": quarters([4], 5)}
+    for read in ("MatMul(d, w)", "Gemm(d, w)"):
+        text = f"w = DequantizeLinear<axis=0>(q, qs, qz) m = Mul(x, s);{read}"
+        found = before(text, inputs="double[N,4] x", given=given, **matrix, **more)
+        assert found["Mul"] == 0
+    text = "w = DequantizeLinear<axis=1>(q, qs, qz) m = Mul(x, s);Gemm<transB=1>(d, w)"
+    assert before(text, inputs="double[N,4] x", given=given, **matrix, **more)["Mul"] == 0
+    text = "w = DequantizeLinear<axis=1>(q, qs, qz) m = Mul(x, s);Gemm(d, w)"
+    before(text, [Reason.AXIS], inputs="double[N,4] x", given=given, **matrix, **more)
+
+
+def test_blocks_of_a_quantized_weight_are_read_as_they_are() -> None:
+    more = {"q": SQUARE[..., 0, 0], "qs": np.array([[0.5], [2.0], [0.25], [1.0]]), "t": quarters([4])}
+    text = "w = DequantizeLinear<axis=1, block_size=4>(q, qs);MatMul(d, w)"
+    assert before(text, inputs="double[N,4] x", given="Add(x, t)", **more) == {
+        "DequantizeLinear": 1,
+        "MatMul": 1,
+        "Add": 1,
+    }
+
+
+def test_a_quantized_weight_that_another_reads_stays() -> None:
+    text = f"w = DequantizeLinear(q, qs) d = {bn('x')} y = Conv(d, w) z = Conv(x, w)"
+    model = build(text, IMAGE4, "y, z", opset=21, q=SQUARE, qs=np.array(0.5), **norm(4))
+    assert_fuses(model, [Reason.WEIGHT])
