@@ -13,7 +13,10 @@ from onnx import helper, numpy_helper
 from renorm_onnx import cli, model_file
 from renorm_onnx.delivery import fuse_file, inline_file
 from renorm_onnx.errors import InputError
+from renorm_onnx.inspection import inspect_model
 from renorm_onnx.onnx_function import DEFAULTS, DOMAIN, INFERENCE, TRAINING, attach
+from renorm_onnx.runtime.parity import verify
+from renorm_onnx.runtime.session import Session
 
 CHANNELS = 4
 
@@ -112,11 +115,11 @@ def test_a_check_says_no_only_where_a_norm_folds_not_where_functions_are_opened(
     assert last_line(fuse_file(kept, dry_run=True)) == "wrote nothing"
 
 
-@pytest.mark.parametrize("verify", ["auto", "never"])
-def test_calls_without_a_definition_fold_as_if_they_had_one(tmp_path, verify):
+@pytest.mark.parametrize("check", ["auto", "never"])
+def test_calls_without_a_definition_fold_as_if_they_had_one(tmp_path, check):
     source = saved(tmp_path / "model.onnx", model_of_calls(foldable=True), defined=False)
     defined = saved(tmp_path / "defined.onnx", model_of_calls(foldable=True), defined=True)
-    done = fuse_file(source, verify=verify)
+    done = fuse_file(source, verify=check)
     assert (len(done.report.folded), done.written) == (1, True)
     assert last_line(done) == f"wrote {done.target}"
     assert [n.op_type for n in onnx.load(done.target).graph.node] == ["Conv"]
@@ -132,16 +135,36 @@ def test_calls_without_a_definition_are_inlined_and_inspected(tmp_path, capsys):
     assert "1 norms, 0 of them can be folded" in capsys.readouterr().out
 
 
+def test_calls_without_a_definition_run_are_timed_and_are_judged(tmp_path, capsys):
+    source = saved(tmp_path / "model.onnx", model_of_calls(foldable=True), defined=False)
+    defined = saved(tmp_path / "defined.onnx", model_of_calls(foldable=True), defined=True)
+    before = source.read_bytes()
+    for command in (["verify"], ["verify", str(defined)], ["bench", "--rounds", "1"]):
+        assert cli.main([command[0], str(source), *command[1:]]) == cli.YES, capsys.readouterr().err
+    x = np.random.default_rng(0).normal(size=(2, CHANNELS, 5, 5)).astype(np.float32)
+    loaded = model_file.load(source)
+    for model in (str(source), onnx.load(source), loaded):
+        np.testing.assert_array_equal(Session(model)(x), Session(defined)(x))
+    assert not loaded.functions
+    assert source.read_bytes() == before
+    changed = model_of_calls(foldable=True)
+    shift = changed.graph.initializer[3]
+    shift.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(shift) + np.float32(1e-3), "B"))
+    wrong = saved(tmp_path / "wrong.onnx", changed, defined=False)
+    assert cli.main(["verify", str(source), str(wrong)]) == cli.NO
+
+
 def test_a_training_step_without_a_definition_gets_one(tmp_path):
     done = fuse_file(saved(tmp_path / "model.onnx", model_of_calls(name=TRAINING), defined=False), verify="never")
     assert [f.name for f in onnx.load(done.target).functions] == [TRAINING]
+    assert inspect_model(done.source).layers[0].training
     assert np.isfinite(outputs_of(done.target)).all()
     assert last_line(done) == f"nothing to fold: wrote {done.target}, whose functions alone differ"
 
 
 def test_a_call_that_cannot_be_defined_is_refused(tmp_path):
     source = saved(tmp_path / "model.onnx", model_of_calls(name=TRAINING, opset=17), defined=False)
-    for command in (fuse_file, inline_file):
+    for command in (fuse_file, inline_file, inspect_model, verify, Session):
         with pytest.raises(InputError, match="needs opset 18 or newer"):
             command(source)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

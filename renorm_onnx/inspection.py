@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from renorm_onnx import model_file
+from renorm_onnx.fusion.calls import define_calls
 from renorm_onnx.fusion.engine import count_operators, fuse_in_place
 from renorm_onnx.fusion.report import FusionReport
 from renorm_onnx.onnx_layers import LayerInfo, layers_in
@@ -86,8 +87,10 @@ def inspect_model(path: str | os.PathLike[str], *, explain: bool = False, allow_
 
     Raises:
         ModelFileError: The file cannot be read as a model.
+        InputError: Its opset is too old for a function of ours that it calls and lacks.
     """
     model = model_file.load(path, allow_symlinks=allow_symlinks)
+    define_calls(model)  # only a definition says whether a call is a step of training
     layers = tuple(layers_in(model))
     operators = dict(count_operators(model))
     inputs = {v.name or "": _kind(v) for v in model.graph.inputs if not v.is_initializer()}

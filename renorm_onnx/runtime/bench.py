@@ -24,6 +24,7 @@ from renorm_onnx.errors import InputError, MachineError
 from renorm_onnx.runtime.inputs import InputSpec, input_specs, make_trial, size_plans
 from renorm_onnx.runtime.providers import onnxruntime
 from renorm_onnx.runtime.session import LEVELS, Session
+from renorm_onnx.runtime.sessions.sources import runnable
 from renorm_onnx.runtime.timing_report import BenchReport, Timing, plot
 
 __all__ = ["BenchReport", "Timing", "bench", "plot"]
@@ -81,7 +82,7 @@ def bench(
     if rounds < 1 or min(batches) < 1:
         raise InputError(f"bench: rounds={rounds!r} and batches={tuple(batches)!r}, expected at least 1")
     before = _load()
-    loaded = {name: model_file.load(model, allow_symlinks=allow_symlinks) for name, model in _named(models).items()}
+    loaded = {name: runnable(model, allow_symlinks=allow_symlinks) for name, model in _named(models).items()}
     specs = _common_inputs(loaded)
     counts = (threads,) if isinstance(threads, int) else tuple(threads)
     runs: list[_Run] = []

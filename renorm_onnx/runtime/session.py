@@ -4,21 +4,19 @@ onnxruntime's own default on a machine without CUDA is a working session on the 
 a `MachineError` that names the missing piece, and so is a model of which one operator would run on the CPU.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 import renorm_onnx.runtime.providers as providers
 import renorm_onnx.runtime.sessions.tensors as tensors
-from renorm_onnx import model_file
-from renorm_onnx.errors import InputError, MachineError, ModelFileError
+from renorm_onnx.errors import InputError, MachineError
 from renorm_onnx.runtime.sessions.cuda_graph import CudaGraph
 from renorm_onnx.runtime.sessions.ort_errors import creation_error, run_error
 from renorm_onnx.runtime.sessions.placement import Placed, compute_nodes, placement_of
+from renorm_onnx.runtime.sessions.sources import source_of
 from renorm_onnx.runtime.sessions.tensors import TensorSpec
 
 LEVELS = {
@@ -368,24 +366,3 @@ def open_session(
         strict=strict,
         allow_symlinks=allow_symlinks,
     )
-
-
-def source_of(model: Any, *, allow_symlinks: bool = False) -> bytes | str:
-    """Return the bytes of a model, or its path where it is too large for one protobuf.
-
-    Args:
-        model: Path, `onnx.ModelProto`, `onnx_ir.Model`, or the bytes of a model.
-        allow_symlinks: Follow links to data files outside the model's folder.
-
-    Raises:
-        ModelFileError: The model cannot be read, or is too large and has no path.
-    """
-    if isinstance(model, bytes):
-        return model
-    loaded = model if isinstance(model, ir.Model) else model_file.load(model, allow_symlinks=allow_symlinks)
-    try:
-        return model_file.model_bytes(loaded)
-    except ModelFileError:
-        if isinstance(model, str | os.PathLike):
-            return os.path.abspath(os.fspath(model))  # validated by `load` just now
-        raise

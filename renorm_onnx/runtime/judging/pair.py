@@ -7,7 +7,6 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from renorm_onnx import model_file
 from renorm_onnx.fusion.report import METADATA_KEY
 from renorm_onnx.runtime.inputs import input_specs
 from renorm_onnx.runtime.judging.cuts import data_names
@@ -16,7 +15,8 @@ from renorm_onnx.runtime.judging.neighbours import neighbour
 from renorm_onnx.runtime.judging.torch_reference import TorchReference, is_torch_module
 from renorm_onnx.runtime.judging.verdict import PRECISIONS, Precision
 from renorm_onnx.runtime.reference import evaluate
-from renorm_onnx.runtime.session import Session, open_session, source_of
+from renorm_onnx.runtime.session import Session, open_session
+from renorm_onnx.runtime.sessions.sources import runnable, source_of
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +37,7 @@ class Pair:
     """
 
     def __init__(self, reference: Any, candidate: Any, *, allow_symlinks: bool) -> None:
-        self.candidate = model_file.load(candidate, allow_symlinks=allow_symlinks)
+        self.candidate = runnable(candidate, allow_symlinks=allow_symlinks)
         self.torch: TorchReference | None = None
         if is_torch_module(reference):
             specs = input_specs(self.candidate)
@@ -46,7 +46,7 @@ class Pair:
             self.model = self.candidate
             self.problems: list[str] = []
         else:
-            self.model = model_file.load(reference, allow_symlinks=allow_symlinks)
+            self.model = runnable(reference, allow_symlinks=allow_symlinks)
             self.problems = interface_problems(self.model, self.candidate)
 
     @functools.cached_property
