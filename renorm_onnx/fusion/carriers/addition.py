@@ -7,8 +7,8 @@ After:
 Formula:
     y = sum of k_i x_i with k = 1, 1 (Add, Sum), 1, -1 (Sub) or 1/n (Mean). At the output every x_i takes the scale;
     one of them, x, takes the shift t / (sum of the k_i at which x stands). At the inputs the scales must be one and
-    the same, and the shifts add up; a shift alone ends in a constant operand, and a scale goes past a constant c
-    along the same axis: s x + t + c = s (x + c) + (t + c - s c). Constants are widened to vary along the map.
+    the same, and the shifts add up; a shift alone ends in a constant operand, and a scale goes past a constant c:
+    s x + t + c = s (x + c) + (t + c - s c). Constants are widened to vary along the map.
     Source: ONNX Add, Sub, Sum, Mean in all versions.
 Refuses when:
     a per-channel scale meets a computed operand that is not proven to have all the channels, or whose rank is
@@ -209,9 +209,9 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
 
 
 def _commuted(node: ir.Node, total: AffineMap, desk: Desk) -> Step | Refusal:
-    """``s x + t + c = s (x + c) + (t + c - s c)``: a scale goes past a constant that runs along the same axis."""
+    """``s x + t + c = s (x + c) + (t + c - s c)``: a scale goes past a constant."""
     link = constant_operator(node, desk)
-    if link is None or (total.axes and link.map.axes and total.axes != link.map.axes):
+    if link is None:
         return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
     total, added = together(total, link.map)
     return Step((), {0: total.with_shift(total.shift + added.shift - total.scale * added.shift)})
@@ -219,8 +219,6 @@ def _commuted(node: ir.Node, total: AffineMap, desk: Desk) -> Step | Refusal:
 
 def _sum(one: AffineMap, two: AffineMap) -> AffineMap | None:
     """What a sum lacks when its operands lack `one` and `two`; None unless they lack the same scale."""
-    if one.axes and two.axes and (one.axes, one.periodic) != (two.axes, two.periodic):
-        return None
     one, two = together(one, two)
     return one.with_shift(one.shift + two.shift) if np.array_equal(one.scale, two.scale) else None
 

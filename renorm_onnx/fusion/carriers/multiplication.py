@@ -7,7 +7,7 @@ After:
 Formula:
     At the output the scale goes to one factor (to the numerator of a quotient), a constant one first. At the inputs the
     scales of all factors multiply (one of a divisor is turned over) and end in a constant factor, widened to vary along
-    the map. A shift only goes past a constant c along the same axis: (s x + t) c = s (c x) + t c.
+    the map. A shift only goes past a constant c: (s x + t) c = s (c x) + t c.
     Source: ONNX Mul, Div, Neg in all versions.
 Refuses when:
     a shift arrives at the output of a product, or at an input that is multiplied by something computed, or is
@@ -66,8 +66,8 @@ class Multiplication(Carrier):
         total = AffineMap.of(1.0, 0.0, None)
         for index, given in maps.items():
             seen = outward(given, desk.fact(node.inputs[index]).rank, rank)
-            if seen is None or (seen.axes and total.axes and seen.axes != total.axes):
-                return refuse(Reason.SHAPE, node, "gets maps that do not run along one axis of its output")
+            if seen is None:
+                return refuse(Reason.SHAPE, node, "has operands of unknown rank")
             if node.op_type == "Div" and index == 1:
                 if (seen.scale == 0).any():
                     return refuse(Reason.SCALE, node, "divides by an operand that lacks a scale of zero")
@@ -87,8 +87,8 @@ class Multiplication(Carrier):
             return refuse(Reason.SHIFT, node, "multiplies a shift by something that is not a constant along one axis")
         [given] = maps.values()
         seen = outward(given, desk.fact(link.data).rank, rank)
-        if seen is None or (seen.axes and link.map.axes and seen.axes != link.map.axes):
-            return refuse(Reason.AXIS, node, "multiplies by a constant that runs along another axis than the map")
+        if seen is None:
+            return refuse(Reason.SHAPE, node, "has operands of unknown rank")
         seen, factor = together(seen, link.map)
         return Step((), {0: seen.with_shift(factor.scale * seen.shift)})
 

@@ -79,3 +79,13 @@ def test_a_quotient_lacks_the_inverse_of_what_its_divisor_lacks() -> None:
     assert operators(fused) == {"Clip": 1, "Div": 1, "Conv": 1}
     constants["k"] = scale * 0.0 + np.array([1.0, 0.5, 0.25]).reshape(3, 1, 1)
     assert_fuses(build(text, "double[N,3,H,W] x, double[N,3,H,W] z", "y", **constants))
+
+
+@pytest.mark.parametrize("operator", ["Mul", "Add", "Sub"])
+def test_maps_along_different_axes_meet_in_one_along_both(operator: str) -> None:
+    """Two maps that nothing before can absorb, and a Gemm over the flattened image that takes their meeting."""
+    one = "Mul" if operator == "Mul" else "Add"
+    text = f"c = {one}(x, k) e = {one}(z, l) d = {operator}(c, e) f = Flatten(d) y = Gemm(f, B)"
+    constants = {"k": quarters([3, 1, 1]), "l": quarters([5], 1), "B": quarters([60, 2], 2)}
+    fused = assert_fuses(build(text, "double[N,3,4,5] x, double[N,3,4,5] z", "y", **constants))
+    assert operators(fused) == {operator: 1, "Flatten": 1, "Gemm": 1}
