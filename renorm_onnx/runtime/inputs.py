@@ -229,6 +229,10 @@ def given_trials(specs: Sequence[InputSpec], inputs: Any) -> list[Trial]:
         raise InputError(f"verify: inputs={inputs!r}, expected a number, a mapping of arrays, a .npz file or a folder")
     if not trials:
         raise InputError("verify: inputs= holds no batch, so there is nothing to compare")
+    for trial in trials:
+        if trial.feeds and not any(array.size for array in trial.feeds.values()):
+            shapes = {name: array.shape for name, array in trial.feeds.items()}
+            raise InputError(f"verify: {trial.label} is empty, of shape {shapes}, so there is nothing to compare")
     return trials
 
 

@@ -122,6 +122,14 @@ def test_data_that_do_not_fit_are_input_errors(inputs, message):
         given_trials([X, Z], inputs)
 
 
+def test_an_empty_batch_is_refused_but_one_empty_input_among_others_is_not():
+    past = InputSpec("past", np.dtype("f4"), ("N", "T"), 2)
+    with pytest.raises(InputError, match=r"inputs 0 is empty, of shape \{'x': \(0, 3\)\}, so there is nothing to comp"):
+        given_trials([X], {"x": np.ones((0, 3))})
+    (one,) = given_trials([X, past], {"x": np.ones((4, 3)), "past": np.ones((4, 0))})
+    assert one.feeds["past"].shape == (4, 0)
+
+
 def test_files_that_cannot_be_read_are_input_errors(tmp_path):
     with pytest.raises(InputError, match=r"holds no \.npz or \.npy file"):
         given_trials([X], tmp_path)

@@ -64,7 +64,7 @@ def test_an_output_without_elements_is_neither_right_nor_wrong():
     model = model_of("float[N,3] x, bool[3] mask", "float[K] y, float[N,3] z", body)
     verdict = verify(model, model, inputs={"x": np.ones((2, 3), np.float32), "mask": np.zeros(3, bool)})
     assert verdict.outcome == "unusable"
-    assert "nothing was compared: output 'y' on cpu gave nothing that is finite" in verdict.reason
+    assert "nothing was compared: output 'y' on cpu gave no elements" in verdict.reason
 
 
 def test_data_that_were_cast_are_named():

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 import renorm_onnx.runtime.providers as providers
 import renorm_onnx.runtime.sessions.tensors as tensors
-from renorm_onnx.errors import InputError, MachineError
+from renorm_onnx.errors import InputError, MachineError, RenormError
 from renorm_onnx.runtime.sessions.cuda_graph import CudaGraph
+from renorm_onnx.runtime.sessions.feeds import misfit
 from renorm_onnx.runtime.sessions.ort_errors import creation_error, run_error
 from renorm_onnx.runtime.sessions.placement import Placed, compute_nodes, placement_of
 from renorm_onnx.runtime.sessions.sources import source_of
@@ -129,7 +130,7 @@ class Session:
         except InputError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise run_error(error) from error
+            raise self._explained(error, feeds, names) from error
         return dict(zip(names, values, strict=True))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -298,7 +299,7 @@ class Session:
         try:
             self.run_bound(binding)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise run_error(error) from error
+            raise self._explained(error, feeds) from error
         return [tensors.to_library_of(example, value) for value in binding.get_outputs()]
 
     def _bind(self, feeds: Mapping[str, Any], outputs: Sequence[str], device: tuple[str, int]) -> Any:
@@ -318,6 +319,12 @@ class Session:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise run_error(error) from error
         return binding
+
+    def _explained(self, error: Exception, feeds: Any, names: Sequence[str] = ()) -> RenormError:
+        if unknown := sorted(set(names) - set(self._output_names)):
+            return InputError(f"Session: outputs asked for are {unknown}, the model has {self._output_names}")
+        optional = {value.name for value in self._session.get_overridable_initializers()}
+        return misfit(self.inputs, optional, feeds) or run_error(error)
 
     def _on_device(self, name: str, value: Any) -> Any:
         spec = next((spec for spec in self.inputs if spec.name == name), None)

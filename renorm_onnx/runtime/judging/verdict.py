@@ -173,7 +173,8 @@ class Judge:
         for output, found in self.found.items():
             ordinary = [e for trial, e in found if trial.ordinary]
             if ordinary and not any(e.problem or e.elements for e in ordinary):
-                return f"nothing was compared: output {output!r} on {self.provider} gave nothing that is finite"
+                gave = "nothing that is finite" if any(e.left_out for e in ordinary) else "no elements"
+                return f"nothing was compared: output {output!r} on {self.provider} gave {gave}"
         return ""
 
     def left_out(self) -> list[str]:

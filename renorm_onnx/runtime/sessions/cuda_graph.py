@@ -76,11 +76,11 @@ class CudaGraph:
         if tensors.is_foreign(value):
             view = tensors.to_library_of(value, buffer)
             if view.dtype != value.dtype:
-                raise InputError(f"Session: input {name!r} got {value.dtype}, expected {view.dtype}")
+                raise InputError(f"Session: input {name!r} has type {value.dtype}, expected {view.dtype}")
             view.copy_(value.detach())
             tensors.synchronize(view)
         else:
             array = np.ascontiguousarray(value)
             if array.dtype != spec.dtype:
-                raise InputError(f"Session: input {name!r} got {array.dtype}, expected {spec.dtype}")
+                raise InputError(f"Session: input {name!r} has type {array.dtype}, expected {spec.dtype}")
             buffer.update_inplace(array)

@@ -91,7 +91,8 @@ def to_ort_value(ort: Any, spec: TensorSpec, value: Any) -> Any:
         else:
             wrapped = ort.OrtValue.ortvalue_from_numpy(array)
     if wrapped.data_type() != spec.kind:
-        raise InputError(f"Session: input {spec.name!r} got {wrapped.data_type()!r}, expected {spec.kind!r}")
+        given, expected = (kind.removeprefix("tensor(").removesuffix(")") for kind in (wrapped.data_type(), spec.kind))
+        raise InputError(f"Session: input {spec.name!r} has type {given}, expected {expected}")
     return wrapped
 
 
