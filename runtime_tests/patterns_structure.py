@@ -74,10 +74,25 @@ def _scan(n: Net) -> Any:
     )
 
 
-def _conv_outside_if(n: Net) -> Any:
+def _is_channels(n: Net, size: int) -> Any:
+    """Whether axis 1 of x is so long, as exporters ask that cannot tell."""
+    return n.op("Equal", n.op("Gather", n.op("Shape", "x"), n.k(np.array(1)), axis=0), n.k(np.array(size)))
+
+
+def _conv_outside_if(n: Net, condition: Callable[[Net], Any]) -> Any:
     h = n.conv("x", C, 5)
     bodies = [_body(n, f"branch{i}", [], lambda: [n.bn(h, 5)]) for i in range(2)]
-    return n.op("If", n.k(np.array(True)), then_branch=bodies[0], else_branch=bodies[1])
+    return n.op("If", condition(n), then_branch=bodies[0], else_branch=bodies[1])
+
+
+def _norm_behind_if(n: Net, condition: Callable[[Net], Any]) -> Any:
+    h = n.conv("x", C, 5)
+    bodies = [_body(n, f"branch{i}", [], lambda i=i: [n.op("Reshape", h, n.ints(0, 5, -1, 6 + 6 * i))]) for i in (0, 1)]
+    return n.bn(n.op("If", condition(n), then_branch=bodies[0], else_branch=bodies[1]), 5)
+
+
+def _any(n: Net) -> Any:
+    return n.op("Greater", n.op("ReduceSum", "x", keepdims=0), n.scalar(0.5))
 
 
 def bodies() -> Iterator[Pattern]:
@@ -87,7 +102,12 @@ def bodies() -> Iterator[Pattern]:
     yield Pattern("conv, norm in an If in an If", IMAGE, _if_nested)
     yield Pattern("conv, norm in a Loop", IMAGE, _loop)
     yield Pattern("matmul, chain in a Scan", IMAGE, _scan)
-    yield Pattern("conv outside, norms in an If", IMAGE, _conv_outside_if, 2)
+    yield Pattern("conv outside, norms in an If", IMAGE, lambda n: _conv_outside_if(n, _any), 2)
+    yield Pattern("conv, If, norm", IMAGE, lambda n: _norm_behind_if(n, _any), 1, Reason.OPERATOR)
+    for size in (C, C + 1):
+        ask = lambda n, size=size: _is_channels(n, size)  # noqa: E731
+        yield Pattern(f"conv outside, norms in an If of C == {size}", IMAGE, lambda n, a=ask: _conv_outside_if(n, a))
+        yield Pattern(f"conv, If of C == {size}, norm", IMAGE, lambda n, a=ask: _norm_behind_if(n, a))
 
 
 def _function(

@@ -25,6 +25,7 @@ from renorm_onnx.fusion.branches import Merge, find_merges
 from renorm_onnx.fusion.calls import define_calls, open_absorbers, open_norms
 from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, label
 from renorm_onnx.fusion.carriers import load_carriers
+from renorm_onnx.fusion.conditionals import open_conditionals
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
@@ -154,7 +155,7 @@ class _Engine:
         }
         open_norms(self._model)
         self._fold_all()
-        while self._model.functions and open_absorbers(self._model, self._obstacles()):
+        while self._open():
             self._desk.facts.forget()
             self._fold_all()
         self._write_parameters()
@@ -169,6 +170,19 @@ class _Engine:
             self._fold(graph)
             while self._options.merge_branches and self._merge_branches(graph):
                 self._fold(graph)
+
+    def _open(self) -> bool:
+        """Open what may stand in the way of the norms that stay: calls of functions, and Ifs that always go one way."""
+        if all(e.outcome == "folded" for e in self._report.entries):
+            return False
+        gone = open_conditionals(self._model, self._desk.facts, self._names)
+        for node in gone:
+            if (entry := self._entries.get(node)) is not None and entry.outcome == "kept":
+                entry.fold("unreachable", ())
+        self._output_places.clear()
+        self._delete(gone)
+        self._clean()
+        return bool(gone) or (bool(self._model.functions) and open_absorbers(self._model, self._obstacles()) > 0)
 
     def _obstacles(self) -> set[str]:
         """The names of the operators at which the way of a norm that stays has ended."""

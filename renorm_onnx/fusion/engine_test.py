@@ -216,7 +216,8 @@ def test_a_value_that_a_subgraph_reads_may_not_change():
     body = helper.make_graph(
         [helper.make_node("Relu", [c], ["t"])], "b", [], [helper.make_tensor_value_info("t", 1, None)]
     )
-    b.nodes.append(helper.make_node("If", [b.constant(np.array(True))], ["z"], then_branch=body, else_branch=body))
+    condition = b.node("Greater", b.node("ReduceMax", "x", keepdims=0), b.constant(np.array(0.5)))
+    b.nodes.append(helper.make_node("If", [condition], ["z"], then_branch=body, else_branch=body))
     model = b.model(IMAGE, ["y", "z"])
     fused, report = fuse(model)
     assert report.kept[0].reason == Reason.SUBGRAPH

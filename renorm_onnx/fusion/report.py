@@ -80,7 +80,8 @@ class NormReport:
         nodes: Names of its nodes, or of their outputs where they have none.
         outcome: "folded" or "kept".
         into: Names of the operators that took it up.
-        way: "backward" (into what computes its input), "forward" (into what reads its output), "merged", "branches".
+        way: "backward" (into what computes its input), "forward" (into what reads its output), "branches" (merged with
+            its sisters), or "unreachable" (gone with the branch of an If that is never taken).
         refusals: For a kept norm: what stood in the way backward, then forward.
         notes: Warnings that did not prevent the fold.
     """
@@ -120,7 +121,7 @@ class NormReport:
         """Why a norm was kept, or where a folded one went, as one sentence."""
         if self.outcome == "kept":
             return "; ".join(dict.fromkeys(r.detail for r in self.refusals))
-        return f"{self.way} into {', '.join(self.into)}"
+        return f"{self.way} into {', '.join(self.into)}" if self.into else self.way
 
     def to_dict(self) -> dict[str, Any]:
         """The entry as plain data for JSON."""

@@ -1,0 +1,119 @@
+"""An If that always goes one way becomes the nodes of that way, so that norms before, in and behind it can be folded.
+
+Exporters write such an If where they cannot tell a size: ``If(Equal(Shape(x)[1], 1)) {Squeeze(x)} {x}``. The condition
+must be proven without any rounding: from stored values, sizes and integers alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from renorm_onnx.fusion.facts import Facts
+from renorm_onnx.inlining import Names, graphs_of
+
+
+def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]:
+    """Replace, in place, every If of which the condition is proven by the branch that it takes.
+
+    What the branch computes under a name that the model has elsewhere too gets another one; the outputs keep theirs.
+
+    Args:
+        model: Changed in place; facts about its values are to be forgotten afterwards.
+        facts: About `model` as it is.
+        names: Hands out names that nothing in the model bears.
+
+    Returns:
+        The nodes that are to be deleted: each If, and all that its other branch holds.
+    """
+    proven = [
+        (node, taken)
+        for graph in graphs_of(model.graph)
+        for node in graph
+        if node.op_type == "If" and node.domain in ("", "ai.onnx")
+        if (taken := _way_taken(node, facts)) is not None
+    ]
+    borne = Counter(v.name for graph in graphs_of(model.graph) for v in _values(graph)) if proven else Counter()
+    gone: dict[ir.Node, None] = {}
+    # An outer If first: one that lies in a branch which is not taken needs no opening.
+    for node, taken in proven:
+        if node not in gone:
+            gone.update(dict.fromkeys(_open(node, model, names, borne, taken=taken)))
+    return list(gone)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The values that a graph itself gives names to."""
+    yield from {*graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        yield from node.outputs
+
+
+def _way_taken(node: ir.Node, facts: Facts) -> bool | None:
+    """Whether the condition is proven true or false; None where it is not."""
+    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
+    if any(len(branch.outputs) != len(node.outputs) for branch in branches):
+        return None
+    content = facts[node.inputs[0]].elements() if _is_discrete(node.inputs[0], facts) else None
+    return None if content is None or content.dtype == object or content.size != 1 else bool(content.reshape(-1)[0])
+
+
+def _is_discrete(value: ir.Value | None, facts: Facts) -> bool:
+    """Whether `value` is computed from sizes and from numbers that are no floats: floats may round either way."""
+    stack, seen = [value], {value}
+    while stack:
+        current = stack.pop()
+        node = None if current is None else current.producer()
+        kind = facts[current].dtype
+        if kind is None or kind.is_floating_point():
+            return False
+        if node is not None and node.op_type not in ("Shape", "Size"):
+            stack += [i for i in node.inputs if i is not None and i not in seen]
+            seen.update(node.inputs)
+    return True
+
+
+def _open(node: ir.Node, model: ir.Model, names: Names, borne: Counter[str | None], *, taken: bool) -> list[ir.Node]:
+    """Put the nodes of one branch in the place of an If, keeping `borne`, in place too; return what is to go."""
+    outer = node.graph
+    assert isinstance(outer, ir.Graph), "an If that is gone is not opened"
+    branch, other = (node.attributes[f"{w}_branch"].as_graph() for w in ("then", "else")[:: 1 if taken else -1])
+    dead = [node]
+    for graph in graphs_of(other):
+        borne.subtract(v.name for v in _values(graph))
+        dead.extend(graph)
+        graph.outputs.clear()
+    results, nodes, stored = list(branch.outputs), list(branch), list(branch.initializers.values())
+    branch.outputs.clear()
+    branch.initializers.clear()
+    branch.remove(nodes)
+    for value in (*stored, *(v for inner in nodes for v in inner.outputs)):
+        if value.name and borne[value.name] > 1:
+            borne[value.name] -= 1
+            value.name = names.unique(value.name)
+    for value in stored:
+        outer.register_initializer(value)
+        if model.ir_version < 4:
+            outer.inputs.append(value)
+    outer.insert_before(node, nodes)
+    made = {v for inner in nodes for v in inner.outputs}
+    for old, new in zip(node.outputs, results, strict=True):
+        if new not in made:  # a value from outside, a constant, or one that is handed out twice
+            copy = ir.Node("", "Identity", [new], num_outputs=1, name=names.unique(f"{node.name or old.name}/copy"))
+            outer.insert_before(node, copy)
+            new = copy.outputs[0]
+        made.discard(new)
+        _take_over(old, new, outer)
+    return dead
+
+
+def _take_over(old: ir.Value, new: ir.Value, graph: ir.Graph) -> None:
+    """Let `new` stand where `old` stood, under its name."""
+    name, old.name = old.name, None
+    new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
+    for index, value in enumerate(graph.outputs):
+        if value is old:
+            graph.outputs[index] = new
+    old.replace_all_uses_with(new)

@@ -1,0 +1,167 @@
+"""An If that always goes one way is opened where norms stay otherwise; every other If stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from renorm_onnx.fusion.conftest import Builder, assert_same, largest_difference, operators
+from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.fusion.report import Reason
+
+IMAGE = {"x": ["n", 4, 8, 8]}
+
+
+def branch(b: Builder, name: str, write: Callable[[], Sequence[str]]) -> onnx.GraphProto:
+    """A subgraph of the nodes that `write` adds; its constants stay outside."""
+    outer, b.nodes = b.nodes, []
+    infos = [helper.make_tensor_value_info(r, TensorProto.FLOAT, None) for r in write()]
+    nodes, b.nodes = b.nodes, outer
+    return helper.make_graph(nodes, name, [], infos)
+
+
+def choose(b: Builder, condition: str, yes: Callable[[], Sequence[str]], no: Callable[[], Sequence[str]]) -> str:
+    return b.node("If", condition, then_branch=branch(b, "yes", yes), else_branch=branch(b, "no", no))
+
+
+def has_channels(b: Builder, channels: int, x: str = "x") -> str:
+    """Whether axis 1 of `x` is so long, as exporters ask: by Shape, Gather and Equal."""
+    size = b.node("Gather", b.node("Shape", x), b.constant(np.array(1)), axis=0)
+    return b.node("Equal", size, b.constant(np.array(channels)))
+
+
+@pytest.mark.parametrize("channels", [4, 5])
+def test_a_norm_behind_an_if_that_asks_for_a_fixed_size_folds(channels):
+    b = Builder()
+    h = b.conv("x", 4, 6)
+    taken = choose(b, has_channels(b, channels), lambda: [b.node("Neg", h)], lambda: [b.node("Identity", h)])
+    b.norm(taken, 6, out="y")
+    model = b.model(IMAGE, ["y"])
+    fused, report = fuse(model)
+    assert operators(fused) == (["Conv"] if channels == 4 else ["Conv", "Identity"])
+    assert [n.way for n in report.folded] == ["backward"]
+    assert_same(model, fused)
+    assert not fuse(fused)[1].changed
+
+
+def test_the_comparison_of_these_tests_sees_the_wrong_branch():
+    models = []
+    for flag in (True, False):
+        b = Builder()
+        no = lambda b=b: [b.node("Neg", "x")]  # noqa: E731
+        taken = choose(b, b.constant(np.array(flag)), lambda b=b: [b.node("Identity", "x")], no)
+        models.append(b.model(IMAGE, [b.node("Tanh", taken)]))
+    assert largest_difference(*models) > 0.1
+
+
+def test_norms_in_the_branch_fold_into_what_stands_outside_and_those_of_the_other_are_gone():
+    b = Builder()
+    h = b.conv("x", 4, 6)
+    taken = choose(b, b.constant(np.array(True)), lambda: [b.norm(h, 6)], lambda: [b.norm(b.node("Tanh", h), 6)])
+    model = b.model(IMAGE, [b.node("Relu", taken)])
+    fused, report = fuse(model)
+    assert operators(fused) == ["Conv", "Relu"]
+    assert sorted((n.way, n.detail.split()[0]) for n in report.folded) == [("backward",) * 2, ("unreachable",) * 2]
+    assert len(fused.graph.initializer) == 2
+    assert_same(model, fused)
+
+
+def test_an_if_that_may_go_either_way_stays_and_its_norms_with_it():
+    b = Builder()
+    h = b.conv("x", 4, 6)
+    condition = b.node("Greater", b.node("ReduceSum", "x", keepdims=0), b.constant(np.array(0.5)))
+    taken = choose(b, condition, lambda: [b.norm(h, 6)], lambda: [b.node("Neg", h)])
+    model = b.model(IMAGE, [b.norm(taken, 6)])
+    fused, report = fuse(model)
+    assert [n.reason for n in report.kept] == [Reason.OPERATOR, Reason.SUBGRAPH]
+    assert "If" in operators(fused)
+    assert_same(model, fused)
+
+
+def test_a_condition_that_compares_floats_is_not_taken_for_proven():
+    b = Builder()
+    third = b.node("Div", b.constant(np.array(1.0)), b.constant(np.array(3.0)))
+    condition = b.node("Equal", b.node("Mul", third, b.constant(np.array(3.0))), b.constant(np.array(1.0)))
+    taken = choose(b, condition, lambda: [b.conv("x", 4, 6)], lambda: [b.conv("x", 4, 6)])
+    fused, report = fuse(b.model(IMAGE, [b.norm(taken, 6)]))
+    assert [n.reason for n in report.kept] == [Reason.OPERATOR]
+    assert "If" in operators(fused)
+
+
+def test_an_if_out_of_the_way_of_norms_that_fold_stays():
+    b = Builder()
+    taken = choose(b, b.constant(np.array(True)), lambda: [b.node("Tanh", "x")], lambda: [b.node("Relu", "x")])
+    fused, _ = fuse(b.model(IMAGE, [b.norm(b.conv(taken, 4, 6), 6)]))
+    assert operators(fused) == ["If", "Conv"]
+
+
+def nested(b: Builder) -> str:
+    inner = lambda: [choose(b, has_channels(b, 4), lambda: [b.conv("x", 4, 6)], lambda: [b.conv("x", 4, 6)])]  # noqa: E731
+    return choose(b, has_channels(b, 7), lambda: [b.node("Relu", b.conv("x", 4, 6))], inner)
+
+
+def test_an_if_in_the_branch_of_another_is_opened_too():
+    b = Builder()
+    model = b.model(IMAGE, [b.norm(nested(b), 6)])
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Conv"]
+    assert_same(model, fused)
+
+
+def with_names(model: onnx.ModelProto, **names: str) -> onnx.ModelProto:
+    """The model with values renamed everywhere, those of subgraphs too."""
+
+    def rename(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            node.input[:] = [names.get(n, n) for n in node.input]
+            node.output[:] = [names.get(n, n) for n in node.output]
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    rename(attribute.g)
+        for output in graph.output:
+            output.name = names.get(output.name, output.name)
+
+    rename(model.graph)
+    return model
+
+
+def test_names_of_the_branch_stay_where_they_are_unique():
+    b = Builder()
+    h = b.conv("x", 4, 6)
+    taken = choose(
+        b,
+        b.constant(np.array(True)),
+        lambda: [b.node("Abs", b.node("Relu", h, out="first"), out="second")],
+        lambda: [b.node("Abs", b.node("Neg", h, out="third"), out="fourth")],
+    )
+    y = b.norm(taken, 6, out="y")
+    # Both branches may use one name, and so may what is computed later on outside.
+    model = with_names(b.model(IMAGE, [y, b.node("Tanh", y, out="z")]), third="first", fourth="second")
+    fused, report = fuse(model)
+    assert report.kept
+    assert [o for n in fused.graph.node for o in n.output] == [h, "first", taken, "y", "z"]
+    assert_same(model, fused)
+    model = with_names(model, z="first")
+    model.graph.output[1].name = "first"
+    fused, _ = fuse(model)
+    assert [o for n in fused.graph.node for o in n.output] == [h, "first_1", taken, "y", "first"]
+    assert_same(model, fused)
+
+
+def test_what_a_branch_hands_out_without_computing_it_is_copied():
+    b = Builder()
+    weight = helper.make_tensor("stored", TensorProto.FLOAT, [6], np.linspace(1, 2, 6))
+    stored = helper.make_graph([], "yes", [], [helper.make_tensor_value_info("stored", 1, [6])], [weight])
+    other = branch(b, "no", lambda: [b.node("Identity", b.normal(6))])
+    scale = b.node("If", b.constant(np.array(True)), then_branch=stored, else_branch=other)
+    rest: list[Any] = b.statistics(6)[1:]
+    model = b.model(IMAGE, [b.node("BatchNormalization", b.conv("x", 4, 6), scale, *rest)])
+    fused, report = fuse(model)
+    assert not report.kept
+    assert operators(fused) == ["Conv"]
+    assert_same(model, fused)
