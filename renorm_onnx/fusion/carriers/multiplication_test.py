@@ -83,9 +83,8 @@ def test_a_quotient_lacks_the_inverse_of_what_its_divisor_lacks() -> None:
 
 @pytest.mark.parametrize("operator", ["Mul", "Add", "Sub"])
 def test_maps_along_different_axes_meet_in_one_along_both(operator: str) -> None:
-    """Two maps that nothing before can absorb, and a Gemm over the flattened image that takes their meeting."""
-    one = "Mul" if operator == "Mul" else "Add"
-    text = f"c = {one}(x, k) e = {one}(z, l) d = {operator}(c, e) f = Flatten(d) y = Gemm(f, B)"
-    constants = {"k": quarters([3, 1, 1]), "l": quarters([5], 1), "B": quarters([60, 2], 2)}
-    fused = assert_fuses(build(text, "double[N,3,4,5] x, double[N,3,4,5] z", "y", **constants))
-    assert operators(fused) == {operator: 1, "Flatten": 1, "Gemm": 1}
+    """One map arrives along the rows and along the columns; the layer over the flattened image takes their meeting."""
+    norm = "Mul" if operator == "Mul" else "Add"
+    text = f"c = {norm}(x, k) e = Transpose<perm=[0,2,1,3]>(c) d = {operator}(c, e) f = Flatten(d) y = Gemm(f, B)"
+    model = build(text, "double[N,4,4,5] x", "y", k=quarters([4, 1, 1]), B=quarters([80, 2], 2))
+    assert operators(assert_fuses(model)) == {"Transpose": 1, operator: 1, "Flatten": 1, "Gemm": 1}
