@@ -253,7 +253,10 @@ def _fold(model: ir.Model, options: FuseOptions | None, *, defined: bool) -> tup
     """Fold in place; say too whether the model is another than its file holds, be it only by its functions."""
     functions = set(model.functions)
     report = fuse_in_place(model, options)
-    return report, report.changed or defined or functions != set(model.functions)
+    rewritten = report.changed or defined or functions != set(model.functions)
+    if not rewritten:  # what was opened in vain is not written
+        report.operators_after = report.operators_before
+    return report, rewritten
 
 
 def _places_hold(verdict: Verdict) -> bool:

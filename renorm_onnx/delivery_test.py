@@ -199,3 +199,21 @@ def test_sizes_count_each_data_file_once(tmp_path):
     again = fuse_file(paths[1], paths[2])
     assert not again.rewritten
     assert (again.bytes_before, again.bytes_after) == (size(folders[1]), size(folders[2]))
+
+
+def test_an_if_that_was_opened_in_vain_is_in_the_copy_and_in_the_table(tmp_path):
+    rng = np.random.default_rng(0)
+    info = [helper.make_tensor_value_info(n, 1, [2, 4]) for n in ("x", "h", "y")]
+    branch = helper.make_graph([helper.make_node("Relu", ["x"], ["h"])], "branch", [], info[1:2])
+    nodes = [
+        helper.make_node("If", ["flag"], ["c"], then_branch=branch, else_branch=branch),
+        helper.make_node("BatchNormalization", ["c", *"sbmv"], ["y"]),
+    ]
+    stored = [numpy_helper.from_array(rng.uniform(0.5, 2, 4).astype(np.float32), n) for n in "sbmv"]
+    stored.append(numpy_helper.from_array(np.array(True), "flag"))
+    graph = helper.make_graph(nodes, "g", info[:1], info[2:], stored)
+    source = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), source)
+    done = fuse_file(source)
+    assert Path(done.target).read_bytes() == source.read_bytes()
+    assert done.report.operators_after == {"If": 1, "Relu": 2, "BatchNormalization": 1}
