@@ -50,7 +50,8 @@ class Case:
         """The first opset, each at which the operator changed, and the last."""
         if self.domain:
             return [1]
-        return sorted({self.first, self.last, *(v for v in _versions()[self.op] if self.first <= v <= self.last)})
+        versions = _versions().get(self.op, ())  # none of onnxruntime's own
+        return sorted({self.first, self.last, *(v for v in versions if self.first <= v <= self.last)})
 
 
 @functools.cache

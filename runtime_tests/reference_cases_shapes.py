@@ -233,8 +233,12 @@ def contributed() -> Iterator[Case]:
     leaky = {"transB": 1, "alpha": 0.7, "activation": "LeakyRelu", "activation_alpha": 0.3}
     yield own("FusedGemm", [normal(3, 4), normal(5, 4), normal(5)], leaky)
     yield own("FusedMatMul", [normal(2, 4, 3), normal(2, 5, 4)], {"transA": 1, "transB": 1, "alpha": 0.3})
+    for flags in ({"transBatchA": 1}, {"transBatchB": 1}, {"transBatchA": 1, "transBatchB": 1}):
+        for transposed in (0, 1):
+            yield own("FusedMatMul", [normal(4, 4, 4), normal(4, 4, 4)], {**flags, "transA": transposed})
     rows = [normal(2, 3, 8), normal(2, 3, 8), positive(8)]
     yield own("SkipLayerNormalization", [*rows, normal(8), normal(8)], {"epsilon": 1e-3})
+    yield Case("SimplifiedLayerNormalization", [rows[0], rows[2]], {"axis": -1, "epsilon": 1e-3}, first=17)
     yield own("SkipSimplifiedLayerNormalization", [*rows, normal(8)], {"epsilon": 1e-3})
     scale, zero = np.array(0.05, np.float32), np.array(120, np.uint8)
     yield own("QuantizeLinear", [3 * normal(4, 5), scale, zero], steps=1)
@@ -253,7 +257,57 @@ def contributed() -> Iterator[Case]:
     gemm = {"transB": 1, "alpha": 0.9}
     yield own("QGemm", [*matrices, whole(-99, 99, 5, dtype=np.int32), *result], gemm, steps=1)
     yield own("QGemm", [*matrices, whole(-99, 99, 5, dtype=np.int32)], gemm)
+    for offset in (None, matrices[5]):
+        inputs = [normal(3, 4), right.T.copy(), positive(5), offset, normal(5)]
+        yield own("DynamicQuantizeMatMul", inputs, units=2**18)  # a step may flip
     yield own("MatMulIntegerToFloat", [left, right.T.copy(), scale, positive(5), zero, matrices[5], normal(5)])
+
+
+def contributed_attention() -> Iterator[Case]:
+    """Attention in onnxruntime's own domain, with every kind of mask that its CPU kernel takes."""
+
+    def own(op: str, inputs: list[Any], attributes: dict[str, Any], outputs: int = 1) -> Case:
+        return Case(op, inputs, attributes, domain="com.microsoft", outputs=outputs)
+
+    def seen(*shape: int) -> Any:
+        mask = whole(0, 2, *shape, dtype=np.int32)
+        mask[..., 0] = 1
+        return mask
+
+    x, weights, bias, past = normal(2, 5, 8), normal(8, 36), normal(36), normal(2, 2, 3, 4, 4)
+    attention, heads = [x, weights, bias], {"num_heads": 3}
+    ends, starts = whole(3, 6, 2, dtype=np.int32), whole(0, 2, 2, dtype=np.int32)
+    for mask in (ends, np.concatenate((ends, starts)), seen(2, 5), seen(2, 5, 5)):
+        for causal in (0, 1):
+            yield own("Attention", [*attention, mask], {**heads, "unidirectional": causal})
+    yield own("Attention", [*attention, seen(2, 5)], {**heads, "mask_filter_value": -1.5, "scale": 0.3})
+    yield own("Attention", [*attention, None, None, normal(2, 3, 5, 5)], heads)
+    yield own("Attention", [x, weights, bias, seen(2, 9), past], {**heads, "unidirectional": 1}, outputs=2)
+    yield own("Attention", [x, normal(8, 30), normal(30)], {"num_heads": 3, "qkv_hidden_sizes": [12, 12, 6]})
+    query, key, value, bias = normal(2, 5, 12), normal(2, 7, 12), normal(2, 7, 6), normal(30)
+    for mask in (None, whole(3, 8, 2, dtype=np.int32), seen(2, 7), seen(2, 5, 7)):
+        yield own("MultiHeadAttention", [query, key, value, bias, mask], heads)
+        yield own("MultiHeadAttention", [query, key, value, None, mask, normal(1, 3, 5, 7)], {**heads, "scale": 0.7})
+    yield own(
+        "MultiHeadAttention", [normal(2, 5, 12), normal(2, 5, 12), normal(2, 5, 12)], {**heads, "unidirectional": 1}
+    )
+    yield own("MultiHeadAttention", [query, normal(2, 3, 7, 4), normal(2, 3, 7, 4), normal(36)], heads)
+    before = [query, normal(2, 5, 12), normal(2, 5, 12), None, None, None, normal(2, 3, 4, 4), normal(2, 3, 4, 4)]
+    yield own("MultiHeadAttention", before, heads, outputs=3)
+    tables = [normal(9, 2), normal(9, 2)]
+    for interleaved in (0, 1):
+        for positions in (ints(3), whole(0, 9, 2, 5)):
+            attributes = {"interleaved": interleaved}
+            yield own("RotaryEmbedding", [normal(2, 5, 12), positions, *tables], attributes)
+            yield own("RotaryEmbedding", [normal(2, 3, 5, 4), positions, *tables], attributes)
+    part = {"rotary_embedding_dim": 4, "num_heads": 3}
+    yield own("RotaryEmbedding", [normal(2, 5, 18), whole(0, 9, 2, 5), *tables], part)
+    words, kinds = (whole(0, 6, 2, 5, dtype=np.int32) for _ in range(2))
+    scale = [positive(8), normal(8)]
+    embedded = [words, kinds, normal(6, 8), normal(7, 8), normal(6, 8), *scale]
+    yield own("EmbedLayerNormalization", [*embedded, seen(2, 5)], {"epsilon": 1e-3}, outputs=3)
+    yield own("EmbedLayerNormalization", [*embedded, None, whole(0, 7, 2, 5, dtype=np.int32)], {}, outputs=2)
+    yield own("EmbedLayerNormalization", [words, None, normal(6, 8), normal(7, 8), None, *scale], {}, outputs=2)
 
 
 def _boxes(batch: int, count: int) -> tuple[Any, Any]:
@@ -268,5 +322,6 @@ FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
     quantization,
     detection,
     contributed,
+    contributed_attention,
 )
 """Generators of cases."""

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from renorm_onnx.runtime.operators import convolution, elementwise, linear, normalization, pooling, quantized
+from renorm_onnx.runtime.operators import (
+    contrib_attention,
+    convolution,
+    elementwise,
+    linear,
+    normalization,
+    pooling,
+    quantized,
+)
 from renorm_onnx.runtime.operators.call import Array, Call, Kernel, Result, UnusableError
 
 
@@ -60,12 +68,15 @@ def _fused_gemm(call: Call) -> Result:
     return _activated(call.text("activation", ""), linear.OPERATORS["Gemm"](call), parameters)
 
 
+def _transposed(call: Call, side: str, x: Array) -> Array:
+    """An operand of FusedMatMul: rows first, batches between, if its batches are transposed; then as for Gemm."""
+    if call.integer(f"transBatch{side}", 0):
+        x = np.moveaxis(x, 0, -2)
+    return x.swapaxes(-1, -2) if call.integer(f"trans{side}", 0) and x.ndim > 1 else x
+
+
 def _fused_matmul(call: Call) -> Result:
-    left, right = call.inputs[:2]
-    if call.integer("transBatchA", 0) or call.integer("transBatchB", 0):
-        raise UnusableError("transBatchA and transBatchB are not covered")
-    left = left.swapaxes(-1, -2) if call.integer("transA", 0) and left.ndim > 1 else left
-    right = right.swapaxes(-1, -2) if call.integer("transB", 0) and right.ndim > 1 else right
+    left, right = (_transposed(call, side, x) for side, x in zip("AB", call.inputs, strict=True))
     return call.number("alpha", 1.0) * np.matmul(left, right)
 
 
@@ -132,6 +143,13 @@ def _matmul_integer_to_float(call: Call) -> Result:
     return result if call.input(6) is None else result + call.inputs[6]
 
 
+def _dynamic_quantize_matmul(call: Call) -> Result:
+    """DynamicQuantizeLinear of the left matrix, then as MatMulIntegerToFloat."""
+    left, scale, zero = quantized.OPERATORS["DynamicQuantizeLinear"](_with_inputs(call, call.inputs[0]))
+    right, right_scale, right_zero, bias = (call.input(index) for index in range(1, 5))
+    return _matmul_integer_to_float(_with_inputs(call, left, right, scale, right_scale, zero, right_zero, bias))
+
+
 def _average(call: Call, x: Array) -> Array:
     return np.asarray(pooling.OPERATORS["AveragePool"](_with_inputs(call, x)))
 
@@ -161,5 +179,7 @@ OPERATORS: Mapping[str, Kernel] = {
     "QLinearConcat": _qlinear_concat,
     "QGemm": _qgemm,
     "MatMulIntegerToFloat": _matmul_integer_to_float,
+    "DynamicQuantizeMatMul": _dynamic_quantize_matmul,
+    **contrib_attention.OPERATORS,
 }
 """Operators of ``com.microsoft`` by name."""

@@ -155,6 +155,7 @@ OPERATORS: Mapping[str, Kernel] = {
     "GroupNormalization": _group_normalization,
     "LayerNormalization": _layer_normalization,
     "RMSNormalization": _rms_normalization,
+    "SimplifiedLayerNormalization": _rms_normalization,  # onnxruntime's own, though it lies in ONNX's domain
     "MeanVarianceNormalization": _mean_variance_normalization,
     "LRN": _local_response,
     "LpNormalization": _lp_normalization,
