@@ -97,6 +97,18 @@ def test_convolutions_that_read_at_other_places_stay_apart(change):
     assert_same(model, fused, h=9, w=9)
 
 
+@pytest.mark.parametrize(
+    ("side", "one", "two"), [(3, {}, {"pads": [1] * 4}), (1, {"strides": [2, 2]}, {"pads": [1] * 4})]
+)
+def test_one_position_that_broadcasts_over_many_stays_apart(side, one, two):
+    b = Builder()
+    b.node("Add", b.conv("x", C, C, side, **one), b.conv("x", C, C, side, **two), out="y")
+    model = b.model({"x": ["n", C, side, side]}, ["y"])
+    fused, report = fuse(model)
+    assert report.branches_merged == 0
+    assert_same(model, fused)
+
+
 def test_long_thin_kernels_do_not_become_a_large_one():
     b = Builder()
     w1, w2 = b.normal(C, C, 7, 1), b.normal(C, C, 1, 7)

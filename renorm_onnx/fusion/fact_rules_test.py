@@ -142,13 +142,14 @@ CONTENTS = [
     ("a = EyeLike<k=1>(k) y = Mul(a, k)", lambda k: np.eye(3, 4, 1) * k),
     ("a = Cast<to=1>(r) y = Mul(a, k)", lambda k: np.array([1.0, 3, 5, 7]) * k),
     ("y = Tile(k, p)", lambda k: np.tile(k, (2, 1))),
+    ("a = Mul(k, u) b = Cast<to=7>(a) c = Cast<to=1>(b) y = Mul(c, k)", lambda k: np.trunc(3 * k) * k),
 ]
 
 
 @pytest.mark.parametrize(("body", "formula"), CONTENTS)
 def test_constants_are_worked_out_in_double_precision(body: str, formula: Callable[[np.ndarray], np.ndarray]) -> None:
     k = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    constants = {"k": k, "z": np.float32(0.25), "o": np.array([0]), "p": np.array([2, 1])}
+    constants = {"k": k, "z": np.float32(0.25), "o": np.array([0]), "p": np.array([2, 1]), "u": np.float32(3)}
     if "(r)" in body:
         body = f"r = Range(i, j, d) {body}"
         constants |= {"i": np.array(1), "j": np.array(8), "d": np.array(2)}
@@ -173,3 +174,9 @@ def test_tables_of_bytes_do_not_make_tables_of_gigabytes() -> None:
     for line in ("y = Range(i, j, d)", "t = Tile(k, p) y = Identity(t)"):
         constants = {"i": np.array(0), "j": np.array(2**40), "d": np.array(1), "k": np.ones(1, np.float32)}
         assert not facts_of(line, "float[4] x", p=np.array([2**40]), **constants)["y"].is_constant
+
+
+def test_an_open_size_is_not_proven_to_differ_from_a_number() -> None:
+    facts = facts_of("s = Shape(x) e = Equal(s, k) y = Mod(s, k)", "float[N,4] x", k=np.array([4, 4]))
+    assert (facts["e"].dims, facts["e"].content) == ((2,), None)
+    assert facts["y"].content is None

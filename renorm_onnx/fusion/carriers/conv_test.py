@@ -85,3 +85,11 @@ def test_a_map_along_another_axis_is_refused_even_where_the_sizes_agree() -> Non
     body = "c = Conv(x, W) y = Mul(c, k)"
     model = build(body, "double[N,4,5,5] x", "y", W=quarters([4, 4, 2, 2]), k=quarters([4]))
     assert_fuses(model, [Reason.AXIS])
+
+
+def test_a_shift_before_pads_of_zero_is_absorbed() -> None:
+    """Exporters write pads where there are none."""
+    body = f"c = {bn('x')} y = Conv<pads=[0,0,0,0]>(c, W)"
+    assert operators(assert_fuses(build(body, "double[N,4,H,W] x", "y", W=quarters([8, 4, 2, 2]), **norm(4)))) == {
+        "Conv": 1
+    }

@@ -63,6 +63,10 @@ def test_a_computed_c_takes_its_part_of_the_map() -> None:
     body = f"C = MatMul(x, V) y0 = {product(())} y = {bn('y0')}"
     model = build(body, "double[5,3] a, double[5,2] x", "y", B=quarters([3, 6]), V=quarters([2, 6], 3), **norm(6))
     assert operators(assert_fuses(model)) == {"MatMul": 1, "Add": 1, "Gemm": 1}
+    body = f"C = MatMul(x, V) y0 = {product(())} y1 = Mul(y0, k) y = Sub(l, y1)"
+    weights = {"B": quarters([3, 6]), "V": quarters([2, 6], 3), "k": np.array(2.5), "l": np.array(1.5)}
+    model = build(body, "double[5,3] a, double[5,2] x", "y", **weights)
+    assert operators(assert_fuses(model)) == {"MatMul": 1, "Add": 1, "Gemm": 1}
 
 
 def test_a_computed_c_that_broadcasts_is_refused() -> None:

@@ -18,6 +18,9 @@ def test_every_map_passes_on_both_sides(lines: str) -> None:
 
 def test_dropout_in_training_mode_is_refused() -> None:
     backward("d = Dropout(c, r, t)", 4, [Reason.TRAINING], r=np.array(0.5), t=np.array(True))
+    backward("d = Dropout(c, r, t)", 4, r=np.array(0.5), t=np.array(False))
+    asked = "s = Size(x) t = Cast<to=9>(s) d = Dropout(c, r, t)"
+    backward(asked, 4, [Reason.TRAINING], r=np.array(0.5))
 
 
 def test_a_cast_to_a_narrower_float_is_refused() -> None:

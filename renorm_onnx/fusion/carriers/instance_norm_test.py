@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.conftest import Builder
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.report import Reason
 
 IMAGE = "double[N,4,H,W] x"
@@ -67,5 +69,29 @@ def test_a_shift_at_the_input_is_removed_and_a_scale_refused() -> None:
 def test_a_shift_that_varies_within_a_normalized_set_is_refused() -> None:
     text = "c = Add(x, k) y = GroupNormalization<num_groups=2>(c, s, b)"
     assert_fuses(build(text, IMAGE, "y", opset=21, k=quarters([4, 1, 1]), **channels()), [Reason.SHIFT])
+    for operator in ("InstanceNormalization", "GroupNormalization<num_groups=2>"):
+        text = f"c = Add(x, k) y = {operator}(c, s, b)"
+        model = build(text, "double[N,4,3,5] x", "y", opset=21, k=quarters([5]), **channels())
+        assert_fuses(model, [Reason.AXIS])
     text = "c = Add(x, k) y = LayerNormalization(c, s)"
     assert_fuses(build(text, "double[N,4,3,5] x", "y", k=quarters([5]), s=quarters([5])), [Reason.AXIS])
+
+
+@pytest.mark.parametrize(("operator", "shown"), [("LayerNormalization", ["y", "m"]), ("RMSNormalization", ["y"])])
+def test_a_shift_at_the_input_that_an_output_shows_is_refused(operator: str, shown: list[str]) -> None:
+    b = Builder()
+    b.node(operator, b.node("Add", "x", b.constant(0.75)), b.normal(5), out="y")
+    if operator == "LayerNormalization":
+        b.nodes[-1].output.extend(["m", "i"])
+        assert fuse(b.model({"x": [2, 5]}, ["y"]))[1].changed
+    _, report = fuse(b.model({"x": [2, 5]}, shown, opset=23, ir_version=11))
+    assert [r.reason for r in report.entries[0].refusals] == [Reason.GRAPH_INPUT, Reason.SHIFT]
+
+
+def test_the_statistics_take_no_map() -> None:
+    b = Builder()
+    b.node("LayerNormalization", "x", b.normal(5), out="z")
+    b.nodes[-1].output.extend(["m", "i"])
+    b.node("Mul", "m", b.constant(0.75), out="y")
+    _, report = fuse(b.model({"x": [2, 5]}, ["y", "z"]))
+    assert [r.reason for r in report.entries[0].refusals] == [Reason.OUTPUTS, Reason.GRAPH_OUTPUT]

@@ -29,6 +29,7 @@ SAME = [
     ("d = Reshape(c, p)", {"p": [0, 4, 1, -1]}),
     ("e = Unsqueeze(c, p) d = Squeeze(e, p)", {"p": [2]}),
     ("e = Unsqueeze(c, p) d = Squeeze(e, q)", {"p": [-1, -2], "q": [4, -1]}),
+    ("e = Unsqueeze(c, p) d = Squeeze(e, q)", {"p": [0], "q": [-5]}),
     ("d = Transpose<perm=[0,1,3,2]>(c)", {}),
     ("e = Transpose<perm=[0,2,3,1]>(c) d = Transpose<perm=[0,3,1,2]>(e)", {}),
     ("e = Transpose(c) d = Transpose(e)", {}),
@@ -164,6 +165,7 @@ def test_a_batch_of_fixed_size_repeats_the_map_in_full() -> None:
     assert found is not None
     assert (found.axes, found.periodic, list(found.scale)) == ((0,), frozenset({0}), [1, 1, 2, 2, 3, 3])
     assert rearranged(found, (M,), (N, 3, 2)).equals(AffineMap.of([1, 2, 3], 0.0, 1))
+    assert rearranged(found, (M,), (6, N)) is None
     assert rearranged(AffineMap.of([1, 2, 3], 0.0, 1), (N, 3, M), (M,)) is None
     assert rearranged(AffineMap.of([1, 2, 3], 0.0, 0), (3, N), (M,)) is None
 

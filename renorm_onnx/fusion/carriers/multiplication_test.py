@@ -88,3 +88,13 @@ def test_maps_along_different_axes_meet_in_one_along_both(operator: str) -> None
     text = f"c = {norm}(x, k) e = Transpose<perm=[0,2,1,3]>(c) d = {operator}(c, e) f = Flatten(d) y = Gemm(f, B)"
     model = build(text, "double[N,4,4,5] x", "y", k=quarters([4, 1, 1]), B=quarters([80, 2], 2))
     assert operators(assert_fuses(model)) == {"Transpose": 1, operator: 1, "Flatten": 1, "Gemm": 1}
+
+
+def test_a_constant_numerator_over_positions_takes_the_inverse_and_a_constant_divisor_nothing() -> None:
+    places = np.random.default_rng(3).choice([0.5, 2.0, -4.0], (4, 5))
+    fused = forward("d = Div(c, k)", 4, inputs="double[N,4,4,5] x", shift=False, k=places)
+    assert operators(fused) == {"Div": 1, "Conv": 1}
+    text = "g = Clip(x, lo) c = Mul(g, s) y = Div(k, c)"
+    scale = np.array([2.0, -0.5, 4.0]).reshape(3, 1, 1)
+    model = build(text, "double[N,3,4,5] x", "y", lo=np.array(0.5), s=scale, k=places)
+    assert operators(assert_fuses(model)) == {"Clip": 1, "Div": 1}

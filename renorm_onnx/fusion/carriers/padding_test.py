@@ -36,6 +36,7 @@ def test_copies_of_channels_take_copies_of_the_map(mode: str) -> None:
     copies = {k: np.pad(v, (2, 1), mode=mode) for k, v in norm(4).items()}
     fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), p=pads, **copies))
     assert operators(fused) == {"Conv": 1, "Pad": 1}
+    forward(f'd = Pad<mode="{mode}">(c, p)', 6, p=np.array([0, 2, 0, 0, 0, 0, 0, 0]))
     pads[1] = -1
     forward(f'd = Pad<mode="{mode}">(c, p)', 4, [Reason.AXIS], p=pads)
 
@@ -107,4 +108,13 @@ def test_pads_by_axes_and_pads_of_old_opsets() -> None:
     backward("d = Pad(c, p, , a)", 4, shift=False, p=np.array([1, 0, 0, 2]), a=np.array([-1, 2]))
     backward('d = Pad<pads=[0,0,1,2,0,0,0,1], mode="edge">(c)', 4, opset=10)
     body = "c = Conv(x, W) d = Pad<pads=[0,0,1,1,0,0,1,1], value=0.5>(c) y = Mul(d, k)"
-    assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=9, W=quarters([4, 3, 2, 2]), k=np.array(-1.5)))
+    weights = {"W": quarters([4, 3, 2, 2]), "k": np.array(-1.5)}
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=9, **weights))
+    body = "c = Conv(x, W) d = Pad(c, p, v) y = Mul(d, k)"
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=11, p=AROUND, v=np.array(0.5), **weights))
+
+
+def test_one_scale_with_shifts_that_differ_gives_the_border_no_one_value() -> None:
+    forward_only = "c = Mul(x, k) e = Add(c, l) d = Pad(e, p) y = Conv(d, W)"
+    constants = {"k": np.array(2.0), "l": quarters([4, 1, 1]), "p": AROUND, "W": quarters([3, 4, 2, 2])}
+    assert_fuses(build(forward_only, "double[N,4,H,W] x", "y", **constants), [Reason.PADDING])

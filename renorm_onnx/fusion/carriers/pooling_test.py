@@ -106,3 +106,20 @@ def test_a_norm_goes_through_global_pooling_and_flatten_into_gemm() -> None:
     text = f"c = {bn('x')} p = GlobalAveragePool(c) f = Flatten(p) y = Gemm<transB=1>(f, B, b)"
     model = build(text, "double[N,4,H,W] x", "y", B=quarters([3, 4]), b=quarters([3]), **norm(4))
     assert operators(assert_fuses(model))["BatchNormalization"] == 0
+
+
+def test_a_map_along_an_axis_of_space_is_refused_where_the_rank_of_the_image_is_not_known() -> None:
+    """Which sizes of an open batch are one is not known; the pool has four axes, of which it leaves two alone."""
+    text = f"e = Squeeze(x) p = MaxPool<kernel_shape=[2,2]>(e) d = Transpose<perm=[0,2,3,1]>(p) y = {bn('d')}"
+    assert_fuses(build(text, "double[N,5,4,5] x", "y", **norm(3, positive=True)), [Reason.AXIS])
+
+
+@pytest.mark.parametrize("operator", ["ReduceMean", "ReduceMax"])
+def test_a_reduction_without_axes_is_one_over_all_of_them_or_over_none(operator: str) -> None:
+    text = f"a = Conv(x, W) b = Mul(a, k) c = {operator}(b) y = Conv(c, V)"
+    weights = {"W": quarters([4, 3, 1, 1]), "k": abs(quarters([4, 1, 1])), "V": quarters([2, 1, 1, 1])}
+    assert operators(assert_fuses(build(text, "double[N,3,4,5] x", "y", **weights)))["Mul"] == 0
+    text = f"a = Mul(x, k) c = {operator}(a) y = Conv(c, V)"
+    del weights["W"]
+    assert_fuses(build(text, "double[N,4,4,5] x", "y", **weights), [Reason.AXIS])
+    backward(f"d = {operator}<noop_with_empty_axes=1>(c)", 4, positive=True)

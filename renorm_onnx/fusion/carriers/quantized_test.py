@@ -171,3 +171,21 @@ def test_a_quantized_weight_that_another_reads_stays() -> None:
     text = f"w = DequantizeLinear(q, qs) d = {bn('x')} y = Conv(d, w) z = Conv(x, w)"
     model = build(text, IMAGE4, "y, z", opset=21, q=SQUARE, qs=np.array(0.5), **norm(4))
     assert_fuses(model, [Reason.WEIGHT])
+
+
+def test_a_uniform_map_scales_every_scale_and_channels_lie_on_axis_1_unless_it_is_said() -> None:
+    text = "w = DequantizeLinear<axis=0>(q, qs, qz) c = Conv(x, w) y = Mul(c, k)"
+    assert operators(assert_fuses(build(text, IMAGE, "y", opset=21, k=np.array(-1.5), **SCALES)))["Mul"] == 0
+    text = f"w = DequantizeLinear(q, qs) c = ConvTranspose(x, w) y = {bn('c')}"
+    model = build(text, IMAGE, "y", opset=21, q=WEIGHT.reshape(3, 4, 1, 1), qs=SCALES["qs"], **norm(4))
+    assert operators(assert_fuses(model)) == {"DequantizeLinear": 1, "ConvTranspose": 1}
+
+
+def test_scales_of_blocks_take_a_map_along_the_axis_that_has_one_for_each_channel() -> None:
+    blocks = {"q": RNG.integers(-9, 10, (4, 6)).astype(np.int8), "qs": quarters([4, 3], 2), "s": quarters([4, 1])}
+    text = "w = DequantizeLinear<axis=1, block_size=2>(q, qs) m = MatMul(w, x) y = Mul(m, s)"
+    fused = assert_fuses(build(text, "double[6,N] x", "y", opset=21, **blocks))
+    assert operators(fused) == {"DequantizeLinear": 1, "MatMul": 1}
+    blocks["s"] = quarters([6])
+    text = "w = DequantizeLinear<axis=1, block_size=2>(q, qs) m = MatMul(x, w) y = Mul(m, s)"
+    assert_fuses(build(text, "double[N,4] x", "y", opset=21, **blocks), [Reason.AXIS])

@@ -74,3 +74,17 @@ def test_a_shift_added_to_the_wrong_half_of_the_bias_or_no_shift_is_seen():
         stored = next(i for i in wrong.graph.initializer if i.name == layer.input[3])
         stored.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(stored)), stored.name))
         assert largest_difference(model, wrong, t=4) > 1e-3
+
+
+@pytest.mark.parametrize(("place", "name"), [(1, "weight"), (3, "bias")])
+def test_a_weight_or_a_bias_that_is_computed_is_refused(place, name):
+    b = Builder()
+    h = b.node("Add", b.node("Mul", "x", b.normal(C)), b.normal(C))
+    weights = {1: b.normal(1, HIDDEN, C), 2: b.normal(1, HIDDEN, HIDDEN), 3: b.normal(1, 2 * HIDDEN)}
+    shape = {1: [1, HIDDEN, C], 3: [1, 2 * HIDDEN]}[place]
+    weights[place] = "w"
+    b.node("RNN", h, *weights.values(), hidden_size=HIDDEN, out="y")
+    _, report = fuse(b.model({"x": ["t", 2, C], "w": shape}, ["y"]))
+    assert [(r.reason, r.detail) for r in report.entries[0].refusals[1:]] == [
+        (Reason.WEIGHT, f"RNN 'rnn_y' has a {name} that is not constant")
+    ]

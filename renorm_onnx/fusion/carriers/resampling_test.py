@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, backward, build, forward, quarters
+from renorm_onnx.fusion.conftest import Builder, assert_same
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.report import Reason
 
 SCALES = np.array([1, 1, 2, 1.5], np.float32)
@@ -51,3 +53,20 @@ def test_channels_that_move_but_keep_their_number_are_refused() -> None:
     scales = np.array([1, 1.2, 1, 1], np.float32)
     backward('d = Resize<mode="nearest">(c, , r)', 4, [Reason.AXIS], r=scales)
     forward('d = Resize<mode="nearest">(c, , r)', 4, [Reason.AXIS], r=scales)
+
+
+@pytest.mark.parametrize(
+    ("outside", "shift", "reasons"), [(0.0, False, []), (0.0, True, [Reason.SHIFT]), (0.5, False, [Reason.SHIFT])]
+)
+def test_a_constant_outside_the_image_takes_a_scale_only_if_it_is_zero(
+    outside: float, shift: bool, reasons: list[Reason]
+) -> None:
+    b = Builder()
+    corners = b.constant([0, 0, -0.5, 0.25, 1, 1, 1.5, 0.75])
+    way = {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": outside}
+    h = b.node("Resize", b.conv("x", 3, 4, 1), corners, b.constant(SCALES), **way)
+    y = b.node("Add" if shift else "Mul", h, b.normal(4, 1, 1))
+    model = b.model({"x": ["n", 3, 5, 6]}, [y])
+    fused, report = fuse(model)
+    assert [r.reason for e in report.entries for r in e.refusals][:1] == reasons
+    assert_same(model, fused)
