@@ -141,6 +141,45 @@ def _matrix_product(inputs: Facts) -> Content | None:
     return np.asarray(a @ b)
 
 
+def _recurrent(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    """Outputs of LSTM, GRU and RNN: of each step, and of the last one; the recurrent weight has the hidden size."""
+    x, recurrence = inputs[0].dims, inputs[2].dims
+    if x is None or recurrence is None:
+        return [UNKNOWN]
+    directions, hidden = recurrence[0], recurrence[2]
+    batch_first = attribute(node, "layout", 0)
+    steps, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
+    each = (batch, steps, directions, hidden) if batch_first else (steps, directions, batch, hidden)
+    last = (batch, directions, hidden) if batch_first else (directions, batch, hidden)
+    return [Fact(dims, dtype=inputs[0].dtype) for dims in (each, last, last)]
+
+
+def _einsum(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    terms = einsum_terms(node)
+    dims = [i.dims for i in inputs]
+    if terms is None or any(d is not None and len(d) != len(t) for d, t in zip(dims, terms[0], strict=True)):
+        return [UNKNOWN]
+    known = {
+        name: d for term, own in zip(terms[0], dims, strict=True) for name, d in zip(term, own or (), strict=False)
+    }
+    return [Fact(tuple(known.get(name, Dimension()) for name in terms[1]), dtype=inputs[0].dtype)]
+
+
+def einsum_terms(node: ir.Node) -> tuple[list[str], str] | None:
+    """The letters of each operand of Einsum and of its output; None for an ellipsis, a diagonal or no arrow."""
+    left, arrow, right = str(attribute(node, "equation", "")).replace(" ", "").partition("->")
+    terms = left.split(",")
+    plain = all(len(set(term)) == len(term) and (term + right).isalpha() for term in terms if term)
+    return (terms, right) if arrow and plain and len(terms) == len(node.inputs) else None
+
+
+def _grid_sample(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    dims, grid = inputs[0].dims, inputs[1].dims
+    if dims is None or grid is None:
+        return [UNKNOWN]
+    return [Fact((*dims[:2], *grid[1:-1]), dtype=inputs[0].dtype)]
+
+
 def _reduce(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, axes = inputs[0].dims, axes_of(node, inputs)
     if dims is None or (axes is None and (len(node.inputs) > 1 and node.inputs[1] is not None)):
@@ -273,8 +312,11 @@ RULES: Mapping[str, Rule] = {
     "AveragePool": _pool,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "DeformConv": _conv,
     "DepthToSpace": _depth_to_space,
+    "Einsum": _einsum,
     "Gemm": _gemm,
+    "GridSample": _grid_sample,
     "LpPool": _pool,
     "MatMul": _matmul,
     "MaxPool": _pool,
@@ -287,4 +329,5 @@ RULES: Mapping[str, Rule] = {
     "Upsample": _resample,
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), _global_pool),
     **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent),
 }

@@ -79,7 +79,8 @@ def _binary(function: Callable[[Any, Any], Any]) -> Rule:
         if not sized or math.prod(dims or ()) > MAX_COMPUTED_ELEMENTS or not _small(*contents):  # type: ignore[arg-type]
             return [Fact(dims, dtype=inputs[0].dtype)]
         if any(c.dtype == object for c in contents if c is not None):
-            return [Fact(dims, dtype=inputs[0].dtype)]
+            sizes = _of_sizes(node.op_type, *contents)
+            return [Fact(dims, dtype=inputs[0].dtype) if sizes is None else computed(sizes, inputs[0].dtype)]
         with np.errstate(all="ignore"):
             content = function(*contents)
         return [
@@ -87,6 +88,29 @@ def _binary(function: Callable[[Any, Any], Any]) -> Rule:
         ]
 
     return rule
+
+
+def _of_sizes(operator: str, one: Content | None, two: Content | None) -> Content | None:
+    """Arithmetic with sizes that are known at run time only: each result that depends on one is a new size.
+
+    Only what cannot become negative is a size: sums and products, and what changes nothing.
+    """
+    neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}.get(operator)
+    function = {"Add": np.add, "Mul": np.multiply}.get(operator)
+
+    def each(a: Any, b: Any) -> Any:
+        if b == neutral:
+            return a
+        if function is None or any(not isinstance(v, Dimension) and v < 1 for v in (a, b)):
+            raise ValueError("may be negative")
+        if not isinstance(a, Dimension) and not isinstance(b, Dimension):
+            return function(a, b)
+        return b if a == neutral else Dimension()
+
+    try:
+        return None if neutral is None else np.asarray(np.frompyfunc(each, 2, 1)(one, two), dtype=object)
+    except ValueError:
+        return None
 
 
 def _truth(rule: Rule) -> Rule:
@@ -284,5 +308,5 @@ SAME_DIMS = (
     *("HardSwish", "Softplus", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Ceil", "Round", "Sign"),
     *("Not", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "LRN", "CumSum", "InstanceNormalization"),
     *("LayerNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization"),
-    "Trilu",
+    *("Trilu", "ReverseSequence", "ScatterElements", "ScatterND"),
 )

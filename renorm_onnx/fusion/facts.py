@@ -286,6 +286,8 @@ def stored(tensor: ir.TensorProtocol) -> Fact:
 def computed(content: Content, dtype: ir.DataType | None) -> Fact:
     """The fact about a value whose elements were worked out; an element taken from an object array is no array yet."""
     content = np.asarray(content)
+    if content.dtype == object and not any(isinstance(e, Dimension) for e in content.flat):
+        content = content.astype(np.int64)
     return Fact(tuple(content.shape), content, None, dtype)
 
 
