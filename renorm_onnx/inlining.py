@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.model_walk import graphs_of, nodes_of, scopes_of
 
 Predicate = Callable[[ir.Function], bool]
 
@@ -81,7 +82,7 @@ def _replace_calls(
     """Replace every call in `scope` and its subgraphs, in place; return how many there were."""
     finished: dict[ir.Graph, list[ir.Node]] = {}
     moved: dict[ir.Value, ir.Value] = {}
-    for call in [n for n in scope.all_nodes() if n.op_identifier() in functions]:
+    for call in [n for n in nodes_of(scope) if n.op_identifier() in functions]:
         function = functions[call.op_identifier()]
         for domain, version in function.opset_imports.items():
             scope.opset_imports.setdefault(domain, version)
@@ -197,25 +198,6 @@ def _take_over(old: ir.Value, new: ir.Value, names: Names) -> None:
         user.replace_input_with(index, new)
 
 
-def graphs_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Graph]:
-    """The scope's own graph and every graph inside it, outer before inner."""
-    graphs = [scope.graph if isinstance(scope, ir.Function) else scope]
-    for graph in graphs:  # grows while it runs
-        yield graph
-        for node in graph:
-            # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
-            if node.attributes.data:
-                graphs.extend(_subgraphs(node))
-
-
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
-    for attribute in node.attributes.data.values():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-            yield from attribute.as_graphs()
-
-
 def _matches(function: ir.Function, domain: str | Predicate | None) -> bool:
     if domain is None:
         return True
@@ -233,7 +215,7 @@ def _callees_first(functions: Mapping[ir.OperatorIdentifier, ir.Function]) -> li
         while stack:
             top = stack[-1]
             if top not in open_:
-                called = {n.op_identifier() for n in functions[top].all_nodes()}
+                called = {n.op_identifier() for n in nodes_of(functions[top])}
                 open_[top] = iter(sorted(i for i in called if i in functions))
             below = next((i for i in open_[top] if i not in order), None)
             if below is None:
@@ -254,7 +236,7 @@ def _check_size(
     size: dict[ir.OperatorIdentifier, int] = {}
 
     def grown(scope: ir.Graph | ir.Function) -> int:
-        return sum(size[i] if (i := n.op_identifier()) in chosen else 1 for n in scope.all_nodes())
+        return sum(size[i] if (i := n.op_identifier()) in chosen else 1 for n in nodes_of(scope))
 
     for identifier in order:
         size[identifier] = grown(model.functions[identifier])
@@ -273,7 +255,7 @@ def _check_calls(
     for identifier in (*order, None):
         scope = model.graph if identifier is None else model.functions[identifier]
         imports, mine = scope.opset_imports, dict[tuple[str, str], int]()
-        for node in scope.all_nodes():
+        for node in nodes_of(scope):
             called = node.op_identifier()
             if called not in chosen:
                 mine[node.domain, node.op_type] = imports.get(node.domain, 0)
@@ -317,11 +299,6 @@ def _same_meaning(domain: str, op_type: str, version: int, other: int) -> bool:
     return len(since) == 1
 
 
-def scopes_of(model: ir.Model) -> list[ir.Graph | ir.Function]:
-    """Return the main graph and the functions: everything that has nodes and opset imports of its own."""
-    return [model.graph, *model.functions.values()]
-
-
 def names_in(model: ir.Model) -> set[str]:
     """Return every name of a value or node in the graph, its subgraphs and the functions."""
     names = {""}
@@ -338,6 +315,6 @@ def names_in(model: ir.Model) -> set[str]:
 def _remove_unused_imports(model: ir.Model, domains: set[str]) -> None:
     """Remove the imports of `domains` from every scope that no longer uses them, in place."""
     for scope in scopes_of(model):
-        used = {n.domain for n in scope.all_nodes()}
+        used = {n.domain for n in nodes_of(scope)}
         for domain in domains - used - {""}:
             scope.opset_imports.pop(domain, None)

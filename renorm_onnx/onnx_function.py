@@ -20,8 +20,9 @@ import onnx
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.inlining import Names, names_in, scopes_of
+from renorm_onnx.inlining import Names, names_in
 from renorm_onnx.inlining import inline as inline
+from renorm_onnx.model_walk import nodes_of, scopes_of
 
 DOMAIN: Final = "renorm_onnx"
 VERSION: Final = 1
@@ -265,7 +266,7 @@ def calls_in(model: ir.Model) -> Iterator[ir.Node]:
     """Yield every call of ours in the graph, its subgraphs and the functions, with or without a definition."""
     names = {INFERENCE, *_TRAINING_KINDS}
     for scope in scopes_of(model):
-        for node in scope.all_nodes():
+        for node in nodes_of(scope):
             if node.domain != DOMAIN:
                 continue
             function = model.functions.get(node.op_identifier())
@@ -304,7 +305,7 @@ def attach(model: ir.Model) -> int:
         model.functions[function.identifier()] = function
     if count:
         for scope in scopes_of(model):
-            if any(node.domain == DOMAIN for node in scope.all_nodes()):
+            if any(node.domain == DOMAIN for node in nodes_of(scope)):
                 scope.opset_imports[DOMAIN] = VERSION
         model.ir_version = max(model.ir_version, 8)  # the first with functions
     return count

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.model_walk import nodes_of
 
 FROM = 18
 OLDEST = 15
@@ -40,7 +41,7 @@ def raise_opset(model: ir.Model, target: int) -> None:
     """
     if model.opset_imports.get("") != NEWEST:
         return
-    for node in model.graph.all_nodes():
+    for node in nodes_of(model.graph):
         if node.domain == "" and _since(node.op_type, target) != _since(node.op_type, NEWEST):
             raise InputError(
                 f"to_onnx: opset {target} cannot be reached: {node.op_type} {node.name!r} was redefined after "
@@ -59,7 +60,7 @@ def lower_opset(model: ir.Model, target: int) -> None:
     Raises:
         InputError: An operator, or a way in which it is used, does not exist in opset `target`.
     """
-    for node in list(model.graph.all_nodes()):
+    for node in list(nodes_of(model.graph)):
         if node.domain != "" or _since(node.op_type, target) == _since(node.op_type, FROM):
             continue
         rule = _RULES.get(node.op_type)
@@ -73,7 +74,7 @@ def lower_opset(model: ir.Model, target: int) -> None:
 
 
 def _declare(model: ir.Model, target: int) -> None:
-    for node in model.graph.all_nodes():
+    for node in nodes_of(model.graph):
         if node.domain == "":
             node.version = None
     for graph in model.graphs():

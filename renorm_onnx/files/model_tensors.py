@@ -9,25 +9,21 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
+from renorm_onnx.model_walk import graphs_of, nodes_of, scopes_of
+
 Replacement = Callable[[ir.TensorProtocol], ir.TensorProtocol]
 
 
 def all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """Give every tensor of `model`: of initializers and attributes, in inner graphs and functions too."""
-    yield from _constants(model.graph)
-    for body in (model.graph, *(function.graph for function in model.functions.values())):
-        for node in body.all_nodes():
+    for scope in scopes_of(model):
+        for graph in graphs_of(scope):
+            yield from _constants(graph)
+        for node in nodes_of(scope):
             # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
             for attribute in node.attributes.data.values():
-                if attribute.is_ref():
-                    continue
-                if attribute.type == ir.AttributeType.TENSOR:
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                     yield attribute.value
-                elif attribute.type == ir.AttributeType.GRAPH:
-                    yield from _constants(attribute.value)
-                elif attribute.type == ir.AttributeType.GRAPHS:
-                    for graph in attribute.value:
-                        yield from _constants(graph)
 
 
 def _constants(graph: ir.Graph) -> list[ir.TensorProtocol]:
@@ -41,8 +37,8 @@ def with_tensors(model: ir.Model, replace: Replacement) -> ir.Model:
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = replace(value.const_value)
-    for body in (fresh.graph, *(function.graph for function in fresh.functions.values())):
-        for node in body.all_nodes():
+    for scope in scopes_of(fresh):
+        for node in nodes_of(scope):
             for name, attribute in list(node.attributes.items()):
                 if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                     replaced = replace(attribute.value)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.inlining import graphs_of, inline
+from renorm_onnx.inlining import inline
+from renorm_onnx.model_walk import nodes_of
 from renorm_onnx.onnx_function import attach, calls_in
 
 _log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def open_absorbers(model: ir.Model, obstacles: Collection[str]) -> int:
     Returns:
         How many calls were replaced.
     """
-    calls = [n for graph in graphs_of(model.graph) for n in graph if n.op_identifier() in model.functions]
+    calls = [n for n in nodes_of(model.graph) if n.op_identifier() in model.functions]
     met = {n.op_identifier() for n in calls if (n.name or n.outputs[0].name) in obstacles}
     return sum(_inline_each(model, sorted(i for i in met if _holds(model, i, _is_linear))))
 
@@ -95,7 +96,7 @@ def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[l
         if function is None or current in seen:
             continue
         seen.add(current)
-        body = list(function.all_nodes())
+        body = list(nodes_of(function))
         if test(body):
             return True
         stack.extend(n.op_identifier() for n in body)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from renorm_onnx.fusion.facts import Facts
-from renorm_onnx.inlining import Names, graphs_of
+from renorm_onnx.inlining import Names
+from renorm_onnx.model_walk import graphs_of
 
 
 def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]:
@@ -30,8 +31,7 @@ def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.No
     """
     proven = [
         (node, taken)
-        for graph in graphs_of(model.graph)
-        for node in graph
+        for node in nodes_of(model.graph)
         if node.op_type == "If" and node.domain in ("", "ai.onnx")
         if (taken := _way_taken(node, facts)) is not None
     ]

@@ -33,7 +33,8 @@ from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport, Reason
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
-from renorm_onnx.inlining import Names, graphs_of, names_in
+from renorm_onnx.inlining import Names, names_in
+from renorm_onnx.model_walk import graphs_of, nodes_of
 from renorm_onnx.onnx_function import MODULE_KEY
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class _Engine:
     def _run(self) -> FusionReport:
         self._forms = {
             v.name: f"{n.domain}::{n.op_type}"
-            for n in (self._model.graph.all_nodes() if self._model.functions else ())
+            for n in (nodes_of(self._model.graph) if self._model.functions else ())
             if n.op_identifier() in self._model.functions
             for v in n.outputs
         }
@@ -389,10 +390,7 @@ class _Engine:
 
 def count_operators(model: ir.Model) -> Counter[str]:
     """How many nodes of each operator the graph and its subgraphs hold; other domains' with their domain."""
-    counts: Counter[str] = Counter()
-    for graph in graphs_of(model.graph):
-        counts.update([_operator(node) for node in graph])
-    return counts
+    return Counter(map(_operator, nodes_of(model.graph)))
 
 
 def _operator(node: ir.Node) -> str:

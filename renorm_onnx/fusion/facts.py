@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from renorm_onnx.model_walk import nodes_of
+
 # Computed constants, not stored ones, stop here: a model of a few bytes can ask for 2**40 elements.
 MAX_COMPUTED_ELEMENTS = 1 << 25
 MAX_REMEMBERED_ELEMENTS = 1 << 27
@@ -186,7 +188,7 @@ class Facts:
         if graph is self._main or not value.is_graph_input() or not isinstance(graph, ir.Graph):
             return None
         if self._bodies is None:
-            known = (n for n in self._main.all_nodes() if n.domain in ("", "ai.onnx"))
+            known = (n for n in nodes_of(self._main) if n.domain in ("", "ai.onnx"))
             repeaters = (n for n in known if n.op_type == "Loop" or (n.op_type == "Scan" and self.opset >= 9))
             self._bodies = {n.attributes["body"].as_graph(): n for n in repeaters}
         return self._bodies.get(graph)

@@ -25,7 +25,9 @@ def is_read_once(value: ir.Value) -> bool:
 def set_content(value: ir.Value, parameter: Parameter, name: str) -> None:
     """Let `value` hold `parameter`, in place, in a tensor of that name."""
     value.const_value = parameter.tensor(name)
-    value.type, value.shape = ir.TensorType(parameter.dtype), ir.Shape(parameter.shape)
+    value.type = ir.TensorType(parameter.dtype)
+    if value.shape != parameter.shape:
+        value.shape = ir.Shape(parameter.shape)
 
 
 def store(graph: ir.Graph, parameter: Parameter, name: str, *, as_input: bool) -> ir.Value:

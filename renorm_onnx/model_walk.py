@@ -1,0 +1,41 @@
+"""Walking over a model: its scopes, the graphs inside them, and their nodes, without recursion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+
+def scopes_of(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    """Return the main graph and the functions: everything that has nodes and opset imports of its own."""
+    return [model.graph, *model.functions.values()]
+
+
+def graphs_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Graph]:
+    """The scope's own graph and every graph inside it, outer before inner."""
+    graphs = [scope.graph if isinstance(scope, ir.Function) else scope]
+    for graph in graphs:  # grows while it runs
+        yield graph
+        for node in graph:
+            if node.attributes.data:
+                graphs.extend(_subgraphs(node))
+
+
+def nodes_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Node]:
+    """The nodes of the scope's own graph and of every graph inside it, graph by graph as `graphs_of` has them."""
+    graphs = [scope.graph if isinstance(scope, ir.Function) else scope]
+    for graph in graphs:  # grows while it runs
+        for node in graph:
+            yield node
+            # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
+            if node.attributes.data:
+                graphs.extend(_subgraphs(node))
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.data.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
