@@ -1,11 +1,7 @@
 """Architectures of timm, not written with this project in mind, all the way: converted, calibrated, exported, fused."""
 
 import copy
-import importlib.abc
-import importlib.machinery
 import importlib.util
-import sys
-import types
 
 import onnx
 import pytest
@@ -16,112 +12,24 @@ from renorm_onnx.delivery import fuse_file
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.layers.convert import convert_batchnorm, to_batchnorm
 from renorm_onnx.layers.modules import _BatchRenorm
-from renorm_onnx.layers.running_stats import update_stats
 from renorm_onnx.onnx_function import DOMAIN
+from runtime_tests.timm_networks import ARCHITECTURES, calibrated, imported
 
 pytestmark = pytest.mark.peers
-
-# Pixels per side -> names.
-ARCHITECTURES = {
-    64: [
-        "resnet18",
-        "resnet50",
-        "resnetv2_50",
-        "seresnet50",
-        "resnext50_32x4d",
-        "res2net50_26w_4s",
-        "densenet121",
-        "dpn68",
-        "dla34",
-        "vgg11_bn",
-        "mobilenetv2_100",
-        "mobilenetv3_large_100",
-        "mnasnet_100",
-        "lcnet_100",
-        "ghostnet_100",
-        "efficientnet_b0",
-        "tf_efficientnetv2_b0",
-        "regnety_008",
-        "repvgg_a0",
-        "mobileone_s0",
-        "cspdarknet53",
-        "gernet_s",
-        "hrnet_w18_small",
-        "fastvit_t8",
-        "mobilevit_xs",
-        "efficientvit_b0",
-    ],
-    96: ["xception41"],
-    128: ["inception_v3"],
-    224: ["levit_128"],
-}
-
-
-class _Absent(type):
-    """A class of a package that is not there: its attributes are their own names."""
-
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-class _Stub(types.ModuleType):
-    """A module of a package that is not there. timm imports torchvision, and these networks use nothing of it."""
-
-    __path__ = ()
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name.islower() and "feature" not in name and "node" not in name:
-            return importlib.import_module(f"{self.__name__}.{name}")
-        return _Absent(name, (), {})
-
-
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
-        here = name.partition(".")[0] == "torchvision"
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if here else None
-
-    def create_module(self, spec):
-        return _Stub(spec.name)
-
-    def exec_module(self, module):
-        pass
 
 
 @pytest.fixture(scope="module")
 def timm():
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
-    finder = _Finder()
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.append(finder)
-    try:
-        yield importlib.import_module("timm")
-    finally:
-        if finder in sys.meta_path:
-            sys.meta_path.remove(finder)
-            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
+    with imported() as module:
+        yield module
 
 
 @torch.no_grad()  # levit keeps what it computes, and torch does not copy what needs a gradient
 def outputs_of(network, images):
     """Evaluate `network`."""
     return network.eval()(images)
-
-
-def calibrated(network, batches):
-    """`network` with affine parameters of its own, and statistics of `batches`."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in network.named_parameters():
-        if parameter.dim() == 1 and name.endswith(("weight", "bias")):
-            with torch.no_grad():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    update_stats(network, batches)
-    return network.eval()
 
 
 @pytest.mark.filterwarnings("ignore")
