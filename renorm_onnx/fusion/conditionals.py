@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.inlining import Names
-from renorm_onnx.model_walk import graphs_of
+from renorm_onnx.model_walk import graphs_of, nodes_of
 
 
 def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]:
