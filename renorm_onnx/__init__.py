@@ -6,7 +6,7 @@ Importing this package imports neither torch nor onnxruntime: each name is resol
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0"
+from renorm_onnx.version import __version__ as __version__
 
 # Module -> the public names it defines. No module bears the name of a public function.
 _NAMES = {

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from renorm_onnx import __version__
+from renorm_onnx.version import __version__
 
 
 class UsageError(Exception):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from renorm_onnx import __version__, model_file
+from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError
 from renorm_onnx.files.model_tensors import all_tensors
 from renorm_onnx.fusion.calls import define_calls
@@ -24,6 +24,7 @@ from renorm_onnx.fusion.report import METADATA_KEY, FusionReport
 from renorm_onnx.inlining import inline
 from renorm_onnx.onnx_function import DOMAIN
 from renorm_onnx.runtime.table import text_table
+from renorm_onnx.version import __version__
 
 if TYPE_CHECKING:
     from renorm_onnx.runtime.parity import Verdict

@@ -16,7 +16,7 @@ ROOT = Path(renorm_onnx.__file__).parent
 # Reading order, top first. Modules that match one line may import each other's lines above, and each other as long as
 # no cycle arises (another test). A module that matches no line fails: give it a place.
 ORDER = [
-    "errors interrupts arguments model_walk",
+    "version errors interrupts arguments model_walk",
     "layers.schedules layers.clock layers.kernels layers.saving layers.recomputation",
     "layers.functional",
     "layers.masked layers.operators",
