@@ -9,6 +9,7 @@ import pytest
 from renorm_onnx.errors import InputError
 from renorm_onnx.runtime import doctor, providers
 from renorm_onnx.runtime.providers import ProviderStatus
+from renorm_onnx.runtime.sessions.ort_errors import run_error
 
 
 def test_a_machine_that_can_run_on_its_cpu_is_healthy():
@@ -90,6 +91,16 @@ def test_a_torch_built_for_another_cuda_is_named(monkeypatch):
     for version, found in (("2.11.0+cu126", 1), ("2.11.0+cu130", 0), ("2.11.0+cpu", 0), ("2.11.0", 0), ("", 0)):
         monkeypatch.setattr(doctor, "_version", lambda name, version=version: version)
         assert len(doctor._torch_cuda()) == found, version
+
+
+def test_a_missing_cudnn_is_named_where_a_convolution_needs_it(monkeypatch):
+    def without(feeds):
+        raise run_error(RuntimeError("cuDNN is not available. Install cuDNN, update the system library search path"))
+
+    monkeypatch.setattr(doctor, "open_session", lambda model, name: SimpleNamespace(run=without))
+    finding = doctor._parity("cuda")
+    assert (finding.level, finding.fix) == ("problem", "")
+    assert 'cuDNN is missing on this machine. Run: pip install "onnxruntime-gpu[cuda,cudnn]"' in finding.text
 
 
 def test_an_unknown_provider_is_an_input_error():

@@ -45,7 +45,7 @@ DISTRIBUTIONS = (
 
 _NEWEST_CUDA = 13  # what wheels of onnxruntime-gpu are built for since 1.27
 
-_INSTALL_CUDA = 'pip install "onnxruntime-gpu[cuda,cudnn]"'
+INSTALL_CUDA = 'pip install "onnxruntime-gpu[cuda,cudnn]"'
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def onnxruntime() -> Any:
     except ImportError as error:
         raise MachineError(
             f"onnxruntime cannot be imported ({error}); install one of: pip install onnxruntime (CPU), "
-            f"{_INSTALL_CUDA} (NVIDIA GPU)"
+            f"{INSTALL_CUDA} (NVIDIA GPU)"
         ) from error
     if not hasattr(module, "InferenceSession"):
         raise MachineError(
@@ -192,7 +192,7 @@ def classify(log: str, *, wheel_major: int = 13, other_majors: tuple[int, ...] =
             "Check nvidia-smi, CUDA_VISIBLE_DEVICES and, in a container, --gpus all",
         ),
         (r"no kernel image|CUDA (failure|error):? 209\b", "no kernels for this GPU", _FIX_ARCH),
-        (r"lib\S+\.so[.\d]*: cannot open", "libraries missing", f"Run: {_INSTALL_CUDA}"),
+        (r"lib\S+\.so[.\d]*: cannot open", "libraries missing", f"Run: {INSTALL_CUDA}"),
     )
     for pattern, stage, fix in rules:
         match = re.search(pattern, log)
@@ -204,7 +204,7 @@ def classify(log: str, *, wheel_major: int = 13, other_majors: tuple[int, ...] =
                 "wrong CUDA version",
                 _line_of(log, match.start()),
                 f"This onnxruntime-gpu is built for CUDA {wheel_major}, the machine has CUDA {have}. Run: "
-                f"{_INSTALL_CUDA} (brings CUDA {wheel_major} along), or install an onnxruntime-gpu built for CUDA "
+                f"{INSTALL_CUDA} (brings CUDA {wheel_major} along), or install an onnxruntime-gpu built for CUDA "
                 f"{have}",
             )
         return stage, _line_of(log, match.start()), fix.format(major=wheel_major)
@@ -227,7 +227,7 @@ def provider_status(name: str) -> ProviderStatus:
         ort = onnxruntime()
     except MachineError as error:
         stage = "onnxruntime broken" if "damaged" in str(error) else "onnxruntime missing"
-        fix = reinstall_advice() if "damaged" in str(error) else f"Run: pip install onnxruntime, or {_INSTALL_CUDA}"
+        fix = reinstall_advice() if "damaged" in str(error) else f"Run: pip install onnxruntime, or {INSTALL_CUDA}"
         return ProviderStatus(name, False, stage, str(error).partition(";")[0], fix)
     full = PROVIDERS[short]
     if full not in ort.get_available_providers():
@@ -240,7 +240,7 @@ def provider_status(name: str) -> ProviderStatus:
     major = wheel_cuda_major() or _NEWEST_CUDA
     stage, detail, fix = classify(log + "\n" + failure, wheel_major=major, other_majors=_other_majors(major))
     if stage in ("libraries missing", "wrong CUDA version") and not driver_visible():
-        fix = f"{_FIX_DRIVER}. Then run: {_INSTALL_CUDA}"
+        fix = f"{_FIX_DRIVER}. Then run: {INSTALL_CUDA}"
     return ProviderStatus(name, False, stage, detail, fix)
 
 
@@ -262,7 +262,7 @@ def _not_compiled(name: str, full: str, ort: Any) -> ProviderStatus:
             name, False, "two packages installed", f"{detail}; {listed} overwrite each other", reinstall_advice()
         )
     return ProviderStatus(
-        name, False, "not in this build", detail, f"Run: pip uninstall -y onnxruntime && {_INSTALL_CUDA}"
+        name, False, "not in this build", detail, f"Run: pip uninstall -y onnxruntime && {INSTALL_CUDA}"
     )
 
 
@@ -282,7 +282,7 @@ def _run_probe(ort: Any, full: str, device: int) -> tuple[str, str | None]:
     with captured() as text:
         try:
             entry: Any = (full, {"device_id": str(device)}) if full != PROVIDERS["cpu"] else full
-            session = ort.InferenceSession(model.SerializeToString(), options, providers=[entry])
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=[entry], enable_fallback=0)
             if session.get_providers()[0] != full:
                 failure = f"the session runs on {session.get_providers()[0]} instead of {full}"
             elif not np.array_equal(session.run(["y"], {"x": np.asarray([1, 2, 3], np.float32)})[0], [2, 4, 6]):
@@ -304,7 +304,7 @@ def reinstall_advice() -> str:
     """Return how to repair an onnxruntime that two packages wrote over."""
     return (
         f"Run: pip uninstall -y {' '.join(distributions() or ['onnxruntime', 'onnxruntime-gpu'])}, then one of "
-        f"pip install onnxruntime (CPU) or {_INSTALL_CUDA} (NVIDIA GPU)"
+        f"pip install onnxruntime (CPU) or {INSTALL_CUDA} (NVIDIA GPU)"
     )
 
 

@@ -89,7 +89,12 @@ def test_a_session_that_silently_fell_back_to_the_cpu_is_not_creatable(monkeypat
     monkeypatch.setattr(providers, "preload_cuda", lambda: None)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     real = ort.InferenceSession
-    monkeypatch.setattr(ort, "InferenceSession", lambda m, o, providers: real(m, o, providers=["CPUExecutionProvider"]))
+
+    def on_the_cpu(model, options, providers, enable_fallback):
+        assert enable_fallback == 0
+        return real(model, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "InferenceSession", on_the_cpu)
     status = providers.provider_status.__wrapped__("cuda")
     assert not status.creatable
     assert "runs on CPUExecutionProvider instead of CUDAExecutionProvider" in status.detail

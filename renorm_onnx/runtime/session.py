@@ -43,8 +43,9 @@ class Session:
     inputs; a call with numpy arrays returns numpy arrays. Inputs are shared, not copied, if contiguous. One session
     may be used by several threads.
 
-    With static shapes on CUDA the model runs as one CUDA graph: inputs are then copied into fixed buffers on the
-    device, and the results out of them.
+    With static shapes on CUDA, calls replay one CUDA graph: inputs are copied into fixed buffers on the device, and the
+    results out of them. The graph has a session of its own, with weights of its own: it writes its intermediate values
+    wherever they were when it was captured, and other runs, or results that are kept, must not lie there.
 
     Args:
         model: Path, `onnx.ModelProto`, `onnx_ir.Model`, or the bytes of a model.
@@ -98,7 +99,6 @@ class Session:
         bfloat16 = tensors.DTYPES["bfloat16"]
         self._has_bfloat16 = any(spec.dtype == bfloat16 for spec in (*self.inputs, *self.outputs))
         self._graph: CudaGraph | None = None
-        self._run_options: Any = None
         if cuda_graph or (cuda_graph is None and self.provider == "cuda"):
             self._graph = self._capture(source, required=bool(cuda_graph))
 
@@ -122,11 +122,11 @@ class Session:
         try:
             if self._has_bfloat16:
                 binding = self._bind(feeds, names, ("cpu", 0))
-                self._session.run_with_iobinding(binding, self._run_options)
+                self._session.run_with_iobinding(binding)
                 values = [tensors.to_numpy(value) for value in binding.get_outputs()]
             else:
                 arrays = {name: np.asarray(value) for name, value in feeds.items()}
-                values = self._session.run(names, arrays, self._run_options)
+                values = self._session.run(names, arrays)
         except InputError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -198,9 +198,17 @@ class Session:
         return self._bind(feeds, self._output_names, where)
 
     def run_bound(self, binding: Any) -> None:
-        """Run an `onnxruntime.IOBinding` and wait until its outputs are written."""
-        self._session.run_with_iobinding(binding, self._run_options)
-        binding.synchronize_outputs()
+        """Run an `onnxruntime.IOBinding` and wait until its outputs are written.
+
+        Raises:
+            InputError: What is bound does not fit the model.
+            MachineError: As `run`.
+        """
+        try:
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise run_error(error) from error
 
     def _create(self, source: bytes | str, *, graph: bool, cpu: bool) -> Any:
         ort, on_gpu = self._ort, self.provider == "cuda"
@@ -224,7 +232,8 @@ class Session:
             asked.append(providers.PROVIDERS["cpu"])
         try:
             with providers.captured():
-                session = ort.InferenceSession(source, options, providers=asked)
+                # Without it, a run that fails on the GPU is repeated on the CPU, and so are all that follow.
+                session = ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no base class
             if on_gpu and not cpu and "fallback to CPU EP has been explicitly disabled" in str(error):
                 return self._create(source, graph=graph, cpu=True)
@@ -274,9 +283,6 @@ class Session:
             except Exception as error:  # capture can fail inside CUDA in many ways; the plain session still works
                 reason = str(error)
             else:
-                self._session, self._run_options = session, self._ort.RunOptions()
-                # Without this, any other run would replay the graph on the graph's buffers, blind to its inputs.
-                self._run_options.add_run_config_entry("gpu_graph_id", "-1")
                 return graph
         if required:
             raise MachineError(f"Session: cuda_graph=True is not possible: {reason}")
@@ -298,7 +304,7 @@ class Session:
         binding = self._bind(feeds, self._output_names, device)
         try:
             self.run_bound(binding)
-        except Exception as error:  # onnxruntime's exceptions share no base class
+        except InputError as error:
             raise self._explained(error, feeds) from error
         return [tensors.to_library_of(example, value) for value in binding.get_outputs()]
 
@@ -324,13 +330,15 @@ class Session:
         if unknown := sorted(set(names) - set(self._output_names)):
             return InputError(f"Session: outputs asked for are {unknown}, the model has {self._output_names}")
         optional = {value.name for value in self._session.get_overridable_initializers()}
-        return misfit(self.inputs, optional, feeds) or run_error(error)
+        return misfit(self.inputs, optional, feeds) or (error if isinstance(error, RenormError) else run_error(error))
 
     def _on_device(self, name: str, value: Any) -> Any:
         spec = next((spec for spec in self.inputs if spec.name == name), None)
         if spec is None or self.provider == "cpu" or tensors.device_of(value)[0] == "cuda":
             return value
-        array = np.asarray(value)
+        array = np.ascontiguousarray(value)
+        if array.dtype != spec.dtype:
+            raise InputError(f"Session: input {name!r} has type {array.dtype}, expected {spec.dtype}")
         return self._ort.OrtValue.ortvalue_from_numpy(array, "cuda", self._device)
 
 

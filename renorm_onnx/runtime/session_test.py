@@ -1,15 +1,18 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx.parser
+import onnxruntime
 import pytest
 
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
 from renorm_onnx.runtime import Session, providers
 from renorm_onnx.runtime.session import open_session
 from renorm_onnx.runtime.sessions import placement
+from renorm_onnx.runtime.sessions.ort_errors import run_error
 from renorm_onnx.runtime.sessions.placement import Placed
 
 TWO_INPUTS = """<ir_version: 8, opset_import: ["" : 17]>
@@ -184,6 +187,55 @@ def test_what_onnxruntime_refuses_is_a_model_error_and_what_it_lacks_a_machine_e
         open_session(double)
 
 
+class FailingOnTheDevice:
+    """A compiled session whose device is lost at the next run."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def run(self, *_):
+        raise onnxruntime.capi.onnxruntime_pybind11_state.EPFail("[ONNXRuntimeError] : 11 : EP_FAIL : device lost")
+
+
+def test_a_run_that_the_provider_fails_is_not_repeated_on_another(capfd):
+    session = Session(model())
+    inner = session._session
+    inner._sess = FailingOnTheDevice(inner._sess)
+    a, b = rows()
+    for _ in range(2):
+        with pytest.raises(MachineError, match=r"running failed: .*device lost"):
+            session.run({"a": a, "b": b})
+    assert "Falling back" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (
+            "cuDNN is not available. Install cuDNN, update the system library search path",
+            MachineError,
+            "cuDNN is missing",
+        ),
+        (
+            "A cuDNN handle is required for CUDA reduction.",
+            MachineError,
+            "Run: pip install .onnxruntime-gpu",
+        ),
+        ("CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED", MachineError, "running failed: CUBLAS failure 13"),
+        ("Failed to allocate memory for requested buffer of size 8", MachineError, "running failed: Failed to all"),
+        ("Attempting to broadcast an axis by a dimension other than 1", InputError, "running failed: Attempting"),
+    ],
+)
+def test_what_the_device_lacks_is_told_from_what_the_inputs_are(text, kind, message):
+    error = run_error(RuntimeError(text))
+    assert isinstance(error, kind)
+    with pytest.raises(kind, match=message):
+        raise error
+
+
 class FakeCuda:
     """An onnxruntime whose CUDA provider leaves chosen operators to the CPU, as the real one does."""
 
@@ -193,7 +245,8 @@ class FakeCuda:
     def __getattr__(self, name):
         return getattr(self.real, name)
 
-    def InferenceSession(self, source, options, providers):  # noqa: N802
+    def InferenceSession(self, source, options, providers, enable_fallback):  # noqa: N802
+        assert enable_fallback == 0
         names = [entry if isinstance(entry, str) else entry[0] for entry in providers]
         strict = options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
         self.made.append((names, strict, dict(providers[0][1]) if not isinstance(providers[0], str) else {}))
@@ -250,6 +303,34 @@ def test_cuda_is_asked_for_strictly_and_with_every_option_pinned(fake_cuda):
     assert options["device_id"] == "1"
     assert options["enable_cuda_graph"] == "0"
     assert session.on_cpu == ()
+
+
+def test_a_graph_replays_in_a_session_of_its_own(fake_cuda, monkeypatch):
+    """It writes wherever its intermediate values were at capture: other runs must not keep anything there."""
+    captured = []
+
+    def graph(ort, session, inputs, outputs, device):
+        captured.append(session)
+        return SimpleNamespace(takes=lambda example: True, run=lambda feeds, example: ["replayed", "too"])
+
+    monkeypatch.setattr("renorm_onnx.runtime.session.CudaGraph", graph)
+    fixed = model(TWO_INPUTS.replace("N", "4"))
+    fake = fake_cuda()
+    session = Session(fixed, "cuda")
+    assert [options["enable_cuda_graph"] for _, _, options in fake.made] == ["0", "1"]
+    assert session.uses_cuda_graph
+    assert captured[0] is not session._session
+    a, b = rows()
+    assert session(a, b) == ("replayed", "too")
+    np.testing.assert_array_equal(session.run({"a": a, "b": b})["total"], a + b)
+
+
+def test_what_is_bound_must_have_the_type_of_the_input(fake_cuda):
+    fake_cuda()
+    session = open_session(model(), "cuda")
+    a, b = rows()
+    with pytest.raises(InputError, match="input 'a' has type float64, expected float32"):
+        session.bind({"a": a.astype(np.float64), "b": b})
 
 
 SIZES = """<ir_version: 8, opset_import: ["" : 17]>

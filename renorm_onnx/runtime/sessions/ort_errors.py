@@ -1,7 +1,9 @@
 """What onnxruntime's exceptions mean: they share no base class, and their text is all there is to go by."""
 
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, RenormError
+from renorm_onnx.runtime.providers import INSTALL_CUDA
 
+_OF_THE_DEVICE = ("CUDA", "CUDNN", "CUBLAS", "EP_FAIL", "Failed to allocate")
 _LACKING = ("NOT_IMPLEMENTED", "under development", "max supported", "Unsupported model IR")
 
 
@@ -27,6 +29,8 @@ def run_error(error: Exception) -> RenormError:
         error: What onnxruntime raised.
     """
     text = " ".join(str(error).split())
-    if "CUDA" in text or "CUDNN" in text or "Failed to allocate" in text:
+    if "cuDNN is not available" in text or "cuDNN library was not found" in text or "cuDNN handle is required" in text:
+        return MachineError(f"Session: cuDNN is missing on this machine. Run: {INSTALL_CUDA} ({text})")
+    if any(sign in text for sign in _OF_THE_DEVICE):
         return MachineError(f"Session: running failed: {text}")
     return InputError(f"Session: running failed: {text}")
