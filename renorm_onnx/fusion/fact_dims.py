@@ -159,10 +159,13 @@ def _einsum(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims = [i.dims for i in inputs]
     if terms is None or any(d is not None and len(d) != len(t) for d, t in zip(dims, terms[0], strict=True)):
         return [UNKNOWN]
-    known = {
-        name: d for term, own in zip(terms[0], dims, strict=True) for name, d in zip(term, own or (), strict=False)
-    }
-    return [Fact(tuple(known.get(name, Dimension()) for name in terms[1]), dtype=inputs[0].dtype)]
+    sizes: dict[str, list[Dims | None]] = {}
+    for term, own in zip(terms[0], dims, strict=True):
+        for place, name in enumerate(term):
+            sizes.setdefault(name, []).append(None if own is None else (own[place],))
+    # onnxruntime broadcasts a letter of size one, so a factor of unknown shape leaves the others' letters open.
+    found = [broadcast(sizes.get(name, [None])) for name in terms[1]]
+    return [Fact(tuple(Dimension() if d is None else d[0] for d in found), dtype=inputs[0].dtype)]
 
 
 def einsum_terms(node: ir.Node) -> tuple[list[str], str] | None:

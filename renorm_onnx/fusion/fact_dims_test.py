@@ -99,6 +99,16 @@ def test_einsum_hands_on_the_sizes_of_its_letters() -> None:
         assert facts_of(f'y = Einsum<equation="{equation}">(x, w)', "float[N,4,7,H] x", **weights)["y"].dims is None
 
 
+def test_a_letter_of_size_one_is_broadcast() -> None:
+    for weight, sizes in (((1, 5), (3, 5)), ((3, 1), (3, 5)), ((3, 5), (3, 5))):
+        facts = facts_of('y = Einsum<equation="bij,ij->bij">(x, w)', "float[2,3,5] x", w=np.zeros(weight, np.float32))
+        assert facts["y"].dims == (2, *sizes), weight
+    unknown = facts_of('y = Einsum<equation="bi,i->bi">(x, w)', "float[2,1] x, float[N] w")
+    dims = unknown["y"].dims
+    assert dims is not None
+    assert isinstance(dims[1], Dimension)
+
+
 def test_a_grid_decides_the_size_of_what_is_sampled() -> None:
     dims = facts_of("y = GridSample(x, g)", "float[N,4,7,5] x, float[N,3,2,2] g")["y"].dims
     assert dims is not None
