@@ -44,6 +44,25 @@ def test_latency_section_times_torch_and_every_form(options):
     assert all(row["difference"] < 1e-5 for row in section.data)
 
 
+def test_a_machine_without_a_compiler_has_a_latency_all_the_same(monkeypatch, options):
+    from runtime_tests import gpu_latency
+
+    def rows(broken):
+        return lambda plan: iter([Latency("mlp", "float32", 1, v, note="x" * (v == broken)) for v in variants])
+
+    variants = ("torch eager", "torch compiled", "onnxruntime fused")
+    for broken, ok in (("torch compiled", True), ("onnxruntime fused", False), ("torch eager", False)):
+        monkeypatch.setattr(gpu_latency, "measure", rows(broken))
+        assert run_section("latency", options).ok is ok, broken
+
+
+def test_files_whose_packages_are_absent_are_left_out_by_name(tmp_path):
+    (tmp_path / "one_test.py").write_text("import json\nimport numpy.linalg\nfrom models import x\n")
+    (tmp_path / "two_test.py").write_text("import json\nfrom nosuchpackage.part import x\nimport torch, alsoabsent\n")
+    assert gpu._absent_packages(tmp_path / "one_test.py") == []
+    assert gpu._absent_packages(tmp_path / "two_test.py") == ["alsoabsent", "nosuchpackage"]
+
+
 def test_latency_says_which_variant_could_not_be_measured():
     rows = [
         Latency("mlp", "float32", 1, "torch eager", 1.0, 2.0, 3.0, 5, 0.0),
@@ -149,8 +168,10 @@ def test_without_a_gpu_the_exit_code_is_3_and_a_sentence(monkeypatch, tmp_path, 
 
     if provider_status("cuda").creatable:
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(gpu, "run_isolated", lambda name, options: Section(name, False, []))
+    ran = []
+    monkeypatch.setattr(gpu, "run_isolated", lambda name, options: ran.append(name) or Section(name, False, []))
     assert main(["--out", str(tmp_path)]) == 3
+    assert ran == ["machine"]
     assert "gpu: cuda cannot be used: " in capsys.readouterr().err
 
 
