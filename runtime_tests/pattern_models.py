@@ -178,8 +178,8 @@ class Pattern:
 def norms_left(model: onnx.ModelProto) -> int:
     """BatchNormalizations and arithmetic with a constant, in the graph, its subgraphs and its functions.
 
-    The Add behind a MatMul that has a constant factor is its bias and does not count. A fused model is counted by what
-    is written in it, not by what the report says.
+    The Add behind a MatMul or Einsum with a constant factor is its bias and does not count. A fused model is counted
+    by what is written in it, not by what the report says.
     """
     stored = {i.name for i in model.graph.initializer}
     makers = {o: n for n in model.graph.node for o in n.output}
@@ -208,5 +208,5 @@ def _count(nodes: Any, stored: set[str], makers: dict[str, onnx.NodeProto]) -> i
 
 
 def _is_bias(node: onnx.NodeProto, maker: onnx.NodeProto | None, stored: set[str]) -> bool:
-    product = maker is not None and maker.op_type == "MatMul" and any(i in stored for i in maker.input)
+    product = maker is not None and maker.op_type in ("MatMul", "Einsum") and any(i in stored for i in maker.input)
     return node.op_type in ("Add", "Sub") and product

@@ -256,7 +256,37 @@ def layers() -> Iterator[Pattern]:
         )
 
 
+def products() -> Iterator[Pattern]:
+    """Einsum, DeformConv, and quantized weights behind a norm."""
+    sum_over_channels = {"equation": "bchw,oc->bohw"}
+    yield Pattern("einsum, norm", IMAGE, lambda n: n.bn(n.op("Einsum", "x", n.rand(5, C), **sum_over_channels), 5))
+    yield Pattern("norm, einsum", IMAGE, lambda n: n.op("Einsum", n.bn("x", C), n.rand(5, C), **sum_over_channels))
+    yield Pattern(
+        "einsum with an ellipsis, norm",
+        IMAGE,
+        lambda n: n.bn(n.op("Einsum", "x", n.rand(8, 8), equation="...w,wv->...v"), C),
+        1,
+        Reason.SHAPE,
+    )
+    yield Pattern(
+        "deformable convolution, norm",
+        (2, C, 8, 8),
+        lambda n: n.bn(n.op("DeformConv", "x", n.rand(5, C, 3, 3), n.rand(2, 18, 6, 6)), 5),
+        opset=19,
+        runs=False,
+    )
+    for axis, left in ((1, 0), (0, 1)):
+        scales = np.full(C if axis else 5, 2.0**-7)
+        yield Pattern(
+            f"norm, quantized weight with scales along axis {axis}",
+            IMAGE,
+            lambda n, a=axis, s=scales: n.op("Conv", n.bn("x", C), _integers(n, (5, C, 1, 1), np.int8, s, None, a)),
+            left,
+            None if axis else Reason.GRAPH_INPUT,
+        )
+
+
 def networks() -> Iterator[Pattern]:
     """All patterns of this file."""
-    for rows in (layouts, constants, bending, layers):
+    for rows in (layouts, constants, bending, layers, products):
         yield from rows()

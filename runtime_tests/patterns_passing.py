@@ -50,6 +50,10 @@ BETWEEN: dict[str, tuple[str, Any]] = {
     ),
     "GlobalAveragePool": ("all", lambda n, x: n.op("GlobalAveragePool", x)),
     "GlobalMaxPool": ("order", lambda n, x: n.op("GlobalMaxPool", x)),
+    "ReverseSequence": ("all", lambda n, x: _reversed(n, x)),
+    "Where with a constant": ("all", lambda n, x: n.op("Where", n.k(np.arange(8) % 3 == 0), n.scalar(0.5), x)),
+    "GridSample of repeated borders": ("all", lambda n, x: _sampled(n, x, "border")),
+    "GridSample of zeros": ("scale", lambda n, x: _sampled(n, x, "zeros")),
     "LpPool": ("positive", lambda n, x: n.op("LpPool", x, kernel_shape=[2, 2])),
     "ReduceMean": ("all", lambda n, x: n.op("ReduceMean", x, axes=[2, 3], keepdims=1)),
     "ReduceSum": ("all", lambda n, x: n.op("ReduceSum", x, n.ints(3), keepdims=1)),
@@ -295,6 +299,16 @@ def _three(n: Net, h: str) -> list[str]:
 
 def _conv_and(n: Net, h: str) -> list[str]:
     return [n.conv(h, C, 5), n.tanh(h)]
+
+
+def _reversed(n: Net, x: Any) -> Any:
+    first = n.op("Slice", x, n.ints(0), n.ints(2), n.ints(0))
+    return n.op("ReverseSequence", first, n.ints(1, 2, 2, 1), time_axis=0, batch_axis=1)
+
+
+def _sampled(n: Net, x: Any, outside: str) -> Any:
+    first = n.op("Slice", x, n.ints(0), n.ints(2), n.ints(0))
+    return n.op("GridSample", first, n.rand(2, 3, 3, 2), padding_mode=outside)
 
 
 def _read_twice(n: Net) -> list[str]:

@@ -168,7 +168,7 @@ class _Link:
 def _chain(first: ir.Node, desk: Desk) -> Norm | None:
     """The longest run of constant operators that starts at `first`."""
     link = constant_operator(first, desk)
-    if link is None or _is_bias_of_matmul(link, desk):
+    if link is None or _is_bias_of_product(link, desk):
         return None
     links = [link]
     total = link.map
@@ -216,10 +216,12 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
     return reader if same_graph and reader.domain in ("", "ai.onnx") else None
 
 
-def _is_bias_of_matmul(link: _Link, desk: Desk) -> bool:
-    """Whether this is the Add that completes a MatMul by a constant to a linear layer: nothing to fold."""
+def _is_bias_of_product(link: _Link, desk: Desk) -> bool:
+    """Whether this is the Add that completes a product with a constant to a linear layer: nothing to fold."""
     producer = link.data.producer()
-    if producer is None or producer.op_type != "MatMul" or link.map.has_scale or len(link.data.uses()) != 1:
+    if producer is None or producer.op_type not in ("MatMul", "Einsum"):
+        return False
+    if link.map.has_scale or len(link.data.uses()) != 1:
         return False
     return any(desk.facts.is_constant(i) for i in producer.inputs)
 

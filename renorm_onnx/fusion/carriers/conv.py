@@ -1,4 +1,4 @@
-"""Conv: absorbs a map at its output, always; at its input, unless padding sees the shift.
+"""Conv, DeformConv: absorb a map at their output, always; at their input, unless padding sees the shift.
 
 Before:
     ``y = s * (W conv x + b) + t``                 ``y = W conv (s * x + t) + b``
@@ -7,10 +7,11 @@ After:
 Formula:
     Output: s scales axis 0 of W, (C_out, C_in/group, *k). Input: s scales axis 1; channel i of group g meets
     W[o, i - g C_in/group], and a constant t at every position adds sum over (i, *k) of W[o, i, *k] t[i] to b[o].
-    Source: ONNX Conv-1, 11, 22.
+    DeformConv reads x between its elements, at weights that do not depend on it. Source: ONNX Conv-1, 11, 22,
+    DeformConv-19, 22.
 Refuses when:
     the map does not run along the channels; W or b is not constant; at the input, t is not zero and pads are not zero,
-    because the zeros of the padding are not shifted.
+    because the zeros of the padding are not shifted, or DeformConv might read beyond the border.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def bias_demand(
 
 def padding_sees_shift(node: ir.Node, kernel: tuple[int, ...]) -> str:
     """Why a value outside the image reaches the window, as the end of a sentence; empty if none does."""
+    if node.op_type == "DeformConv":
+        return "may read zeros beyond the border"
     auto = attribute(node, "auto_pad", "NOTSET")
     if auto in ("SAME_UPPER", "SAME_LOWER"):
         return "" if all(k == 1 for k in kernel) else f"pads with zeros (auto_pad={auto})"
@@ -54,7 +57,11 @@ def padding_sees_shift(node: ir.Node, kernel: tuple[int, ...]) -> str:
 class Conv(Carrier):
     """Convolution of 1 to 3 spatial dimensions, grouped or not."""
 
-    operators = ("Conv",)
+    operators = ("Conv", "DeformConv")
+
+    def _bias(self, node: ir.Node) -> int:
+        """Where the bias stands among the operands."""
+        return 3 if node.op_type == "DeformConv" else 2
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Scale the filters, map the bias."""
@@ -67,7 +74,7 @@ class Conv(Carrier):
         full = demand.spread(dims[0], 1)
         if full.channels != dims[0]:
             return refuse(Reason.AXIS, node, f"has {dims[0]} channels, the map {full.channels}")
-        bias = bias_demand(node, 2, full, desk)
+        bias = bias_demand(node, self._bias(node), full, desk)
         if isinstance(bias, Refusal):
             return bias
         edits, onward = bias
@@ -103,7 +110,7 @@ class Conv(Carrier):
             return edits if isinstance(edits, Refusal) else Step(edits)
         if why := padding_sees_shift(node, tuple(kernel)):
             return refuse(Reason.PADDING, node, f"{why}, and the zeros must not be shifted")
-        added = added_bias(node, 2, weight.contract(shift, axis=1), weight.dtype, desk)
+        added = added_bias(node, self._bias(node), weight.contract(shift, axis=1), weight.dtype, desk)
         return added if isinstance(added, Refusal) else Step((*edits, *added))
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.conftest import Builder, assert_same
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.report import Reason
 
 GEOMETRIES = ["", "pads=[1,0,0,1]", "strides=[2,1], dilations=[1,2]", 'auto_pad="SAME_UPPER"']
@@ -93,3 +97,23 @@ def test_a_shift_before_pads_of_zero_is_absorbed() -> None:
     assert operators(assert_fuses(build(body, "double[N,4,H,W] x", "y", W=quarters([8, 4, 2, 2]), **norm(4)))) == {
         "Conv": 1
     }
+
+
+def deformable(*, before: bool, shift: bool = True, bias: bool = True) -> tuple[Counter[str], list[Reason]]:
+    """What is left of a deformable convolution with a norm on one side, and the refusals."""
+    b = Builder()
+    h = b.norm("x", 4) if before and shift else b.node("Mul", "x", b.normal(4, 1, 1)) if before else "x"
+    parameters = [b.normal(6, 2, 3, 3), "offset", *([b.normal(6)] if bias else [""]), "mask"]
+    h = b.node("DeformConv", h, *parameters, group=2, pads=[1, 1, 1, 1])
+    y = b.node("Relu", h) if before else b.norm(h, 6)
+    model = b.model({"x": [2, 4, 5, 6], "offset": [2, 18, 5, 6], "mask": [2, 9, 5, 6]}, [y], opset=19)
+    fused, report = fuse(model)
+    assert_same(model, fused)
+    return operators(fused), [r.reason for e in report.entries for r in e.refusals]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_deformable_convolution_absorbs_a_norm_behind_it_and_a_scale_before_it(*, bias: bool) -> None:
+    assert deformable(before=False, bias=bias) == ({"DeformConv": 1}, [])
+    assert deformable(before=True, shift=False, bias=bias) == ({"DeformConv": 1, "Relu": 1}, [])
+    assert deformable(before=True, bias=bias)[1] == [Reason.GRAPH_INPUT, Reason.PADDING]

@@ -259,6 +259,14 @@ def _dot(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> Arr
     return np.asarray(np.matmul(inputs[0], inputs[1]), dtype=object)
 
 
+def _reverse_sequence(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> Array:
+    time, batch = a.get("time_axis", 0), a.get("batch_axis", 1)
+    x = np.moveaxis(inputs[0], (time, batch), (0, 1)).copy()
+    for index, length in enumerate(inputs[1]):
+        x[:length, index] = x[:length, index][::-1]
+    return np.moveaxis(x, (0, 1), (time, batch))
+
+
 def _of(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda a, inputs, opset, outputs: function(*inputs)
 
@@ -274,6 +282,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Abs": _of(np.abs),
     "Max": lambda a, i, o, n: functools.reduce(np.maximum, i),
     "Min": lambda a, i, o, n: functools.reduce(np.minimum, i),
+    "Einsum": lambda a, i, o, n: np.asarray(np.einsum(a["equation"], *i), dtype=object),
+    "ReverseSequence": _reverse_sequence,
+    "Where": _of(np.where),
+    "Greater": _of(lambda x, y: (x > y).astype(bool)),
     "Tile": lambda a, i, o, n: np.tile(i[0], i[1]),
     "Softmax": _softmax,
     "Relu": _of(lambda x: np.maximum(x, Fraction(0))),

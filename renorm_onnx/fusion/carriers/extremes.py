@@ -1,16 +1,16 @@
-"""Max, Min, Abs: a positive map passes to every operand of an extreme; an absolute value passes the size of a scale.
+"""Max, Min, Where, Abs: a map passes to all operands of which one is taken; an absolute value passes a scale's size.
 
 Before:
     ``y = s * max(a, b) + t``        ``y = max(s * a + t, b)``        ``y = s * abs(x)``, ``y = abs(s * x)``
 After:
     ``y = max(s * a + t, s * b + t)``    ``y = s * max(a, (b - t) / s) + t``    ``y = abs(s * x)``, ``y = |s| abs(x)``
 Formula:
-    s x + t keeps order for s > 0, and makes all operands equal for s = 0. Every operand takes the same map, a constant
-    one at once. At the inputs the operands must lack one and the same map, or be constants c, which become (c - t) / s.
-    Source: ONNX Max, Min, Abs in all versions.
+    s x + t keeps order for s > 0, and makes all operands equal for s = 0; which operand Where takes, no map decides.
+    Every operand takes the same map, a constant one at once. At the inputs the operands must lack one and the same map,
+    or be constants c, which become (c - t) / s. Source: ONNX Max, Min, Where, Abs in all versions.
 Refuses when:
-    a scale is negative (Abs at the input: none is); a shift meets Abs; a computed operand does not vary along the map,
-    or does not come from the norm; a scale is zero at the input of an extreme with a constant.
+    a scale is negative (but for Where, and Abs at the input); a shift meets Abs; a computed operand does not vary along
+    the map, or does not come from the norm; a scale is zero at the input beside a constant.
 """
 
 from __future__ import annotations
@@ -26,21 +26,26 @@ from renorm_onnx.fusion.carriers.addition import map_operand, output_rank, outwa
 from renorm_onnx.fusion.report import Reason, Refusal
 
 
-class Extreme(Carrier):
-    """The largest or smallest of some operands, element by element."""
+class Selection(Carrier):
+    """One of two operands, element by element, as a third one says."""
 
-    operators = ("Max", "Min")
+    operators: tuple[str, ...] = ("Where",)
     many_axes = True
+    ordered = False
+
+    def _operands(self, node: ir.Node) -> list[int]:
+        """The places of the operands of which one is taken."""
+        return [1, 2]
 
     def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Ask every operand for the map."""
         demand = maps[0]
-        if not demand.is_monotone:
+        if self.ordered and not demand.is_monotone:
             return refuse(Reason.SIGN, node, "keeps the largest or smallest: a negative scale cannot pass")
         rank = output_rank(node, desk)
         edits: list[Edit] = []
         onward: dict[int, AffineMap] = {}
-        for index in range(len(node.inputs)):
+        for index in self._operands(node):
             answer = map_operand(node, index, demand, rank, desk)
             if isinstance(answer, Refusal):
                 return answer
@@ -58,18 +63,30 @@ class Extreme(Carrier):
         if not all(m.equals(seen[0]) for m in seen):
             return refuse(Reason.CONFLICT, node, "gets operands that lack different maps")
         given = seen[0]
-        others = [i for i in range(len(node.inputs)) if i not in maps]
-        if not given.is_monotone or (others and not (given.scale > 0).all()):
+        others = [i for i in self._operands(node) if i not in maps]
+        if self.ordered and not given.is_monotone:
             return refuse(Reason.SIGN, node, "keeps the largest or smallest: only a positive scale can pass")
+        if others and (given.scale == 0).any():
+            return refuse(Reason.SCALE, node, "has another operand, which a scale of zero would lose")
         edits: list[Edit] = []
         inverse = given._replace(scale=1.0 / given.scale, shift=-given.shift / given.scale) if others else given
         for index in others:
             parameter = desk.parameter(node, index)
             changed = None if parameter is None else widened(parameter, inverse, rank, desk)
             if changed is None:
-                return refuse(Reason.SCALE, node, "compares with an operand that does not come from the norm")
+                return refuse(Reason.SCALE, node, "has another operand, which does not come from the norm")
             edits.append(SetInput(node, index, changed))
         return Step(tuple(e for e in edits if not _is_same(e, desk)), {0: given})
+
+
+class Extreme(Selection):
+    """The largest or smallest of some operands, element by element."""
+
+    operators = ("Max", "Min")
+    ordered = True
+
+    def _operands(self, node: ir.Node) -> list[int]:
+        return list(range(len(node.inputs)))
 
 
 def _is_same(edit: Edit, desk: Desk) -> bool:
@@ -101,4 +118,4 @@ class Absolute(Carrier):
         return Step((), {0: maps[0]._replace(scale=np.abs(maps[0].scale))})
 
 
-CARRIERS = (Extreme(), Absolute())
+CARRIERS = (Selection(), Extreme(), Absolute())

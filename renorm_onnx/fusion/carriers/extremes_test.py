@@ -81,3 +81,35 @@ def test_a_scale_that_softmax_refuses_does_not_keep_a_shift_behind_it() -> None:
     constants = {"s": quarters([4, 1]), "k": quarters([4], 1)}
     fused: onnx.ModelProto = assert_fuses(build(text, "double[2,4,3] x", "y", **constants), [Reason.SCALE])
     assert operators(fused) == {"Relu": 1, "Mul": 1, "Transpose": 1, "Softmax": 1}
+
+
+MASK = {"zero": np.array(0.0), "half": np.array(0.5)}
+
+
+def test_what_a_mask_chooses_from_takes_any_map() -> None:
+    """Exporters write ``masked_fill`` so."""
+    text = f"m = Greater(x, half) c = Conv(x, W) d = Where(m, c, zero) y = {bn('d')}"
+    image, weights = "double[N,1,H,W] x", {"W": quarters([4, 1, 1, 1]), **MASK}
+    fused = assert_fuses(build(text, image, "y", **weights, **norm(4)))
+    assert operators(fused) == {"Greater": 1, "Conv": 1, "Where": 1}
+    both = f"m = Greater(x, half) a = Conv(x, W) b = Conv(x, V) d = Where(m, a, b) y = {bn('d')}"
+    fused = assert_fuses(build(both, image, "y", V=quarters([4, 1, 1, 1], 1), **weights, **norm(4)))
+    assert operators(fused) == {"Greater": 1, "Conv": 2, "Where": 1}
+    lone = both.replace("b = Conv(x, V)", "b = Relu(x)")
+    assert_fuses(build(lone, image, "y", **weights, **norm(4)), [Reason.SHAPE])
+
+
+def test_a_map_goes_past_a_mask_if_what_it_chooses_is_constant_or_lacks_it_too() -> None:
+    """Scales are powers of two, by which float64 divides exactly."""
+    text = f"m = Greater(z, half) c = {bn('x')} d = Where(m, zero, c) y = Conv(d, W)"
+    given, weights = "double[N,4,H,W] x, double[N,1,H,W] z", {"W": quarters([3, 4, 1, 1]), **MASK}
+    fused = assert_fuses(build(text, given, "y", **weights, **norm(4, powers=True)))
+    assert operators(fused) == {"Greater": 1, "Where": 1, "Conv": 1}
+    for other, reason in (("z", Reason.SCALE), ("x", Reason.SCALE)):
+        model = build(text.replace("zero", other), given, "y", **weights, **norm(4, powers=True))
+        assert_fuses(model, [reason])
+    same = text.replace("d = Where(m, zero, c)", "e = Identity(c) d = Where(m, e, c)")
+    assert operators(assert_fuses(build(same, given, "y", **weights, **norm(4))))["BatchNormalization"] == 0
+    dead = {"s": np.array([1.0, 0, 2, 4]).reshape(4, 1, 1), **weights}
+    lost = text.replace(bn("x"), "Mul(x, s)")
+    assert_fuses(build(lost, given, "y", **dead), [Reason.SCALE])

@@ -1,4 +1,4 @@
-"""Concat, Split, Slice, Gather: a map is cut and joined with the channels, or passes along another axis as it is.
+"""Concat, Split, Slice, Gather, ReverseSequence: a map is cut and joined with the channels, or passes along others.
 
 Before:
     ``y = s * concat(a, b) + t``                     ``p, q = s * split(x) + t``
@@ -9,10 +9,11 @@ Formula:
     identity. Maps along other axes stay what they are, and if those of the pieces differ, the whole has a map along
     both axes. What Slice and Gather leave out has the identity, where someone else reads it; an index that occurs
     twice must get the same numbers twice. A single index takes one channel out, whose map does not run along that
-    axis. Source: ONNX Concat, Split-2 to 18, Slice-1, 10, 13, Gather.
+    axis. ReverseSequence turns each sequence by its own length, and leaves all axes but that of time as they are.
+    Source: ONNX Concat, Split-2 to 18, Slice-1, 10, 13, Gather, ReverseSequence-10.
 Refuses when:
     sizes, bounds or indices that decide where channels go are not constant; Gather makes several axes of the
-    channels.
+    channels; the map runs along the time of ReverseSequence.
 """
 
 from __future__ import annotations
@@ -215,4 +216,25 @@ class Gather(Carrier):
         return None if found is None or found.dtype == object else found.astype(np.int64)
 
 
-CARRIERS = (Concat(), Split(), Slice(), Gather())
+class ReverseSequence(Carrier):
+    """Turns the first elements of each sequence around."""
+
+    operators = ("ReverseSequence",)
+    many_axes = True
+
+    def backward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Pass what does not run along time."""
+        return self._pass(node, maps)
+
+    def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
+        """Pass what does not run along time."""
+        return self._pass(node, maps)
+
+    def _pass(self, node: ir.Node, maps: Mapping[int, AffineMap]) -> Step | Refusal:
+        time = int(attribute(node, "time_axis", 0))
+        if set(maps) != {0} or time in maps[0].axes or time < 0:
+            return refuse(Reason.AXIS, node, f"turns around axis {time}, which the map runs along")
+        return Step((), {0: maps[0]})
+
+
+CARRIERS = (Concat(), Split(), Slice(), Gather(), ReverseSequence())

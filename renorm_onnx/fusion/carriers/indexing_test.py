@@ -166,3 +166,13 @@ def test_the_axis_of_a_map_moves_with_the_axes_that_indices_add() -> None:
     constants = {"k": quarters([4, 1, 1]), "l": quarters([4, 1, 1], 1), "i": np.array([[1, 0]])}
     fused = assert_fuses(build(text, "double[N,3,4,4] x", "y", W=WEIGHTS["W"], **constants))
     assert operators(fused) == {"Conv": 1, "Gather": 1}
+
+
+def test_turning_sequences_around_keeps_a_map_of_each_and_not_one_of_their_steps() -> None:
+    lengths, sizes = {"n": np.array([1, 2, 2, 1])}, "double[2,{},5] x"
+    backward("d = ReverseSequence(c, n)", 4, inputs=sizes.format(3), **lengths)
+    forward("d = ReverseSequence(c, n)", 4, inputs=sizes.format(4), **lengths)
+    lengths["n"] = np.array([3, 4])
+    turned = "d = ReverseSequence<time_axis=1, batch_axis=0>(c, n)"
+    backward(turned, 4, [Reason.AXIS], inputs=sizes.format(3), **lengths)
+    forward(turned, 4, [Reason.AXIS], inputs=sizes.format(4), **lengths)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
 from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, backward, build, forward, quarters
 from renorm_onnx.fusion.conftest import Builder, assert_same
 from renorm_onnx.fusion.engine import fuse
-from renorm_onnx.fusion.report import Reason
+from renorm_onnx.fusion.report import FusionReport, Reason
 
 SCALES = np.array([1, 1, 2, 1.5], np.float32)
 WAYS = [
@@ -70,3 +71,46 @@ def test_a_constant_outside_the_image_takes_a_scale_only_if_it_is_zero(
     fused, report = fuse(model)
     assert [r.reason for e in report.entries for r in e.refusals][:1] == reasons
     assert_same(model, fused)
+
+
+def sampled(way: str, *, before: bool, shift: bool = True) -> tuple[onnx.ModelProto, onnx.ModelProto, FusionReport]:
+    """A model with a norm before or behind GridSample, the same fused, and the report."""
+    b = Builder()
+    attributes = dict(item.split("=") for item in way.split())
+    zero = [b.constant(np.zeros(4)) for _ in range(2)]
+    parameters = [b.constant([0.5, -2.0, 1.5, 3.0]), *zero, b.constant([1.0, 2.0, 0.5, 1.0])]
+
+    def norm(x: str) -> str:
+        return b.norm(x, 4) if shift else b.node("BatchNormalization", x, *parameters)
+
+    h = norm("x") if before else b.conv("x", 4, 4, 1)
+    h = b.node("GridSample", h, "grid", **attributes)
+    model = b.model({"x": [2, 4, 5, 6], "grid": [2, 3, 3, 2]}, [b.conv(h, 4, 5, 1) if before else norm(h)], opset=20)
+    return model, *fuse(model)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("way", ["mode=linear padding_mode=border", "mode=cubic padding_mode=reflection"])
+def test_what_a_grid_reads_within_the_image_takes_every_map(way: str, *, before: bool) -> None:
+    model, fused, report = sampled(way, before=before)
+    assert not report.kept
+    assert_same(model, fused)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_zeros_outside_the_image_take_a_scale_only(*, before: bool) -> None:
+    model, fused, report = sampled("mode=nearest", before=before, shift=False)
+    assert not report.kept
+    assert_same(model, fused)
+    assert Reason.PADDING in [r.reason for r in sampled("mode=nearest", before=before)[2].kept[0].refusals]
+
+
+def test_a_grid_that_a_norm_computes_is_refused() -> None:
+    b = Builder()
+    grid = b.node("Mul", "grid", b.constant([0.5, 2.0]))
+    model = b.model({"x": [2, 4, 5, 6], "grid": [2, 3, 3, 2]}, [b.node("GridSample", "x", grid)], opset=20)
+    assert fuse(model)[1].entries[0].refusals[-1].reason == Reason.WEIGHT
+    b = Builder()
+    wide = b.node("Mul", b.node("GridSample", b.node("Relu", "x"), "grid"), b.normal(3))
+    model = b.model({"x": [2, 4, 5, 6], "grid": [2, 3, 3, 2]}, [wide], opset=20)
+    assert fuse(model)[1].entries[0].refusals[0].reason == Reason.AXIS
