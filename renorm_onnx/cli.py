@@ -63,9 +63,8 @@ def _open_standard_streams() -> None:
 def _run(argv: Sequence[str]) -> int:
     try:
         return _run_command(argv)
-    except KeyboardInterrupt:
-        print("renorm-onnx: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        return _fail(error, "renorm-onnx: interrupted", INTERRUPTED, json_too="--json" in argv)
 
 
 def _run_command(argv: Sequence[str]) -> int:

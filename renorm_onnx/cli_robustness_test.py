@@ -158,6 +158,21 @@ def test_a_fault_of_our_own_is_json_too(broken, capsys):
     assert said["error"]["message"].startswith("internal error: KeyError")
 
 
+def test_an_interrupt_is_json_too(folder, capsys, monkeypatch):
+    from renorm_onnx import inspection
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspection, "inspect_model", interrupted)
+    assert cli.main(["inspect", str(folder / "model.onnx"), "--json"]) == cli.INTERRUPTED
+    said = capsys.readouterr()
+    assert said.err == "renorm-onnx: interrupted\n"
+    document = json.loads(said.out)
+    assert document["exit_status"] == cli.INTERRUPTED
+    assert document["error"] == {"type": "KeyboardInterrupt", "message": "interrupted"}
+
+
 def test_a_result_that_is_no_json_is_a_fault_of_our_own(folder, capsys, monkeypatch):
     from renorm_onnx.inspection import Inspection
 
