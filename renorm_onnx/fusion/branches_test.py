@@ -76,6 +76,7 @@ def test_kernels_are_added_where_their_taps_agree(one, two):
     assert_same(model, fused)
     assert operators(fused) == ["Conv"]
     assert report.branches_merged == 1
+    assert report.changed
 
 
 @pytest.mark.parametrize(

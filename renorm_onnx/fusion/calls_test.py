@@ -84,3 +84,24 @@ def test_a_function_within_a_function_in_the_way_is_opened_too():
     assert operators(fused) == ["Elsewhere", "Sigmoid", "Conv", "Relu", "Identity"]
     assert {f.name for f in fused.functions} == {"Elsewhere"}
     assert_same(model, fused)
+
+
+def test_a_norm_that_a_function_spells_out_is_opened_and_other_arithmetic_is_not():
+    b = Builder()
+    spelled = [
+        helper.make_node("Sub", ["X", "w"], ["t"], name="s"),
+        helper.make_node("Div", ["t", "w"], ["Y"], name="d"),
+    ]
+    add_function(b, "Spelled", spelled)
+    add_function(b, "Sum", [helper.make_node("Add", ["X", "w"], ["Y"], name="a")])
+    add_function(b, "Gate", [*spelled[:1], helper.make_node("Sigmoid", ["t"], ["u"]), *spelled[1:]])
+    calls = ["Sum", "Gate", "Spelled"]
+    h = b.conv("x", 4, 4, 1)
+    for call in calls[:2]:
+        h = b.node("Tanh", b.node(call, h, b.normal(4, 1, 1), domain="mine"))
+    h = b.node("Spelled", b.conv(h, 4, 4, 1), b.normal(4, 1, 1), domain="mine")
+    model = b.model(IMAGE, [h])
+    fused, report = fuse(model)
+    assert report.changed
+    assert operators(fused) == ["Conv", "Sum", "Tanh", "Gate", "Tanh", "Conv"]
+    assert_same(model, fused)

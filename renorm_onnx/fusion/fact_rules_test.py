@@ -55,10 +55,36 @@ def test_sizes_follow_the_specification_and_open_ones_stay_open(body: str, sizes
         "a": np.array([1]),
         "k": np.array([2]),
     }
-    dims = facts_of(body, "float[N,4,7,5] x", **constants)["y"].dims
+    fact = facts_of(body, "float[N,4,7,5] x", **constants)["y"]
+    dims = fact.dims
     assert dims is not None
     assert isinstance(dims[0], Dimension)
     assert tuple(d if isinstance(d, int) else None for d in dims[1:]) == sizes
+    assert fact.dtype == ir.DataType.FLOAT
+
+
+def test_only_a_size_that_is_proven_equal_is_the_same_size() -> None:
+    body = "i = Identity(x) a = Reshape(i, p) b = Reshape(i, q) k = Identity(z) y = Reshape(k, p)"
+    constants = {"p": np.array([-1, 3]), "q": np.array([-1, 3, 2])}
+    facts = facts_of(body, "float[N,6] x, float[N,M,3] z", **constants)
+    twice, same, joined = (facts[n].dims or () for n in "aby")
+    batches = [(facts[n].dims or ())[0] for n in "ik"]
+    assert (twice[1:], same[1:], joined[1:]) == ((3,), (3, 2), (3,))
+    assert same[0] is batches[0]
+    assert twice[0] is not batches[0]
+    assert joined[0] is not batches[1]
+    assert [facts[n].dtype for n in "aby"] == [ir.DataType.FLOAT] * 3
+
+
+def test_sizes_of_one_are_squeezed_and_no_others() -> None:
+    assert facts_of("y = Squeeze(x)", "float[1,4,1,5] x")["y"].dims == (4, 5)
+    assert facts_of("y = Squeeze(x)", "float[1,4,N,5] x")["y"].dims is None
+
+
+def test_layers_of_one_dimension_have_sizes_too() -> None:
+    weights = {"w": np.zeros((8, 4, 3), np.float32), "u": np.zeros((4, 8, 3), np.float32)}
+    facts = facts_of("a = Conv(x, w) y = ConvTranspose(x, u)", "float[2,4,7] x", **weights)
+    assert [facts[n].dims for n in "ay"] == [(2, 8, 5), (2, 8, 9)]
 
 
 @pytest.mark.parametrize("axes", ["", ", none"])

@@ -9,18 +9,20 @@ import pytest
 from onnx import helper, numpy_helper
 
 from renorm_onnx.fusion import operands
-from renorm_onnx.fusion.conftest import Builder, assert_same, largest_difference, operators
+from renorm_onnx.fusion.conftest import TYPES, Builder, assert_same, largest_difference, operators
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.parameters import Parameter
 
 C, SIDE = 6, 40
 
 
-def computed_operand(kind: str, *, opset: int = 17, ir_version: int = 8) -> onnx.ModelProto:
+def computed_operand(kind: str, *, opset: int = 17, ir_version: int = 8, dtype: str = "float32") -> onnx.ModelProto:
     """A convolution, to which a constant of (1, C, SIDE, SIDE) elements is added that a few bytes compute; a norm."""
-    b = Builder()
+    b = Builder(dtype=dtype)
     sizes = b.constant(np.array([1, C, SIDE, SIDE]))
-    if kind == "ConstantOfShape":
+    if kind == "Tile":
+        large = b.node(kind, b.normal(1, C, 1, 1), b.constant(np.array([1, 1, SIDE, SIDE])))
+    elif kind == "ConstantOfShape":
         large = b.node(kind, sizes, value=numpy_helper.from_array(np.array([0.7], np.float32)))
     else:
         # Of rows, so that one axis beside the channels does not repeat itself.
@@ -29,7 +31,7 @@ def computed_operand(kind: str, *, opset: int = 17, ir_version: int = 8) -> onnx
     model = b.model({"x": ["n", 3, "h", "w"]}, [b.norm(summed, C)], opset=opset, ir_version=ir_version)
     # Of inputs that may be overridden, shape inference learns nothing.
     dims = ["n", C, SIDE, SIDE]
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, 1, dims))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, TYPES[dtype], dims))
     if ir_version < 4:
         for tensor in model.graph.initializer:
             model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -69,14 +71,26 @@ def test_an_operand_whose_repetition_was_taken_wrongly_would_be_seen(monkeypatch
     assert largest_difference(model, fuse(model)[0], h=SIDE, w=SIDE) > 1e-2
 
 
-def test_before_there_is_an_expand_the_operand_is_written_whole() -> None:
-    b = Builder()
-    large = b.node("Identity", b.normal(1, C, SIDE, SIDE))
-    y = b.norm(b.node("Add", b.conv("x", 3, C, 1), b.node("Abs", large)), C)
-    model = b.model({"x": ["n", 3, SIDE, SIDE]}, [y], opset=7)
+@pytest.mark.parametrize(
+    ("opset", "dtype", "whole"),
+    [(7, "float32", True), (8, "float32", False), (12, "bfloat16", True), (13, "bfloat16", False)],
+)
+def test_before_there_is_an_expand_the_operand_is_written_whole(opset: int, dtype: str, whole: bool) -> None:
+    model = computed_operand("Tile", opset=opset, dtype=dtype)
     fused, report = fuse(model)
     assert len(report.folded) == 1
-    assert operators(fused) == ["Conv", "Add"]
+    assert sorted(operators(fused)) == ["Add", "Conv"] + ([] if whole else ["Expand"])
+    assert_same(model, fused, dtype=dtype, h=SIDE, w=SIDE)
+
+
+def test_a_weight_that_is_an_output_too_stays_what_it_is() -> None:
+    b = Builder()
+    weight = b.normal(C, 3, 1, 1, name="w")
+    y = b.norm(b.node("Conv", "x", weight), C)
+    model = b.model({"x": ["n", 3, SIDE, SIDE]}, [y])
+    model.graph.output.append(helper.make_tensor_value_info("w", 1, [C, 3, 1, 1]))
+    fused, report = fuse(model)
+    assert len(report.folded) == 1
     assert_same(model, fused)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
@@ -117,3 +118,9 @@ def test_a_deformable_convolution_absorbs_a_norm_behind_it_and_a_scale_before_it
     assert deformable(before=False, bias=bias) == ({"DeformConv": 1}, [])
     assert deformable(before=True, shift=False, bias=bias) == ({"DeformConv": 1, "Relu": 1}, [])
     assert deformable(before=True, bias=bias)[1] == [Reason.GRAPH_INPUT, Reason.PADDING]
+
+
+def test_one_number_for_all_channels_goes_into_every_group() -> None:
+    body = "c = Mul(x, k) d = Add(c, l) y = Conv<group=2>(d, W)"
+    constants = {"W": quarters([6, 2, 2, 2]), "k": np.array(-1.5), "l": np.array(0.75)}
+    assert operators(assert_fuses(build(body, "double[N,4,H,W] x", "y", **constants))) == {"Conv": 1}

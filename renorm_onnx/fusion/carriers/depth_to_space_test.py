@@ -41,3 +41,8 @@ def test_a_map_along_the_width_is_refused() -> None:
     body = "c = Conv(x, W) d = DepthToSpace<blocksize=2>(c) y = Mul(d, k)"
     constants = {"k": quarters([6]), "W": quarters([4, 3, 1, 1])}
     assert_fuses(build(body, "double[N,3,3,3] x", "y", **constants), [Reason.AXIS])
+
+
+def test_a_block_of_three_times_three_has_nine_channels() -> None:
+    backward("d = DepthToSpace<blocksize=3>(c)", 2, filters=18)
+    forward("d = SpaceToDepth<blocksize=3>(c)", 36, inputs="double[N,4,3,6] x")

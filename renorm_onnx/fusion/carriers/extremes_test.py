@@ -42,6 +42,10 @@ def test_a_constant_that_is_compared_gets_the_inverse_of_a_positive_map(operator
         assert_fuses(build(text, "double[N,4,H,W] x", "y", W=quarters([3, 4, 1, 1]), **constants), kept)
     forward(f"z = Relu(x) d = {operator}(c, z)", 4, [Reason.SCALE], positive=True)
     forward(f"d = {operator}(c, c)", 4, positive=True)
+    forward(f"d = {operator}(c, c)", 4, [Reason.SIGN])
+    text = f"m = Mul(x, s) d = {operator}(k, m) y = Conv(d, W)"
+    constants = {"s": np.array([0.5, 0.0, 4, 1]).reshape(4, 1, 1), "k": quarters([4, 1, 1], 3)}
+    assert_fuses(build(text, "double[N,4,H,W] x", "y", W=quarters([3, 4, 1, 1]), **constants), [Reason.SCALE])
 
 
 def test_maps_that_differ_do_not_pass_an_extreme() -> None:
@@ -66,6 +70,8 @@ def test_a_constant_shift_within_softmax_cancels() -> None:
         ([], 20, "", []),
         ([4, 1], 20, "", []),
         ([3], 20, "", [Reason.AXIS]),
+        ([4, 1], 13, "", []),
+        ([4, 1], 12, "", [Reason.AXIS]),
         ([4, 1], 20, "<axis=1>", [Reason.AXIS]),
         ([2, 1, 1], 11, "", []),
         ([4, 1], 11, "", [Reason.AXIS]),

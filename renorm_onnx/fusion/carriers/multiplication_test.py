@@ -98,3 +98,12 @@ def test_a_constant_numerator_over_positions_takes_the_inverse_and_a_constant_di
     scale = np.array([2.0, -0.5, 4.0]).reshape(3, 1, 1)
     model = build(text, "double[N,3,4,5] x", "y", lo=np.array(0.5), s=scale, k=places)
     assert operators(assert_fuses(model)) == {"Clip": 1, "Div": 1}
+
+
+def test_a_map_goes_forward_past_a_constant_that_goes_no_further_itself() -> None:
+    """The negative constant is stopped by the second maximum, the positive map before it is not."""
+    lines = "p = MaxPool<kernel_shape=[2,2]>(c) m = Mul(p, k) d = MaxPool<kernel_shape=[1,2]>(m)"
+    constants = norm(4, positive=True) | {"k": np.array([2.0, -0.5, 4.0, -2.0]).reshape(4, 1, 1)}
+    text = f"c = {bn('x')} {lines} y = Conv(d, W)"
+    fused = assert_fuses(build(text, "double[N,4,H,W] x", "y", W=quarters([3, 4, 1, 1]), **constants), [Reason.SIGN])
+    assert operators(fused) == {"MaxPool": 2, "Mul": 1, "Conv": 1}

@@ -90,6 +90,8 @@ def test_a_reduction_over_the_channels_is_refused() -> None:
     text = f"c = {bn('x')} d = ReduceMean<keepdims=0>(c, a) y = MatMul(d, B)"
     model = build(text, "double[N,4,4,5] x", "y", a=np.array([1]), B=quarters([5, 2]), **norm(4))
     assert_fuses(model, [Reason.AXIS])
+    model = build(text, "double[N,4,4,5] x", "y", a=np.array([-3]), B=quarters([5, 2]), **norm(4))
+    assert_fuses(model, [Reason.AXIS])
 
 
 def test_indices_in_use_allow_no_scale_of_zero() -> None:
@@ -98,6 +100,9 @@ def test_indices_in_use_allow_no_scale_of_zero() -> None:
     model = build(text, "double[N,4,H,W] x", "y, z", W=quarters([3, 4, 1, 1]), **parameters)
     assert_fuses(model)
     parameters["bn_s"][2] = 0.0
+    model = build(text, "double[N,4,H,W] x", "y, z", W=quarters([3, 4, 1, 1]), **parameters)
+    assert_fuses(model, [Reason.SIGN])
+    text = text.replace("z = Identity(i)", "").replace("d, i =", "d, z =")
     model = build(text, "double[N,4,H,W] x", "y, z", W=quarters([3, 4, 1, 1]), **parameters)
     assert_fuses(model, [Reason.SIGN])
 

@@ -114,3 +114,9 @@ def test_a_grid_that_a_norm_computes_is_refused() -> None:
     wide = b.node("Mul", b.node("GridSample", b.node("Relu", "x"), "grid"), b.normal(3))
     model = b.model({"x": [2, 4, 5, 6], "grid": [2, 3, 3, 2]}, [wide], opset=20)
     assert fuse(model)[1].entries[0].refusals[0].reason == Reason.AXIS
+
+
+def test_filters_whose_weights_are_not_proven_to_sum_to_one_take_a_scale_alone() -> None:
+    for go in (backward, forward):
+        go('d = Resize<mode="nearest", antialias=1>(c, , r)', 4, [Reason.SHIFT], r=SCALES)
+        go('d = Resize<mode="nearest", antialias=1>(c, , r)', 4, shift=False, r=SCALES)
