@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ def layers(options: Options) -> Section:
 
 def latency(options: Options) -> Section:
     """Time inference in torch and onnxruntime."""
-    from runtime_tests.gpu_latency import Plan, measure, table, to_json
+    from runtime_tests.gpu_latency import Latency, Plan, measure, table, to_json
 
     plan = Plan(options.device)
     if options.tiny:
@@ -217,7 +217,11 @@ def latency(options: Options) -> Section:
         plan = Plan(options.device, ["wide_resnet", "mlp"], [1, 32, 256], rounds=10)
     if options.device == "cpu":
         plan = Plan("cpu", plan.networks, plan.batches, ["float32"], plan.small, plan.compiled, plan.rounds)
-    rows = list(measure(plan))
+    rows: list[Latency] = []
+    for row in measure(plan):
+        rows.append(row)
+        # What is measured is kept, whatever a later row does to this process.
+        save(Section("latency", False, ["not finished", *table(rows)], to_json(rows)), options)
     # A machine without a C compiler cannot compile; its row says so, and the others stand.
     failed = [row for row in rows if row.note and row.variant != "torch compiled"]
     return Section("latency", bool(rows) and not failed, table(rows), to_json(rows))
@@ -226,6 +230,14 @@ def latency(options: Options) -> Section:
 SECTIONS: dict[str, Callable[[Options], Section]] = {
     function.__name__: function for function in (machine, tests, parity, verdicts, layers, latency)
 }
+
+
+def save(section: Section, options: Options) -> None:
+    """Write what a section found to its file, whole or not at all."""
+    file = options.out / f"{section.name}.json"
+    new = file.with_suffix(".json.new")
+    new.write_text(json.dumps(asdict(section)) + "\n")
+    new.replace(file)
 
 
 def run_section(name: str, options: Options) -> Section:
@@ -258,10 +270,11 @@ def run_isolated(name: str, options: Options) -> Section:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if not state and file.exists():
-        return Section(**json.loads(file.read_text()))
-    tail = log.read_text(errors="replace").splitlines()[-20:]
     seconds = round(time.perf_counter() - started, 1)
+    if file.exists():
+        found = Section(**json.loads(file.read_text()))
+        return replace(found, ok=False, lines=[state, *found.lines], seconds=seconds) if state else found
+    tail = log.read_text(errors="replace").splitlines()[-20:]
     return Section(name, False, [state or "wrote no result", *tail], seconds=seconds)
 
 
@@ -308,8 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     options = Options(out, given.device, given.quick, given.tiny, tuple(given.sections), given.limit)
     if given.alone:
-        section = run_section(given.alone, options)
-        (out / f"{given.alone}.json").write_text(json.dumps(asdict(section)) + "\n")
+        save(run_section(given.alone, options), options)
         return 0
     return run(options)
 

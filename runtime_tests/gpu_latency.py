@@ -128,17 +128,15 @@ def _measure_precision(
 def _tf32(on: bool) -> Iterator[None]:
     """Choose for torch whether products of float32 may be rounded to TF32; as it was, afterwards.
 
-    Convolutions and recurrent layers are set together: torch refuses to compile while cuDNN's two settings differ.
+    By the older two switches: after the newer ones, one for each kind of operation, torch's own reading of the older
+    fails (2.11, 2.13), and its compiler reads them.
     """
-    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
-    before = [place.fp32_precision for place in places]
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
     try:
-        for place in places:
-            place.fp32_precision = "tf32" if on else "ieee"
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _torch_variants(module: nn.Module, compiled: Any, x: Tensor) -> dict[str, Callable[[], Call]]:

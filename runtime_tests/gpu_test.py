@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime_tests import gpu
 from runtime_tests.gpu import SECTIONS, Options, Section, main, markdown, run_isolated, run_section
-from runtime_tests.gpu_latency import Latency, Plan, table
+from runtime_tests.gpu_latency import Latency, Plan, _tf32, table
 from runtime_tests.parity_matrix import build
 
 
@@ -61,6 +62,43 @@ def test_files_whose_packages_are_absent_are_left_out_by_name(tmp_path):
     (tmp_path / "two_test.py").write_text("import json\nfrom nosuchpackage.part import x\nimport torch, alsoabsent\n")
     assert gpu._absent_packages(tmp_path / "one_test.py") == []
     assert gpu._absent_packages(tmp_path / "two_test.py") == ["alsoabsent", "nosuchpackage"]
+
+
+def test_rows_that_were_measured_outlive_the_process(monkeypatch, options):
+    section = {"name": "latency", "ok": False, "lines": ["not finished", "row one"], "data": [1], "seconds": 0.0}
+    program = (
+        f"import json, os; open({str(options.out / 'latency.json')!r}, 'w').write(json.dumps({section!r}))\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    pretend(monkeypatch, program)
+    kept = run_isolated("latency", options)
+    assert (kept.ok, kept.data) == (False, [1])
+    assert kept.lines == ["the process ended with -9", "not finished", "row one"]
+
+
+def test_latency_is_written_row_by_row(monkeypatch, options):
+    from runtime_tests import gpu_latency
+
+    def measured(plan):
+        yield Latency("mlp", "float32", 1, "torch eager", 1.0, 2.0, 3.0, 5, 0.0)
+        kept = json.loads((options.out / "latency.json").read_text())
+        assert (kept["ok"], [row["variant"] for row in kept["data"]]) == (False, ["torch eager"])
+        yield Latency("mlp", "float32", 1, "onnxruntime fused", 0.5, 1.0, 1.5, 5, 1e-7)
+
+    monkeypatch.setattr(gpu_latency, "measure", measured)
+    section = run_section("latency", options)
+    assert (section.ok, len(section.data)) == (True, 2), section.lines
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_tf32_is_set_so_that_torch_can_read_it_and_compile(on):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    with _tf32(on):
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (on, on)
+        assert (matmul.fp32_precision, cudnn.conv.fp32_precision == "tf32") == ("tf32" if on else "ieee", on)
+        assert torch.get_float32_matmul_precision() == ("high" if on else "highest")
+    assert (matmul.allow_tf32, cudnn.allow_tf32) == before
 
 
 def test_latency_says_which_variant_could_not_be_measured():
