@@ -38,6 +38,7 @@ from runtime_tests import timm_networks
 
 _CARRIERS = ("Conv", "ConvTranspose", "Gemm")
 CORRECT = "none"
+MISSING = "output missing"
 
 
 def fused(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -95,16 +96,19 @@ def _not_a_number(values: Any) -> None:
     values.flat[0] = np.nan
 
 
-def _renamed(model: onnx.ModelProto, *, keep: bool = False) -> onnx.ModelProto:
-    """The last output gets another name; with `keep` it is there under its own, and a stranger beside it."""
-    result = fused(model)
-    output = result.graph.output[-1]
+def _with_stranger(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Give the last output once more under another name, in place."""
+    output = model.graph.output[-1]
     stranger = copy.deepcopy(output)
     stranger.name = "stranger"
-    result.graph.node.append(oh.make_node("Identity", [output.name], [stranger.name]))
-    if not keep:
-        result.graph.output.remove(output)
-    result.graph.output.append(stranger)
+    model.graph.node.append(oh.make_node("Identity", [output.name], [stranger.name]))
+    model.graph.output.append(stranger)
+    return model
+
+
+def _renamed(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = _with_stranger(fused(model))
+    del result.graph.output[-2]
     return result
 
 
@@ -131,7 +135,8 @@ KINDS: Mapping[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
     "middle channel off by 1 %": _changed(0.5, 1, _scaled),
     "NaN in a weight": _changed(0.5, 1, _not_a_number),
     "output renamed": _renamed,
-    "output too many": lambda model: _renamed(model, keep=True),
+    "output too many": lambda model: _with_stranger(fused(model)),
+    MISSING: fused,
     "output of another type": _other_type,
 }
 """What is done to a network, by name; each takes a copy of the model as it was exported, and gives the fused one."""
@@ -173,8 +178,9 @@ def judge(network: str, model: onnx.ModelProto, kind: str) -> Row:
         kind: A key of `KINDS`.
     """
     candidate = KINDS[kind](copy.deepcopy(model))
+    reference = _with_stranger(copy.deepcopy(model)) if kind == MISSING else model
     # Of a fault, two sets of inputs are enough to see it; that a correct fold holds is to be seen on all.
-    verdict = verify(model, candidate, inputs=None if kind == CORRECT else 2)
+    verdict = verify(reference, candidate, inputs=None if kind == CORRECT else 2)
     return Row(network, kind, verdict.outcome, *_seen(verdict), round(verdict.seconds, 1), verdict.reason)
 
 

@@ -30,7 +30,7 @@ on generated inputs: one run of U alone says no once, the rule never. RepVGG-A0 
 random weights, six seeds each: 14 times of 18, and never (once with 8 neighbours instead of 16). Each of 11 faults in
 each of 15 networks, the six in full size and RepVGG-A0 among them, is refused: epsilon dropped, gamma and beta swapped,
 one bias moved by 1e-4 at the start, in the middle or at the end, one channel off by 1 % at the start or in the middle,
-NaN, an output missing, renamed or of another type.
+NaN, an output missing, renamed or of another type (``python -m runtime_tests.faults`` repeats it).
 """
 
 import math
