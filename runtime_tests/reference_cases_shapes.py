@@ -211,6 +211,18 @@ def detection() -> Iterator[Case]:
     rotary = [normal(2, 4, 3, 8), normal(5, 4), normal(5, 4), whole(0, 5, 2, 3)]
     yield Case("RotaryEmbedding", rotary, {"interleaved": 1}, first=23)
     yield Case("Attention", [normal(2, 4, 3, 8), normal(2, 2, 5, 8), normal(2, 2, 5, 8)], {"is_causal": 1}, first=23)
+    query, keys, values = normal(2, 4, 3, 8), normal(2, 2, 5, 8), normal(2, 2, 5, 6)
+    for mask in (normal(3, 5), normal(2, 1, 3, 5), whole(0, 2, 3, 5, dtype=bool) | np.eye(3, 5, dtype=bool)):
+        yield Case("Attention", [query, keys, values, mask], {"scale": 0.4}, first=23)
+    yield Case("Attention", [query, keys, values, normal(3, 5)], {"softcap": 2.5, "is_causal": 1}, first=23)
+    flat = [normal(2, 3, 24), normal(2, 5, 12), normal(2, 5, 18)]
+    yield Case("Attention", flat, {"q_num_heads": 6, "kv_num_heads": 3}, first=23)
+    before = [query, keys, values, None, normal(2, 2, 4, 8), normal(2, 2, 4, 6)]
+    yield Case("Attention", before, first=23, outputs=3)
+    yield Case("Attention", before, {"qk_matmul_output_mode": 0}, first=23, outputs=4)
+    for mode in (1, 2, 3):  # 0 is refused beside softcap
+        parts = {"qk_matmul_output_mode": mode, "softcap": 1.5}
+        yield Case("Attention", [*before[:3], normal(3, 9), *before[4:]], parts, first=23, outputs=4)
     yield Case("TensorScatter", [normal(2, 4, 5), normal(2, 1, 5), ints(1, 3)], {"axis": 1}, first=24)
 
 

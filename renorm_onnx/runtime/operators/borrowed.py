@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx_ir as ir
 
-from renorm_onnx.runtime.operators.call import Call, Kernel
+from renorm_onnx.runtime.operators.call import Call, Kernel, UnusableError
 
 _NAMES = (
-    "AffineGrid", "Attention", "BlackmanWindow", "Col2Im", "DFT", "DeformConv", "Det", "HammingWindow", "HannWindow",
+    "AffineGrid", "BlackmanWindow", "Col2Im", "DFT", "DeformConv", "Det", "HammingWindow", "HannWindow",
     "MelWeightMatrix", "NegativeLogLikelihoodLoss", "RotaryEmbedding", "STFT",
     "SoftmaxCrossEntropyLoss", "TensorScatter", "Unique",
 )  # fmt: skip
@@ -43,5 +43,12 @@ def _borrow(call: Call) -> Any:
     return tuple(next(found) if name else None for name in wanted)
 
 
-OPERATORS: Mapping[str, Kernel] = dict.fromkeys(_NAMES, _borrow)
+def _attention(call: Call) -> Any:
+    raw = call.wants(3) and call.integer("qk_matmul_output_mode", 0) == 0
+    if raw and call.number("softcap", 0.0):
+        raise UnusableError("the product of queries and keys before softcap is not covered")  # onnx gives another
+    return _borrow(call)
+
+
+OPERATORS: Mapping[str, Kernel] = dict.fromkeys(_NAMES, _borrow) | {"Attention": _attention}
 """Borrowed operators by name."""
