@@ -95,13 +95,13 @@ def test_a_norm_that_a_function_spells_out_is_opened_and_other_arithmetic_is_not
     add_function(b, "Spelled", spelled)
     add_function(b, "Sum", [helper.make_node("Add", ["X", "w"], ["Y"], name="a")])
     add_function(b, "Gate", [*spelled[:1], helper.make_node("Sigmoid", ["t"], ["u"]), *spelled[1:]])
-    calls = ["Sum", "Gate", "Spelled"]
+    add_function(b, "Product", [helper.make_node("Mul", ["X", "w"], ["Y"], name="m")])
     h = b.conv("x", 4, 4, 1)
-    for call in calls[:2]:
+    for call in ("Sum", "Product", "Gate"):
         h = b.node("Tanh", b.node(call, h, b.normal(4, 1, 1), domain="mine"))
     h = b.node("Spelled", b.conv(h, 4, 4, 1), b.normal(4, 1, 1), domain="mine")
     model = b.model(IMAGE, [h])
     fused, report = fuse(model)
     assert report.changed
-    assert operators(fused) == ["Conv", "Sum", "Tanh", "Gate", "Tanh", "Conv"]
+    assert operators(fused) == ["Conv", "Sum", "Tanh", "Product", "Tanh", "Gate", "Tanh", "Conv"]
     assert_same(model, fused)

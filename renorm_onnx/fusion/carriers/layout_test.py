@@ -29,7 +29,7 @@ SAME = [
     ("d = Reshape(c, p)", {"p": [0, 4, 1, -1]}),
     ("e = Unsqueeze(c, p) d = Squeeze(e, p)", {"p": [2]}),
     ("e = Unsqueeze(c, p) d = Squeeze(e, q)", {"p": [-1, -2], "q": [4, -1]}),
-    ("e = Unsqueeze(c, p) d = Squeeze(e, q)", {"p": [0], "q": [-5]}),
+    ("e = Unsqueeze(c, p) d = Squeeze(e, q)", {"p": [1], "q": [-4]}),
     ("d = Transpose<perm=[0,1,3,2]>(c)", {}),
     ("e = Transpose<perm=[0,2,3,1]>(c) d = Transpose<perm=[0,3,1,2]>(e)", {}),
     ("e = Transpose(c) d = Transpose(e)", {}),

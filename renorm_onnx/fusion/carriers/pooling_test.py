@@ -90,7 +90,8 @@ def test_a_reduction_over_the_channels_is_refused() -> None:
     text = f"c = {bn('x')} d = ReduceMean<keepdims=0>(c, a) y = MatMul(d, B)"
     model = build(text, "double[N,4,4,5] x", "y", a=np.array([1]), B=quarters([5, 2]), **norm(4))
     assert_fuses(model, [Reason.AXIS])
-    model = build(text, "double[N,4,4,5] x", "y", a=np.array([-3]), B=quarters([5, 2]), **norm(4))
+    text = f"c = {bn('x')} d = ReduceMean<keepdims=0>(c, a) y = Conv(d, W)"  # over as many rows as there were channels
+    model = build(text, "double[N,4,4,5] x", "y", a=np.array([-3]), W=quarters([3, 4, 1]), **norm(4))
     assert_fuses(model, [Reason.AXIS])
 
 
@@ -124,7 +125,7 @@ def test_a_reduction_without_axes_is_one_over_all_of_them_or_over_none(operator:
     text = f"a = Conv(x, W) b = Mul(a, k) c = {operator}(b) y = Conv(c, V)"
     weights = {"W": quarters([4, 3, 1, 1]), "k": abs(quarters([4, 1, 1])), "V": quarters([2, 1, 1, 1])}
     assert operators(assert_fuses(build(text, "double[N,3,4,5] x", "y", **weights)))["Mul"] == 0
-    text = f"a = Mul(x, k) c = {operator}(a) y = Conv(c, V)"
-    del weights["W"]
+    text = f"a = Mul(x, k) c = {operator}(a) d = Expand(c, p) y = Conv(d, V)"
+    weights = {"k": weights["k"], "p": np.array([1, 4, 2, 2]), "V": quarters([2, 4, 1, 1])}
     assert_fuses(build(text, "double[N,4,4,5] x", "y", **weights), [Reason.AXIS])
     backward(f"d = {operator}<noop_with_empty_axes=1>(c)", 4, positive=True)
