@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,39 @@ def test_other_networks_agree_with_torch_in_float64(name, opset):
     build, shape, _ = OTHERS[name]
     torch.manual_seed(0)
     assert furthest(build(), [torch.randn(shape)], opset) < RELATIVE
+
+
+class Encoder(nn.Module):
+    """Images in patches, a norm, attention, both kinds of Gelu: much that onnxruntime's optimizer has operators for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 4, 4), with_statistics(nn.BatchNorm2d(8))
+        self.attention, self.wide = Attention(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.silu(self.norm(self.patches(x))).flatten(2).transpose(1, 2)
+        x = nn.functional.gelu(self.wide(self.attention(x)))
+        return nn.functional.layer_norm(x + nn.functional.gelu(self.wide(x), approximate="tanh"), (8,))
+
+
+def test_a_file_that_onnxruntime_optimized_is_evaluated_as_its_original(tmp_path):
+    torch.manual_seed(0)
+    module, x = Encoder().eval(), torch.randn(2, 3, 16, 16)
+    original = exported(module, [x], 17)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    source = ir.to_proto(original).SerializeToString()
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    optimized = ir.load(tmp_path / "optimized.onnx")
+    own = {node.op_type for node in optimized.graph if node.domain == "com.microsoft"}
+    assert own >= {"FusedMatMul", "QuickGelu", "Gelu"}
+    feeds = {original.graph.inputs[0].name: x.numpy()}
+    want, got = (next(iter(evaluate(model, feeds).values())) for model in (original, optimized))
+    # It folds the norm, and rounds the new weights once.
+    assert np.abs(got - want).max() < 1e-6 * np.abs(want).max()
 
 
 def test_a_changed_weight_is_seen():
