@@ -41,7 +41,7 @@ ORDER = [
     "fusion.fact_dims",
     "fusion.parameters",
     "fusion.carrier fusion.operands",
-    "fusion.sources fusion.calls fusion.conditionals",
+    "fusion.sources fusion.calls fusion.conditionals fusion.sequences",
     "fusion.carriers.*",
     "fusion.carriers",
     "fusion.branches fusion.plan",

@@ -91,6 +91,11 @@ def _norm_behind_if(n: Net, condition: Callable[[Net], Any]) -> Any:
     return n.bn(n.op("If", condition(n), then_branch=bodies[0], else_branch=bodies[1]), 5)
 
 
+def _sequence(n: Net) -> list[Any]:
+    pieces = n.op("SplitToSequence", n.conv("x", C, 8), n.ints(3, 5), axis=1)
+    return [n.relu(n.bn(n.op("SequenceAt", pieces, n.k(np.array(i))), (3, 5)[i])) for i in (0, 1)]
+
+
 def _any(n: Net) -> Any:
     return n.op("Greater", n.op("ReduceSum", "x", keepdims=0), n.scalar(0.5))
 
@@ -103,6 +108,7 @@ def bodies() -> Iterator[Pattern]:
     yield Pattern("conv, norm in a Loop", IMAGE, _loop)
     yield Pattern("matmul, chain in a Scan", IMAGE, _scan)
     yield Pattern("conv outside, norms in an If", IMAGE, lambda n: _conv_outside_if(n, _any), 2)
+    yield Pattern("conv, sequence of pieces, norms", IMAGE, _sequence)
     yield Pattern("conv, If, norm", IMAGE, lambda n: _norm_behind_if(n, _any), 1, Reason.OPERATOR)
     for size in (C, C + 1):
         ask = lambda n, size=size: _is_channels(n, size)  # noqa: E731

@@ -53,8 +53,8 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 def _way_taken(node: ir.Node, facts: Facts) -> bool | None:
     """Whether the condition is proven true or false; None where it is not."""
-    branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-    if any(len(branch.outputs) != len(node.outputs) for branch in branches):
+    branches = [node.attributes.get(name) for name in ("then_branch", "else_branch")]
+    if not node.inputs or any(b is None or len(b.as_graph().outputs) != len(node.outputs) for b in branches):
         return None
     content = facts[node.inputs[0]].elements() if _is_discrete(node.inputs[0], facts) else None
     return None if content is None or content.dtype == object or content.size != 1 else bool(content.reshape(-1)[0])
@@ -105,11 +105,11 @@ def _open(node: ir.Node, model: ir.Model, names: Names, borne: Counter[str | Non
             outer.insert_before(node, copy)
             new = copy.outputs[0]
         made.discard(new)
-        _take_over(old, new, outer)
+        take_over(old, new, outer)
     return dead
 
 
-def _take_over(old: ir.Value, new: ir.Value, graph: ir.Graph) -> None:
+def take_over(old: ir.Value, new: ir.Value, graph: ir.Graph) -> None:
     """Let `new` stand where `old` stood, under its name."""
     name, old.name = old.name, None
     new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape

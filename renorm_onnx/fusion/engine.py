@@ -32,6 +32,7 @@ from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport, Reason
+from renorm_onnx.fusion.sequences import open_sequences
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
 from renorm_onnx.inlining import Names, names_in
 from renorm_onnx.model_walk import graphs_of, nodes_of
@@ -173,10 +174,11 @@ class _Engine:
                 self._fold(graph)
 
     def _open(self) -> bool:
-        """Open what may stand in the way of the norms that stay: calls of functions, and Ifs that always go one way."""
+        """Open what may stand in the way of norms that stay: Ifs that always go one way, sequences, then functions."""
         if all(e.outcome == "folded" for e in self._report.entries):
             return False
-        gone = open_conditionals(self._model, self._desk.facts, self._names)
+        known = (self._model, self._desk.facts, self._names)
+        gone = open_conditionals(*known) or open_sequences(*known)
         for node in gone:
             if (entry := self._entries.get(node)) is not None and entry.outcome == "kept":
                 entry.fold("unreachable", ())
@@ -200,7 +202,9 @@ class _Engine:
             self._order = {n: float(i) for i, n in enumerate(nodes)}
             planner = Planner(self._order, self._desk, load_carriers(), self._limits)
             count = len(self._added)
-            folded = sum([self._try(*found, planner) for found in (norms if forwards else reversed(norms))])
+            # A norm before what is none: where one must stay, an Add stays rather than the norm that would absorb it.
+            turn = sorted(norms if forwards else reversed(norms), key=lambda found: found[0].kind != "norm")
+            folded = sum([self._try(*found, planner) for found in turn])
             self._clean()
             if not folded or (folded == len(norms) and len(self._added) == count):
                 return
@@ -390,8 +394,6 @@ class _Engine:
 
 def count_operators(model: ir.Model) -> Counter[str]:
     """How many nodes of each operator the graph and its subgraphs hold; other domains' with their domain."""
-    return Counter(map(_operator, nodes_of(model.graph)))
-
-
-def _operator(node: ir.Node) -> str:
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+    return Counter(
+        n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}::{n.op_type}" for n in nodes_of(model.graph)
+    )

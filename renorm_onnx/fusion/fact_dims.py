@@ -100,6 +100,15 @@ def _unwound(node: ir.Node, sizes: Dims, kernel: Sequence[int]) -> list[int | Di
     ]
 
 
+def _counted(rule: Rule, *places: int) -> Rule:
+    """The rule of an operator on floats for that on integers, whose operands stand at `places`, and sums are INT32."""
+
+    def counted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        return [f._replace(dtype=ir.DataType.INT32) for f in rule(node, [inputs[i] for i in places], opset)]
+
+    return counted
+
+
 def _pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, kernel = inputs[0].dims, attribute(node, "kernel_shape")
     if dims is None or kernel is None or len(dims) != len(kernel) + 2:
@@ -288,6 +297,12 @@ def _quantized(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact(inputs[0].dims, dtype=zero)]
 
 
+def _dynamically_quantized(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    """The integers, and one scale and zero point for all of them."""
+    sizes, kinds = (inputs[0].dims, (), ()), (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8)
+    return [Fact(dims, dtype=kind) for dims, kind in zip(sizes, kinds, strict=True)]
+
+
 def _depth_to_space(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, block = inputs[0].dims, attribute(node, "blocksize", 1)
     if dims is None or len(dims) != 4:
@@ -314,14 +329,17 @@ RULES: Mapping[str, Rule] = {
     **LAYOUT_RULES,
     "AveragePool": _pool,
     "Conv": _conv,
+    "ConvInteger": _counted(_conv, 0, 1),
     "ConvTranspose": _conv_transpose,
     "DeformConv": _conv,
     "DepthToSpace": _depth_to_space,
+    "DynamicQuantizeLinear": _dynamically_quantized,
     "Einsum": _einsum,
     "Gemm": _gemm,
     "GridSample": _grid_sample,
     "LpPool": _pool,
     "MatMul": _matmul,
+    "MatMulInteger": _counted(_matmul, 0, 1),
     "MaxPool": _pool,
     "Pad": _pad,
     "QuantizeLinear": _quantized,

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import helper
+from onnx_ir import DataType
 
 from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.conftest import Builder
+from renorm_onnx.fusion.conftest import assert_same as assert_close
+from renorm_onnx.fusion.conftest import operators as counted
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.fact_rules_test import facts_of
 from renorm_onnx.fusion.facts import Dimension
 from renorm_onnx.fusion.report import Reason
@@ -113,3 +119,24 @@ def test_a_grid_decides_the_size_of_what_is_sampled() -> None:
     dims = facts_of("y = GridSample(x, g)", "float[N,4,7,5] x, float[N,3,2,2] g")["y"].dims
     assert dims is not None
     assert dims[1:] == (4, 3, 2)
+
+
+def test_integer_sums_have_the_sizes_of_float_ones_and_a_type_of_their_own() -> None:
+    weights = {"w": np.zeros((5, 4, 3, 3), np.int8), "v": np.zeros((5, 6), np.int8)}
+    facts = facts_of("c = ConvInteger(x, w) y = MatMulInteger(x, v)", "uint8[2,4,7,5] x", **weights)
+    assert (facts["c"].dims, facts["y"].dims) == ((2, 5, 5, 3), (2, 4, 7, 6))
+    assert facts["c"].dtype == facts["y"].dtype == DataType.INT32
+
+
+def test_a_norm_behind_a_dynamically_quantized_layer_folds_into_its_scale_and_bias() -> None:
+    b = Builder()
+    q, scale, zero = (b.fresh() for _ in range(3))
+    b.nodes.append(helper.make_node("DynamicQuantizeLinear", ["x"], [q, scale, zero]))
+    weight = b.constant(b.rng.integers(-90, 90, (6, 4, 1, 1)).astype(np.int8))
+    h = b.node("Cast", b.node("ConvInteger", q, weight, zero), to=1)
+    h = b.node("Add", b.node("Mul", h, b.node("Mul", scale, b.normal(1, 6, 1, 1))), b.normal(6, 1, 1))
+    model = b.model({"x": [2, 4, 5, 6]}, [b.node("Relu", b.norm(h, 6))])
+    fused, report = fuse(model)
+    assert not report.kept
+    assert "BatchNormalization" not in counted(fused)
+    assert_close(model, fused)

@@ -113,11 +113,12 @@ def map_operand(node: ir.Node, index: int, own: AffineMap, rank: int | None, des
     return Step((), {index: seen})
 
 
-def absorbs_soon(value: ir.Value | None, *, shift: bool, limit: int = 8) -> bool:
+def absorbs_soon(value: ir.Value | None, desk: Desk, *, shift: bool, limit: int = 8) -> bool:
     """Whether the way back from `value` looks like one that ends in an absorber: a guess that decides a preference.
 
     Args:
         value: Where the way begins.
+        desk: Knows which operands are constant.
         shift: Whether a shift must go that way, and not a scale alone.
         limit: How many operators to look at.
     """
@@ -125,6 +126,9 @@ def absorbs_soon(value: ir.Value | None, *, shift: bool, limit: int = 8) -> bool
         node = None if value is None else value.producer()
         if node is None or value is None or value.is_graph_output() or len(value.uses()) > 1:
             return False
+        arithmetic = ("Add", "Sub") if shift else ("Mul", "Div")
+        if node.op_type in arithmetic and any(desk.parameter(node, i) is not None for i in range(len(node.inputs))):
+            return True
         if node.op_type in ABSORBING:
             return True
         if node.op_type not in PASSING or not node.inputs or (shift and node.op_type in BENDING):
@@ -205,7 +209,7 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
                 fits.append(places)
     if not fits:
         return refuse(Reason.SHAPE, node, "has no operand that is proven to take a shift along the map")
-    return next((f for f in fits if absorbs_soon(node.inputs[f[0]], shift=True)), fits[0])
+    return next((f for f in fits if absorbs_soon(node.inputs[f[0]], desk, shift=True)), fits[0])
 
 
 def _commuted(node: ir.Node, total: AffineMap, desk: Desk) -> Step | Refusal:

@@ -53,7 +53,7 @@ class Multiplication(Carrier):
         steps = [a for a in answers if isinstance(a, Step)]
         if not steps:
             return answers[0]
-        likely = (s for s in steps if s.edits or any(absorbs_soon(node.inputs[i], shift=False) for i in s.onward))
+        likely = (s for s in steps if s.edits or any(absorbs_soon(node.inputs[i], desk, shift=False) for i in s.onward))
         return next(likely, steps[0])
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
