@@ -96,7 +96,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         fields = asdict(self)
-        return {**fields, "index": list(self.index), "want": _plain(self.want), "got": _plain(self.got)}
+        plain = {name: _plain(fields[name]) for name in ("want", "got", "rms", "peak")}
+        return {**fields, **plain, "index": list(self.index)}
 
     def __bool__(self) -> bool:
         return self.ok

@@ -102,3 +102,12 @@ def test_what_is_no_array_is_an_input_error():
         compare("text", ARRAY)
     with pytest.raises(InputError, match="no tolerance for type complex64"):
         compare(ARRAY.astype(np.complex64), ARRAY.astype(np.complex64))
+
+
+def test_what_is_finite_is_a_number_in_json_and_what_is_not_is_a_word():
+    found = compare(np.float64([2.0, 1.0]), np.float64([2.0, 1.5])).to_dict()
+    assert (found["want"], found["got"], found["peak"], found["index"]) == (1.0, 1.5, 0.25, [1])
+    for got in (1e-30, np.inf):
+        found = compare(np.zeros(3), np.full(3, got)).to_dict()
+        json.dumps(found, allow_nan=False)
+        assert (found["rms"], found["peak"], found["got"]) == ("inf", "inf", got if np.isfinite(got) else "inf")
