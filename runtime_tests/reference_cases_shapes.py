@@ -64,6 +64,7 @@ def shaping() -> Iterator[Case]:
     for mode in ("DCR", "CRD"):
         yield Case("DepthToSpace", [normal(2, 12, 3, 4)], {"blocksize": 2, "mode": mode}, first=11)
     yield Case("DepthToSpace", [normal(2, 12, 3, 4)], {"blocksize": 2}, first=6)
+    yield Case("DepthToSpace", [normal(2, 18, 3, 4)], {"blocksize": 3}, first=6)
     yield Case("SpaceToDepth", [normal(2, 3, 4, 6)], {"blocksize": 2}, first=6)
     yield Case("Shape", [x], first=6)
     yield Case("Shape", [x], {"start": -3, "end": -1}, first=15)
@@ -91,6 +92,7 @@ def reduction() -> Iterator[Case]:
         yield Case(name, [x], {"axes": [-1], "keepdims": 0}, first=11, last=since - 1)
         yield Case(name, [x, ints(-1)], {"keepdims": 0}, first=since)
         yield Case(name, [x], {"keepdims": 0}, first=6)
+        yield Case(name, [x[:1]], {"axes": [1], "keepdims": 0}, first=6, last=since - 1)
         yield Case(name, [x], {"noop_with_empty_axes": 1}, first=since)
     yield Case("ReduceSum", [whole(-9, 9, 3, 4)], {"axes": [1]}, first=6, last=12)
     yield Case("ReduceMean", [whole(-9, 9, 3, 4, dtype=np.int32)], {"axes": [1]}, first=6, last=17)
