@@ -8,11 +8,16 @@ import torch
 from torch import Tensor
 
 from renorm_onnx.layers import kernels, recomputation
-from renorm_onnx.layers.functional import BatchStatistics, accumulation_type, keeping_ops, observed_spread
+from renorm_onnx.layers.functional import BatchStatistics, observed_spread
 from renorm_onnx.layers.kernels import Corrected
 from renorm_onnx.layers.step import Layer
 
-_WIDE = (torch.float32, torch.float64)
+_STATISTICS_OF = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # adding a Python number is slower
 
 
@@ -29,63 +34,51 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
     Raises:
         InputError: The schedule returns bounds that cannot be used. Nothing has changed then.
     """
-    if not (kernels.available(x) and _is_usual(layer, x)):
-        return None
     buffers, parameters = layer._buffers, layer._parameters
     mean, var, step = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-    now = None if step is None else layer._clock.read(step)
-    if mean is None or var is None or step is None or now is None:
+    if (
+        not kernels.available(x)
+        or mean is None
+        or var is None
+        or step is None
+        or var.dtype is not _STATISTICS_OF.get(x.dtype)
+        or x.dim() not in layer.ranks
+        or not x.size(1) == layer.num_features < x.numel()
+        or not layer.track_running_stats
+        or layer.virtual_batch_size is not None
+        or layer.renorm_momentum is not None
+        or "weight" not in parameters  # a parametrized layer keeps its weight elsewhere
+        or "bias" not in parameters
+        or not layer._statistics_are_its_own()
+        or recomputation.may_be_repeated()
+        or (layer._memory.runs and recomputation.is_repeated())
+        or (now := layer._clock.read(step)) is None
+    ):
         return None
     r_max, d_max = layer.schedule.checked(now, layer.r_max, layer.d_max, type(layer).__name__)
-    share = 1 / (now + 1) if layer.momentum is None else layer.momentum
-    eps = kernels.constant(layer.eps, var.dtype)
-    seen: list[Tensor] = []
-
-    def correct(x: Tensor) -> Corrected:
-        batch_mean, batch_var = kernels.statistics(x)
-        sigma, batch_sigma = torch.add(var, eps).sqrt_(), torch.add(batch_var, eps).sqrt_()
+    eps, weight, bias = layer.eps, parameters["weight"], parameters["bias"]
+    added = kernels.constant(eps, var.dtype)
+    if r_max == 1 and d_max == 0:
+        y, batch_mean, inverse = kernels.plain(x, weight, bias, eps)
+        sigma, batch_var, batch_sigma = torch.add(var, added).sqrt_(), None, inverse.reciprocal()
+    else:
+        batch_mean, batch_var = kernels.statistics(x.detach())
+        sigma, batch_sigma = torch.add(var, added).sqrt_(), torch.add(batch_var, added).sqrt_()
         r = torch.div(batch_sigma, sigma).clamp_(1 / r_max, r_max)
         d = torch.sub(batch_mean, mean).div_(sigma).clamp_(-d_max, d_max)
-        seen.extend((batch_mean, batch_var, batch_sigma, sigma))
-        return Corrected(batch_mean, batch_var, batch_sigma.reciprocal(), r, d)
-
-    def learn(batch_mean: Tensor, batch_var: Tensor | None, batch_sigma: Tensor, sigma: Tensor | None = None) -> None:
-        mean.lerp_(batch_mean, share)
-        if layer.stat == "sigma":
-            sigma = torch.add(var, eps).sqrt_() if sigma is None else sigma
-            sigma.lerp_(batch_sigma, share)
-            torch.sub(sigma.mul_(sigma), eps, out=var)
-            var.relu_()  # below 0 by rounding alone
-        else:
-            batch_var = batch_sigma.square().sub_(eps).relu_() if batch_var is None else batch_var
-            batch = BatchStatistics(batch_mean, batch_var, x.numel() // layer.num_features)
-            var.lerp_(observed_spread(batch, batch_sigma, layer.stat), share)
-
-    if r_max == 1 and d_max == 0:
-        y, batch_mean, inverse = kernels.plain(x, parameters["weight"], parameters["bias"], layer.eps)
-        learn(batch_mean, None, inverse.reciprocal())
+        by = Corrected(batch_mean, batch_var, batch_sigma.reciprocal(), r, d)
+        y = kernels.renormalize(x, weight, bias, eps, by)
+    # Only now: what fails above, as for want of memory, leaves the layer as it was.
+    share = 1 / (now + 1) if layer.momentum is None else layer.momentum
+    mean.lerp_(batch_mean, share)
+    if layer.stat == "sigma":
+        sigma.lerp_(batch_sigma, share)
+        torch.addcmul(kernels.constant(-eps, var.dtype), sigma, sigma, out=var).relu_()  # below 0 by rounding alone
     else:
-        y = kernels.renormalize(x, parameters["weight"], parameters["bias"], layer.eps, correct)
-        learn(*seen)  # last: what fails before, as for want of memory, leaves the layer as it was
+        if batch_var is None:
+            batch_var = batch_sigma.square().sub_(added).relu_()
+        batch = BatchStatistics(batch_mean, batch_var, x.numel() // layer.num_features)
+        var.lerp_(observed_spread(batch, batch_sigma, layer.stat), share)
     step.add_(_ONE)
     layer._clock.advanced(step)
     return y
-
-
-def _is_usual(layer: Layer, x: Tensor) -> bool:
-    var, parameters, kind = layer._buffers["running_var"], layer._parameters, x.dtype
-    return (
-        var is not None
-        and ((kind is var.dtype and kind in _WIDE) or accumulation_type(x) is var.dtype is not kind)
-        and x.dim() in layer.ranks
-        and x.size(1) == layer.num_features < x.numel()
-        and layer.track_running_stats
-        and layer.virtual_batch_size is None
-        and layer.renorm_momentum is None
-        and "weight" in parameters  # a parametrized layer keeps its weight elsewhere
-        and "bias" in parameters
-        and layer._statistics_are_its_own()
-        and not recomputation.may_be_repeated()
-        and not (layer._memory.runs and recomputation.is_repeated())
-        and not keeping_ops()
-    )

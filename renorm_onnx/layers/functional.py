@@ -174,7 +174,8 @@ def update_statistics(
     else:
         sigma = deviation(running_var.to(kind), eps) if sigma is None else sigma
         _move(sigma, spread, momentum, native)
-        var = sigma.mul_(sigma).sub_(eps)
+        # One rounding less on the native path, as in the usual step.
+        var = torch.addcmul(-eps, sigma, sigma) if isinstance(eps, Tensor) else sigma.mul_(sigma).sub_(eps)
         var.relu_()  # below 0 by rounding alone
     if running_var.dtype == kind:
         _move(running_mean, mean, momentum, native)
@@ -226,8 +227,8 @@ def normalize(
         y of the shape and type of x.
     """
     if kernels.available(x):
-        found = Corrected(batch.mean, batch.var, torch.rsqrt(batch.var + eps), r, d)
-        return kernels.renormalize(x, weight, bias, eps, lambda _: found)
+        by = Corrected(batch.mean, batch.var, torch.rsqrt(batch.var + eps), r, d)
+        return kernels.renormalize(x, weight, bias, eps, by)
     scale, shift = scale_and_shift(weight, bias, r, d)
     return torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
 

@@ -4,7 +4,6 @@ Only plain tensors on the CPU or on CUDA come here, outside every tracer and fun
 of `functional` that all of them understand. What is saved for the backward pass is x and vectors of length C.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from renorm_onnx.errors import InputError
 _backward = torch.ops.aten.native_batch_norm_backward.default
 _transform_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -25,7 +25,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def available(x: Tensor) -> bool:
     """Return whether the native kernels can take `x` here: no compiler, tracer, transform or subclass is involved."""
     return (
-        not torch.compiler.is_compiling()
+        not _is_compiling()
         and type(x) in _PLAIN
         and (x.is_cpu or x.is_cuda)
         and not _transform_active()
@@ -98,17 +98,15 @@ class Corrected(NamedTuple):
     d: Tensor
 
 
-def renormalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, find: Callable[[Tensor], Corrected]
-) -> Tensor:
-    """Normalize by batch statistics with r and d applied, in one read and one write.
+def renormalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, by: Corrected) -> Tensor:
+    """Normalize by the statistics of x with r and d applied, in one read and one write.
 
     Args:
         x: Shape (N, C, *).
         weight: gamma, shape (C,), or None for 1.
         bias: beta, shape (C,), or None for 0.
         eps: Added to the variance.
-        find: Gives the statistics of x with its r and d. Called once, with gradients disabled.
+        by: Statistics of x, with its r and d.
 
     Returns:
         y of the shape, type and memory format of x.
@@ -117,8 +115,7 @@ def renormalize(
         InputError: gamma or beta is not of length C.
     """
     _check_lengths(x, weight, bias)
-    # Not Function.apply, whose care for function transforms costs as much as two operations.
-    y: Tensor = super(torch.autograd.Function, _Renormalize).apply(x, weight, bias, eps, find)  # type: ignore[misc, no-untyped-call]
+    y: Tensor = _apply(x, weight, bias, eps, by)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -135,9 +132,9 @@ class _Renormalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        find: Callable[[Tensor], Corrected],
+        by: Corrected,
     ) -> Tensor:
-        mean, var, inverse, r, d = found = find(x)
+        mean, var, inverse, r, d = by
         scale = r if weight is None else torch.mul(weight, r)
         if bias is None:
             shift = d if weight is None else torch.mul(weight, d)
@@ -145,7 +142,7 @@ class _Renormalize(torch.autograd.Function):
             shift = torch.add(bias, d) if weight is None else torch.addcmul(bias, weight, d)
         ctx.save_for_backward(x, weight)
         # Constants of the gradient, not tensors on its way, and small.
-        ctx.found, ctx.scale, ctx.eps = found, scale, eps
+        ctx.by, ctx.scale, ctx.eps = by, scale, eps
         if x.is_cuda:
             # native_batch_norm may go through a contiguous copy there; this kernel keeps channels_last.
             return torch.batch_norm_elemt(x, scale, shift, mean, inverse, eps)
@@ -155,7 +152,7 @@ class _Renormalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
-        mean, _, inverse, r, d = ctx.found
+        mean, _, inverse, r, d = ctx.by
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
             # The fast kernels want both alike.
@@ -166,3 +163,7 @@ class _Renormalize(torch.autograd.Function):
         grad_x, grad_scale, grad_shift = _backward(grad, x, scale, None, None, mean, inverse, True, ctx.eps, mask)
         grad_weight = torch.mul(grad_scale, r).addcmul_(grad_shift, d) if needs_weight else None
         return grad_x, grad_weight, grad_shift if needs_bias else None, None, None
+
+
+# Not _Renormalize.apply, whose care for function transforms costs as much as two operations.
+_apply = super(torch.autograd.Function, _Renormalize).apply  # type: ignore[misc]

@@ -169,7 +169,7 @@ def test_what_is_kept_for_the_backward_pass_is_x_and_vectors():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
     assert sum(kept.values()) <= x.numel() * 4 + 10 * 3 * 4
-    assert all(tensor.shape == (3,) for tensor in (*y.grad_fn.found, y.grad_fn.scale))
+    assert all(tensor.shape == (3,) for tensor in (*y.grad_fn.by, y.grad_fn.scale))
 
 
 def test_two_steps_may_be_differentiated_together():

@@ -75,27 +75,22 @@ class Schedule(ABC):
         Raises:
             InputError: The schedule returned something other than two finite numbers, r_max >= 1 and d_max >= 0.
         """
-        key = (step, r_max, d_max)
         remembered = self.__dict__.get("_remembered")
-        if remembered is not None and remembered[0] == key:
-            return remembered[1]  # type: ignore[no-any-return]
+        if remembered is not None and remembered[0] == step and remembered[1] == r_max and remembered[2] == d_max:
+            return remembered[3]  # type: ignore[no-any-return]
         found = self.bounds(step, r_max, d_max)
-        if not _usable(found):
+        # Without the price of a message, where there is nothing to say.
+        if not (
+            type(found) is tuple
+            and len(found) == 2
+            and type(found[0]) is type(found[1]) is float
+            and 1 <= found[0] < math.inf
+            and 0 <= found[1] < math.inf
+        ):
             found = check_bounds(found, f"{who}: schedule {self!r} at step {step} returned")
         # Not an attribute of the frozen dataclass: only the memory of the last question.
-        self.__dict__["_remembered"] = (key, found)
+        self.__dict__["_remembered"] = (step, r_max, d_max, found)
         return found
-
-
-def _usable(bounds: Any) -> bool:
-    """Return whether bounds are what they should be, without the price of a message."""
-    return (
-        type(bounds) is tuple
-        and len(bounds) == 2
-        and type(bounds[0]) is type(bounds[1]) is float
-        and 1 <= bounds[0] < math.inf
-        and 0 <= bounds[1] < math.inf
-    )
 
 
 def check_bounds(bounds: Any, opening: str) -> Bounds:
@@ -175,8 +170,10 @@ class Ramp(Schedule):
 
     def bounds(self, step: int, r_max: float, d_max: float) -> Bounds:
         """Return the point of each line at `step`."""
-        r = min(max((step - self.start) / (self.r_end - self.start), 0.0), 1.0)
-        d = min(max((step - self.start) / (self.d_end - self.start), 0.0), 1.0)
+        if step <= self.start:
+            return 1.0, 0.0
+        r = min((step - self.start) / (self.r_end - self.start), 1.0)
+        d = min((step - self.start) / (self.d_end - self.start), 1.0)
         return 1 + (r_max - 1) * r, d_max * d
 
     def bounds_on_device(self, step: Tensor, r_max: float, d_max: float) -> tuple[Tensor, Tensor]:
