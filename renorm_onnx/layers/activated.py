@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from renorm_onnx.layers.modules import BatchRenorm2d, _BatchRenorm
+from renorm_onnx.layers.modules import BatchRenorm2d, _BatchRenorm, as_leaf
 
 
 class Activated(_BatchRenorm):
@@ -50,7 +50,11 @@ class Activated(_BatchRenorm):
             InputError: As `BatchRenorm2d`.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.training:
+                raise RuntimeError("batch renorm: a scripted layer evaluates only; call eval() on the scripted module")
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        elif isinstance(x, torch.fx.Proxy):
+            return as_leaf(self, x, mask)
         else:
             y = self._normalized(x, mask)
         z: Tensor = self.act(self.drop(y))

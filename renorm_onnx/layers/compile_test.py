@@ -168,12 +168,6 @@ def test_an_exported_training_step_equals_the_eager_one(strict):
     torch.testing.assert_close(dict(exported.named_buffers()), dict(eager.named_buffers()), rtol=1e-12, atol=1e-12)
 
 
-def test_torch_fx_traces_an_evaluating_layer():
-    layer = layer_with().eval()
-    x = make_batch(4)
-    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), layer(x))
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_an_evaluating_layer_can_be_scripted_and_traced():
     layer = layer_with().eval()

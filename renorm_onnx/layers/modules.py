@@ -7,7 +7,7 @@ and would silently replace renormalization by normalization.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,11 +38,15 @@ _FOREIGN = (
     "beta",
 )
 
+# Types of a layer's state that narrow input, of the second or third of them, may come to.
+_TAKEN_BY_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
 
 class _BatchRenorm(_NormBase):
     """What the three layers share; they differ only in the ranks they accept.
 
-    A subclass may replace `_batch_statistics` and `_normalize` together, to pool them over processes.
+    A subclass may replace `_batch_statistics`, `_normalize` and `_statistics_are_its_own` together, to pool them over
+    processes.
     """
 
     r_max: float
@@ -110,6 +114,8 @@ class _BatchRenorm(_NormBase):
                 that cannot be used.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.training:
+                raise RuntimeError("batch renorm: a scripted layer evaluates only; call eval() on the scripted module")
             y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         elif mask is None:
             y = self._forward(x)
@@ -123,6 +129,8 @@ class _BatchRenorm(_NormBase):
             y = take_usual_step(self, x)
             if y is not None:
                 return y
+        if isinstance(x, torch.fx.Proxy):
+            return as_leaf(self, x, None)
         self._check_input_dim(x)
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if mean is None or var is None or (self.training and not self.track_running_stats):
@@ -150,6 +158,8 @@ class _BatchRenorm(_NormBase):
 
     @torch.jit.unused
     def _masked_forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if isinstance(x, torch.fx.Proxy):
+            return as_leaf(self, x, mask)
         self._check_input_dim(x)
         who = type(self).__name__
         check_mask(x, mask, who)
@@ -172,11 +182,11 @@ class _BatchRenorm(_NormBase):
 
     def _statistics_are_its_own(self) -> bool:
         """Return whether x alone determines its statistics, so that torch's batch norm may compute them."""
-        return type(self)._batch_statistics is _BatchRenorm._batch_statistics
+        return True
 
     def _check_input_dim(self, input: Tensor) -> None:
-        if isinstance(input, torch.fx.Proxy) or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return  # neither can follow a question about a shape
+        if _is_tracing():
+            return
         who = type(self).__name__
         if input.dim() not in self.ranks:
             wanted = " or ".join(f"{rank}D" for rank in self.ranks)
@@ -188,9 +198,17 @@ class _BatchRenorm(_NormBase):
             )
         if not input.is_floating_point():
             raise InputError(f"{who}: x has dtype {input.dtype}, expected a floating-point type; convert it first")
+        taken = _TAKEN_BY_NARROW if input.dtype in _TAKEN_BY_NARROW[1:] else (input.dtype,)
+        for name in ("running_mean", "weight"):
+            state = getattr(self, name)
+            if state is not None and state.dtype not in taken:
+                raise InputError(
+                    f"{who}: x has dtype {input.dtype}, expected {state.dtype} because {name} is of that type; convert "
+                    "x, or the layer"
+                )
 
     def _check_values_per_channel(self, x: Tensor) -> None:
-        if x.numel() == x.size(1):
+        if not _is_tracing() and x.numel() == x.size(1):
             raise InputError(f"{type(self).__name__}: {functional.ONE_VALUE} {tuple(x.shape)}")
 
     def reset_running_stats(self) -> None:
@@ -233,6 +251,33 @@ class _BatchRenorm(_NormBase):
                 if prefix + ours not in state_dict and prefix + theirs in state_dict:
                     state_dict[prefix + ours] = state_dict[prefix + theirs].clone()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)  # type: ignore[no-untyped-call]
+
+
+def _is_tracing() -> bool:
+    """Return whether TorchScript traces, which cannot follow a question about a shape."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def as_leaf(layer: _BatchRenorm, x: torch.fx.Proxy, mask: Tensor | None) -> Tensor:
+    """Return the call of a layer in a graph of `torch.fx`, as one node, as the layers of torch are.
+
+    What a layer does depends on its mode and its step, which such a graph cannot follow; the layer itself can.
+
+    Args:
+        layer: Part of the traced model.
+        x: Stands for a tensor of shape (N, C, *).
+        mask: Stands for valid positions, or None.
+
+    Raises:
+        InputError: The layer itself is what is traced.
+    """
+    name = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    if not name:
+        raise InputError(
+            f"{type(layer).__name__}: torch.fx cannot trace a single layer, expected a model that holds it"
+        )
+    arguments = (x,) if mask is None else (x, mask)
+    return cast(Tensor, x.tracer.create_proxy("call_module", name, arguments, {}))
 
 
 def _is_finite(value: Any) -> bool:

@@ -140,3 +140,35 @@ def test_a_copy_and_a_pickle_go_on_like_the_original():
     for twin in twins:
         assert torch.equal(twin(x), want)
         assert torch.equal(twin.running_var, layer.running_var)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "given", "wanted"),
+    [
+        (torch.float32, torch.float64, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float64, torch.float16, torch.float64),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.bfloat16, torch.float64, torch.bfloat16),
+    ],
+)
+def test_an_input_of_another_type_is_refused_by_name_where_batch_norm_refuses_it(mode, layer, given, wanted):
+    x = make_batch(4, dtype=given)
+    for affine in (True, False):
+        refusing = BatchRenorm2d(3, affine=affine, dtype=layer).train(mode)
+        with pytest.raises(InputError, match=f"BatchRenorm2d: x has dtype {given}, expected {wanted} because running_"):
+            refusing(x)
+        assert refusing.num_batches_tracked.item() == 0
+    with pytest.raises(RuntimeError, match="mixed dtype"):
+        nn.BatchNorm2d(3, dtype=layer).train(mode)(x)
+    with pytest.raises(InputError, match=f"expected {wanted} because weight is of that type"):
+        BatchRenorm2d(3, track_running_stats=False, dtype=layer)(x)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast_changes_nothing_about_the_types_that_are_taken(mode, given):
+    x = make_batch(4, dtype=given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert BatchRenorm2d(3).train(mode)(x).dtype == nn.BatchNorm2d(3).train(mode)(x).dtype == given
