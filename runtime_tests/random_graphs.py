@@ -133,6 +133,24 @@ def _dense(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.ran
     return g.node("MatMul", [g.constant(rng.normal(size=(n, shape[-2]))), name], (*shape[:-2], n, shape[-1]))
 
 
+def _product(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.random.Generator) -> None:
+    """A sum over one axis with a matrix, which may have another axis of the data too, and over a second axis or not."""
+    name, shape = x
+    letters = "abcdef"[: len(shape)]
+    summed, second = (int(a) for a in rng.integers(len(shape), size=2))
+    shared = letters[second] if rng.random() < 0.3 and second not in (0, summed) else ""
+    sizes = dict(zip(letters, shape, strict=True), z=int(rng.integers(1, 4)))
+    weight = "z" * (rng.random() < 0.8) + shared + letters[summed]
+    output = letters.replace(letters[summed], "z" if "z" in weight else "")
+    if rng.random() < 0.3 and second:
+        output = output.replace(letters[second], "")
+    matrix = g.constant(rng.normal(size=[sizes[letter] for letter in weight]))
+    terms, inputs = [letters, weight], [name, matrix]
+    if rng.random() < 0.5:
+        terms, inputs = terms[::-1], inputs[::-1]
+    g.node("Einsum", inputs, tuple(sizes[letter] for letter in output), equation=f"{','.join(terms)}->{output}")
+
+
 def _activation(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.random.Generator) -> None:
     name, shape = x
     names = ["Relu", "LeakyRelu", "Identity", "Dropout", "Sigmoid", "PRelu", "Clip", "Abs", "Max", "Softmax"]
@@ -246,7 +264,7 @@ def _cut(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.rando
 
 def _join(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.random.Generator) -> None:
     (name, shape), (second, dims) = x, other
-    operator = str(rng.choice(["Add", "Sub", "Concat", "Mul", "Sum"]))
+    operator = str(rng.choice(["Add", "Sub", "Concat", "Mul", "Sum", "Where"]))
     if operator == "Concat":
         axis = int(rng.integers(len(shape)))
         if len(shape) == len(dims) and all(
@@ -259,7 +277,12 @@ def _join(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.rand
         full = np.broadcast_shapes(shape, dims)
     except ValueError:
         return
-    g.node(operator, [name, second], full)
+    inputs = [name, second]
+    if operator == "Where":
+        if rng.random() < 0.5:
+            inputs, full = [g.constant(rng.normal()), name], shape
+        inputs = [g.constant(rng.random(full[-1:]) < 0.5, bool), *inputs]
+    g.node(operator, inputs, full)
 
 
 MAKERS: dict[str, Maker] = {
@@ -268,6 +291,7 @@ MAKERS: dict[str, Maker] = {
     "conv": _conv,
     "conv_transpose": _conv_transpose,
     "dense": _dense,
+    "product": _product,
     "activation": _activation,
     "pool": _pool,
     "layout": _layout,
