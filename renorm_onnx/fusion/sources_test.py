@@ -1,6 +1,9 @@
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import pytest
+from onnx import numpy_helper
 
 from renorm_onnx import model_file
 from renorm_onnx.fusion.carrier import Desk
@@ -264,3 +267,22 @@ def test_arithmetic_before_opset_7_begins_at_its_axis(axis):
     fused, _ = fuse(model)
     assert operators(fused) == ["Conv"] if axis else ["Conv", "Sub", "Div", "Mul", "Add"]
     assert largest_difference(model, fused) < 3e-6
+
+
+def test_a_chain_with_numbers_that_are_not_finite_stays_with_the_reason():
+    b = Builder()
+    scale = b.constant(np.where(np.arange(C) == 1, np.inf, 2.0).reshape(C, 1, 1))
+    b.node("Mul", b.conv("x", 4, C), scale, out="y")
+    _, report = fuse(b.model({"x": ["n", 4, 7, 7]}, ["y"]))
+    assert [r.reason for e in report.entries for r in e.refusals] == [Reason.NON_FINITE]
+
+
+def test_arithmetic_of_integers_is_no_chain():
+    body = "b = Neg(a) c = Mul(b, k) y = Cast<to=1>(c)"
+    text = (
+        f'<ir_version: 10, opset_import: ["" : 17]> g (float[N,4] x) => (float[N,4] y) {{ a = Cast<to=6>(x) {body} }}'
+    )
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(numpy_helper.from_array(np.array(3, np.int32), "k"))
+    _, report = fuse(model)
+    assert report.entries == []

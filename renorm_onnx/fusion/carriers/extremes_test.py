@@ -75,6 +75,7 @@ def test_a_constant_shift_within_softmax_cancels() -> None:
         ([4, 1], 20, "<axis=1>", [Reason.AXIS]),
         ([2, 1, 1], 11, "", []),
         ([4, 1], 11, "", [Reason.AXIS]),
+        ([3], 11, "", [Reason.AXIS]),
     ):
         model = build(f"a = Add(x, k) y = Softmax{axis}(a)", "double[2,4,3] x", "y", opset=opset, k=quarters(shape))
         fused: onnx.ModelProto = assert_fuses(model, kept)

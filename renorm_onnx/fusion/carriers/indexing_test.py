@@ -176,3 +176,12 @@ def test_turning_sequences_around_keeps_a_map_of_each_and_not_one_of_their_steps
     turned = "d = ReverseSequence<time_axis=1, batch_axis=0>(c, n)"
     backward(turned, 4, [Reason.AXIS], inputs=sizes.format(3), **lengths)
     forward(turned, 4, [Reason.AXIS], inputs=sizes.format(4), **lengths)
+
+
+def test_one_number_for_all_elements_passes_a_choice_among_them() -> None:
+    for line in ("d = Gather<axis=1>(c, i)", "d = Slice(c, o, e, o)"):
+        text = f"c = Mul(x, k) {line} y = Conv(d, W)"
+        constants = {"k": np.array(-1.5), "i": np.array([2, 0]), "W": quarters([3, 2, 1, 1])}
+        constants |= {"o": np.array([1]), "e": np.array([3])}
+        used = {k: v for k, v in constants.items() if k in "kW" or f" {k}" in line}
+        assert operators(assert_fuses(build(text, "double[N,4,H,W] x", "y", **used)))["Mul"] == 0

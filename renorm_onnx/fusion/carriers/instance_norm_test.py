@@ -73,6 +73,9 @@ def test_a_shift_that_varies_within_a_normalized_set_is_refused() -> None:
         text = f"c = Add(x, k) y = {operator}(c, s, b)"
         model = build(text, "double[N,4,3,5] x", "y", opset=21, k=quarters([5]), **channels())
         assert_fuses(model, [Reason.AXIS])
+    shared = np.repeat([0.75, -1.5], 2).reshape(4, 1, 1)
+    text = "c = Add(x, k) y = GroupNormalization<num_groups=2>(c, s, b)"
+    assert operators(assert_fuses(build(text, IMAGE, "y", opset=21, k=shared, **channels())))["Add"] == 0
     text = "c = Add(x, k) y = LayerNormalization(c, s)"
     assert_fuses(build(text, "double[N,4,3,5] x", "y", k=quarters([5]), s=quarters([5])), [Reason.AXIS])
 
