@@ -6,6 +6,8 @@ this project, installed or not.
 
 import functools
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,14 @@ pytest_plugins = ["pytester"]
 LIBRARIES = ("torch", "onnxruntime")
 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """An interrupt does here what it does in a terminal; tests that a script started in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @functools.cache

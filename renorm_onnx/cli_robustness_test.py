@@ -206,6 +206,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(folder, command):
     assert sorted(os.listdir(folder)) == before
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     "command",
     [["fuse", "--ep", "cpu"], ["verify", "--inputs", "500"], ["bench", "--rounds", "100000"]],

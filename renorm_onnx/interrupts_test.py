@@ -5,6 +5,7 @@ import pytest
 from renorm_onnx.interrupts import interrupts_held
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_end_of_the_block():
     ended = []
 

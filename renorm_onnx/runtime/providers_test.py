@@ -171,6 +171,7 @@ def test_another_cuda_version_is_noticed_only_where_the_right_one_is_missing(mon
     assert providers._other_majors(12) == ()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_until_onnxruntime_is_loaded(monkeypatch):
     loaded = types.SimpleNamespace(InferenceSession=None)
 
