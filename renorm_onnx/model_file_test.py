@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.files import protobuf_writing
+from renorm_onnx.files import model_checks, protobuf_writing
 
 WEIGHT = np.random.default_rng(0).normal(size=(64, 3, 3, 3)).astype(np.float32)
 
@@ -331,3 +331,9 @@ def test_a_damaged_model_is_not_copied(path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"^'[^']*model\.onnx': it has no graph"):
         model_file.copy_file(path, path.with_name("copy.onnx"))
     assert os.listdir(path.parent) == ["model.onnx"]
+
+
+def test_a_file_that_would_become_too_large_in_memory_is_refused_by_name(path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(model_checks, "MAX_PARSED_BYTES", 100)
+    with pytest.raises(ModelFileError, match=rf"^'{path}': its [\d,]+ bytes would become more than 100 in memory"):
+        model_file.load(path)

@@ -168,6 +168,15 @@ def test_a_prefix_put_before_the_name_does_not_hide_a_norm() -> None:
     assert len(list(calls_in(model))) == 1
 
 
+def test_a_call_of_the_same_name_in_another_domain_is_not_ours() -> None:
+    model = layer_model(INFERENCE, 4, 20)
+    model.functions.clear()
+    assert len(list(calls_in(model))) == 1
+    model.graph.node(0).domain = "elsewhere"
+    assert list(calls_in(model)) == []
+    assert attach(model) == 0
+
+
 def test_only_a_norm_is_taken_for_one() -> None:
     assert not is_inference(training_function(20))
     assert is_training(training_function(20, stat="var"))

@@ -13,7 +13,7 @@ from torch import nn
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.exporting.restoring import restore
-from renorm_onnx.exporting.training import UPDATED
+from renorm_onnx.exporting.training import UPDATED, training_state
 from renorm_onnx.inlining import inline
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.schedules import linear
@@ -274,6 +274,13 @@ def test_modes_per_layer_are_kept_and_a_layer_used_twice_steps_twice(mixed, func
     assert sorted(state) == [f"twice.{n}" for n in ("num_batches_tracked", "running_mean", "running_var")]
     assert state["twice.num_batches_tracked"] == 10
     np.testing.assert_allclose(state["twice.running_var"], twin.twice.running_var.numpy(), rtol=1e-5)
+
+
+def test_the_state_of_a_layer_by_itself_bears_the_names_of_its_buffers() -> None:
+    layer = BatchRenorm2d(3).train()
+    names = {"running_mean", "running_var", "num_batches_tracked"}
+    assert set(training_state(layer)) == names
+    assert set(training_state(nn.Sequential(layer))) == {f"0.{name}" for name in names}
 
 
 def test_a_schedule_that_is_a_python_function_is_refused() -> None:

@@ -274,6 +274,10 @@ def test_nodes_out_of_order_are_sorted() -> None:
     proto = model([node("Relu", ["a"], ["y"]), node("Abs", ["x"], ["a"])])
     loaded = model_file.load(proto)
     assert [n.op_type for n in loaded.graph] == ["Abs", "Relu"]
+    both = [node("Add", ["b", "c"], ["y"]), node("Neg", ["a"], ["c"]), node("Relu", ["a"], ["b"])]
+    loaded = model_file.load(model([*both, node("Abs", ["x"], ["a"])]))
+    assert sorted(n.op_type for n in list(loaded.graph)[1:3]) == ["Neg", "Relu"]
+    assert [n.op_type for n in loaded.graph][::3] == ["Abs", "Add"]
     inner = body([node("Add", ["x", "q"], ["t"])], "t")
     proto = model([branch(inner, INNER), node("Abs", ["x"], ["q"])], (CONDITION,))
     assert [n.op_type for n in model_file.load(proto).graph] == ["Abs", "If"]
