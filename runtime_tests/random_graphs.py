@@ -144,6 +144,8 @@ def _product(g: Graph, x: tuple[str, Shape], other: tuple[str, Shape], rng: np.r
     output = letters.replace(letters[summed], "z" if "z" in weight else "")
     if rng.random() < 0.3 and second:
         output = output.replace(letters[second], "")
+    if not output:
+        return
     matrix = g.constant(rng.normal(size=[sizes[letter] for letter in weight]))
     terms, inputs = [letters, weight], [name, matrix]
     if rng.random() < 0.5:
