@@ -144,6 +144,8 @@ def work(rank, folder):
     for step in range(rank + 2):
         apart[:2](parts(whole_batch(step), 4)[rank])
     before = {k: v.clone() for k, v in apart.named_buffers()}
+    sync_running_stats(apart, process_group=pair[rank])
+    found["pooled alone"] = {k: v.clone() for k, v in apart.named_buffers()}
     found["pooled"] = (before, sync_running_stats(apart), dict(apart.named_buffers()))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -327,6 +329,8 @@ def test_under_ddp_without_synchronization_gradients_are_averaged_and_rank_0s_st
 
 def test_pooled_running_statistics_obey_the_law_of_total_variance(found):
     before = [each["pooled"][0] for each in found]
+    for each, own in zip(found, before, strict=True):
+        torch.testing.assert_close(each["pooled alone"], own, rtol=1e-12, atol=1e-12)
     for each in found:
         _, count, after = each["pooled"]
         assert count == 2

@@ -119,6 +119,19 @@ def test_a_constant_channel_and_a_nan_do_not_confuse_the_runs():
     assert (run.r[0].item(), run.d[0].item()) == (2.0, -2.0)
 
 
+def test_runs_are_kept_until_all_of_them_have_been_repeated():
+    memory, means = Memory(), [torch.full((2,), float(n)) for n in range(3)]
+    for mean in means[:2]:
+        memory.keep(Corrections(mean, mean + 1, -mean))
+    memory.find(means[1])
+    memory.keep(Corrections(means[2], means[2] + 1, -means[2]))
+    assert torch.equal(memory.find(means[0]).r, means[0] + 1)
+    memory.passed()
+    assert len(memory) == 3
+    memory.keep(Corrections(means[1], means[1] + 1, -means[1]))
+    assert len(memory) == 1
+
+
 def test_nothing_is_kept_where_nothing_can_be_repeated():
     model = net()
     for seed in range(3):
