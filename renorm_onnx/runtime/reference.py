@@ -29,6 +29,10 @@ OLDEST_OPSET = 6
 
 _MAX_DEPTH = 120  # function calls and bodies inside one another; deeper would overflow Python's stack
 
+_HINTS = {
+    "com.microsoft.nchwc": ", onnxruntime wrote it for one kind of processor: save at its level 'extended' instead"
+}
+
 _Step = tuple[ir.Node, tuple[ir.Value, ...]]  # a node, and the values that nobody reads after it
 
 
@@ -147,7 +151,7 @@ class _Evaluation:
         names = [output.name or "" for output in node.outputs]
         try:
             if kernel is None:
-                raise UnusableError("not covered by the float64 reference")
+                raise UnusableError("not covered by the float64 reference" + _HINTS.get(domain, ""))
             call = Call(node.op_type, opset, inputs, names, attributes, run_body)
             sizes = self._origins.note(node) is Origin.SHAPE
             result = rounded_as_stored(kernel, call) if sizes else kernel(call)

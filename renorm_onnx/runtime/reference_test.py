@@ -96,6 +96,16 @@ def test_an_unknown_operator_is_refused_by_name_domain_and_opset():
         evaluate(model, {"x": np.ones(1, np.float32)})
 
 
+def test_a_file_for_one_kind_of_processor_is_refused_with_advice():
+    node = onnx.helper.make_node("Conv", ["x", "w"], ["y"], domain="com.microsoft.nchwc")
+    values = [onnx.helper.make_tensor_value_info(name, 1, [1, 1, 3, 3]) for name in ("x", "w", "y")]
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft.nchwc", 1)]
+    graph = onnx.helper.make_graph([node], "g", values[:2], values[2:])
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    with pytest.raises(InputError, match=r"save at its level 'extended' instead \(reference unusable\)"):
+        evaluate(model, {"x": np.ones((1, 1, 3, 3), np.float32), "w": np.ones((1, 1, 3, 3), np.float32)})
+
+
 def test_opsets_before_six_are_refused():
     model = parse('<ir_version: 3, opset_import: ["": 5]> g (float[1] x) => (float[1] y) { y = Relu(x) }')
     with pytest.raises(InputError, match=r"node .* is of ONNX opset 5, expected 6 or later"):
