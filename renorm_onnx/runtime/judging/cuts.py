@@ -23,7 +23,7 @@ _MONOTONE = frozenset(
         *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sum", "Mul", "Div", "Concat", "Identity", "Relu", "Pad"),
         *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Expand", "Tile"),
         *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Dropout", "Constant", "DequantizeLinear"),
-        *("DepthToSpace", "SpaceToDepth", "Einsum", "ReduceSum", "ReduceMean", "Cast", "Shape"),
+        *("DepthToSpace", "SpaceToDepth", "Einsum", "Where", "ReduceSum", "ReduceMean", "Cast", "Shape"),
     }
 )
 

@@ -230,6 +230,8 @@ def _site(name: str, before: Cut, after: Cut, want: Array, got: Array, bound: Ar
 def _numbers(rng: np.random.Generator, value: ir.Value, shape: tuple[int, ...] | None, crop: int | None) -> Array:
     if shape is None:
         raise InputError(f"the shape of {value.name!r} is unknown")
+    if value.dtype is ir.DataType.BOOL or any(n.op_type == "Where" and i == 0 for n, i in value.uses()):
+        return rng.random(shape) < 0.5  # a mask, whether the file declares its type or not
     if value.dtype is not None and not value.dtype.is_floating_point():
         raise InputError(f"{value.name!r} is {value.dtype.name}, for which no numbers can be made up")
     # (N, C, *spatial): only the spatial axes may be cut.

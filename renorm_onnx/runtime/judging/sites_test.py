@@ -244,3 +244,29 @@ def onnx_parse(text):
     import onnx.parser
 
     return onnx.parser.parse_model(text)
+
+
+def test_a_place_behind_a_mask_is_checked_with_masks_of_both_kinds():
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(3, 4, 1, 1)), "k": np.array(0.0), "s": rng.uniform(0.5, 2, (3, 1, 1))}
+    arrays |= {"t": rng.normal(size=(3, 1, 1)), "ws": arrays["w"] * arrays["s"][..., None], "half": np.array(0.5)}
+    stored = [onh.from_array(a.astype(np.float32), n) for n, a in arrays.items()]
+    behind = [oh.make_node("Where", ["m", "k", "c"], ["d"]), oh.make_node("Mul", ["d", "s"], ["e"])]
+    folded = [oh.make_node("Where", ["m", "t", "d"], ["y"])]
+    mask = oh.make_node("Greater", ["z", "half"], ["m"])
+    models = []
+    for weight, shift, rest in (("w", [], behind), ("ws", ["t"], folded)):
+        conv = oh.make_node("Conv", ["x", weight, *(["tv"] if shift else [])], ["d" if shift else "c"])
+        last = [] if shift else [oh.make_node("Add", ["e", "t"], ["y"])]
+        infos = [oh.make_tensor_value_info("x", 1, [2, 4, 5, 6]), oh.make_tensor_value_info("z", 1, [2, 1, 5, 6])]
+        more = [*stored, onh.from_array(arrays["t"].reshape(-1).astype(np.float32), "tv")]
+        graph = oh.make_graph([mask, conv, *rest, *last], "g", infos, [oh.make_tensor_value_info("y", 1, None)], more)
+        models.append(load(oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8)))
+    models[1].graph[1].outputs[0].name = "other"
+    report = check_sites(*models)
+    assert report.complete, report
+    assert [site.name for site in report.sites] == ["y"]
+    assert 0 < report.sites[0].used < 1
+    weight = models[1].graph.initializers["ws"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.001), name="ws")
+    assert not check_sites(*models).ok
