@@ -66,8 +66,6 @@ def _inline_each(model: ir.Model, identifiers: list[ir.OperatorIdentifier]) -> I
     """One function at a time, so that one that cannot be inlined does not keep the others."""
     for identifier in identifiers:
         function = model.functions.get(identifier)
-        if function is None:
-            continue
         try:
             yield inline(model, domain=lambda f, wanted=function: f is wanted)  # type: ignore[misc]
         except InputError as error:
