@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
-from renorm_onnx.fusion.carriers.quantized import added_bias, scaled_weight, weight_of
+from renorm_onnx.fusion.carriers.quantized import added_bias, no_weight, scaled_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -89,7 +89,7 @@ class Conv(Carrier):
         given = maps[0]
         weight = weight_of(node, 1, desk)
         if weight is None:
-            return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
+            return no_weight(node, 1, desk)
         if given.axis not in (None, 1):
             return refuse(Reason.AXIS, node, f"has its channels on axis 1, the map runs along axis {given.axis}")
         group = int(attribute(node, "group", 1))

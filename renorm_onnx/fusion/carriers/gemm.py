@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetAttribute, SetInput, Step, refuse
-from renorm_onnx.fusion.carriers.quantized import scaled_weight, weight_of
+from renorm_onnx.fusion.carriers.quantized import no_weight, scaled_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Array, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -106,7 +106,7 @@ class Gemm(Carrier):
             return self._pass_outer(node, side, given, desk)
         other = weight_of(node, 1 - side, desk)
         if other is None:
-            return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
+            return no_weight(node, 1 - side, desk)
         axis = side ^ transposed[1 - side]
         scale, shift = given.on_axis(axis).along(2)
         if given.axis is not None and given.channels != other.shape[axis]:

@@ -71,11 +71,10 @@ class Pooling(Carrier):
         return Step((), {0: moved})
 
     def _pooled(self, node: ir.Node, desk: Desk) -> set[int] | Refusal | None:
-        """The axes that are pooled; None where the rank is unknown but the operator keeps axes 0 and 1."""
-        rank = desk.fact(node.inputs[0]).rank
+        """The axes that a reduction is over; None for a window, which leaves axes 0 and 1 alone, whatever the rank."""
         if not node.op_type.startswith("Reduce"):
-            return None if rank is None else set(range(2, rank))
-        facts = desk.inputs(node)
+            return None
+        rank, facts = desk.fact(node.inputs[0]).rank, desk.inputs(node)
         axes = axes_of(node, facts)
         given = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
         if rank is None or (given and axes is None):
@@ -90,10 +89,11 @@ class Pooling(Carrier):
         """The map along the axis that is the same one on the other side."""
         if not given.axes or (pooled is None and given.axes[-1] < 2):
             return given
-        rank = desk.fact(node.inputs[0]).rank
-        if rank is None or pooled is None:
+        if pooled is None:
             return refuse(Reason.AXIS, node, f"pools axis {given.axes[-1]}, along which the map runs")
-        gone = pooled if node.op_type.startswith("Reduce") and not attribute(node, "keepdims", 1) else set()
+        rank = desk.fact(node.inputs[0]).rank
+        assert rank is not None, "no reduction of an unknown rank has got here"
+        gone = set() if attribute(node, "keepdims", 1) else pooled
         left = [i for i in range(rank) if i not in gone]
         hit = pooled.intersection(left[a] if backward else a for a in given.axes)
         if hit:

@@ -56,6 +56,15 @@ def weight_of(node: ir.Node, index: int, desk: Desk) -> Parameter | None:
     return Parameter.new((integers.float64() - offsets) * steps, dtype)
 
 
+def no_weight(node: ir.Node, index: int, desk: Desk) -> Refusal:
+    """Why `weight_of` found no numbers: the weight is computed, or dequantized for others too."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    maker = None if value is None else value.producer()
+    if maker is not None and maker.op_type == "DequantizeLinear" and desk.is_constant(maker, 0):
+        return refuse(Reason.CONSUMER, maker, "makes a weight that is read elsewhere too", structural=True)
+    return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
+
+
 def scaled_weight(node: ir.Node, index: int, factor: Array, desk: Desk) -> tuple[Edit, ...] | Refusal:
     """Multiply the weight that `weight_of` returned by `factor`, of the same rank; a quantized one stays quantized."""
     maker = _dequantizer(node, index, desk)

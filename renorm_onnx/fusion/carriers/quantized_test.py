@@ -170,6 +170,9 @@ def test_blocks_of_a_quantized_weight_are_read_as_they_are() -> None:
 def test_a_quantized_weight_that_another_reads_stays() -> None:
     text = f"w = DequantizeLinear(q, qs) d = {bn('x')} y = Conv(d, w) z = Conv(x, w)"
     model = build(text, IMAGE4, "y, z", opset=21, q=SQUARE, qs=np.array(0.5), **norm(4))
+    assert_fuses(model, [Reason.CONSUMER])
+    computed = text.replace("(q, qs)", "(p, qs)").replace("w = ", "p = Cast<to=3>(x) w = ")
+    model = build(computed, "double[4,4,1,1] x", "y, z", opset=21, qs=np.array(0.5), **norm(4))
     assert_fuses(model, [Reason.WEIGHT])
 
 
