@@ -188,6 +188,10 @@ def linear() -> Iterator[Case]:
     yield Case("LSTM", [*peepholes, normal(1, 2, 4), normal(1, 12)], {"hidden_size": 4, "input_forget": 1}, outputs=3)
     yield Case("LSTM", peepholes[:4], {"hidden_size": 4, "activations": ["HardSigmoid", "ScaledTanh", "Softsign"],
                "activation_alpha": [0.3, 1.5], "activation_beta": [0.4, 0.7]}, outputs=3)  # fmt: skip
+    # With the numbers of the operators of that name. (onnxruntime 1.31 takes 0 for ThresholdedRelu, ONNX says 1.)
+    for name in ("HardSigmoid", "LeakyRelu", "Elu"):
+        inputs = [3 * normal(5, 2, 3), normal(1, 4, 3), normal(1, 4, 4), normal(1, 8)]
+        yield Case("RNN", inputs, {"hidden_size": 4, "activations": [name]}, outputs=2)
 
 
 def convolution() -> Iterator[Case]:

@@ -183,3 +183,13 @@ def test_a_norm_of_mixed_types_is_computed_from_the_values_each_type_stores():
     want = (x.astype(np.float64) - m) / np.sqrt(v + np.float64(np.float32(0.001))) * s + b
     got = evaluate(parse(text), {"x": x, "s": scale, "b": bias, "m": mean, "v": var})["y"]
     np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_an_axis_outside_of_the_tensor_is_refused():
+    text = '<ir_version: 10, opset_import: ["": 18]> g (float[2,3] x) => (float[2,3] y) {{ y = Softmax<axis = {}>(x) }}'
+    x = np.zeros((2, 3), np.float32)
+    for axis in (-2, 1):
+        assert evaluate(parse(text.format(axis)), {"x": x})["y"].shape == (2, 3)
+    for axis in (-3, 2):
+        with pytest.raises(InputError, match=f"axis {axis} of a tensor of rank 2"):
+            evaluate(parse(text.format(axis)), {"x": x})

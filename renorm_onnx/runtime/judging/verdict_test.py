@@ -224,3 +224,13 @@ def test_labels_that_neighbours_change_are_no_reference(changed, usable):
         assert failures(judge) != []
     else:
         assert f"the unfused model with its weights rounded otherwise is off by {changed / 32:.1e}" in judge.unusable()
+
+
+def test_the_label_that_is_named_is_one_that_neither_model_had():
+    want = np.zeros((2, 4), np.int64)
+    unfused, fused = want.copy(), want.copy()
+    unfused[0, 1] = fused[0, 1] = 1
+    assert errors_of(want, unfused, fused).index == (0, 1)
+    fused[1, 2] = 3
+    found = errors_of(want, unfused, fused)
+    assert (found.index, found.values) == ((1, 2), (0, 0, 3))
