@@ -20,6 +20,7 @@ from torch import nn
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import keep_ops, to_onnx, translation_table
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from renorm_onnx.layers.running_stats import update_stats
 from renorm_onnx.onnx_function import DOMAIN, INFERENCE, attach
 from renorm_onnx.runtime.comparison import TOLERANCES, compare
 
@@ -144,11 +145,17 @@ def test_a_changed_statistic_would_be_noticed(exported, net) -> None:
 
 def test_untrained_layers_do_not_share_initializers() -> None:
     net = Net().eval()
-    with pytest.warns(UserWarning, match=r"3 of 3 batch renorm layers have num_batches_tracked 0, 'stem.1' first"):
+    with pytest.warns(UserWarning, match=r"3 of 3 batch renorm layers have statistics of 0 and 1, 'stem.1' first"):
         proto = to_onnx(net, images())
     inputs = [name for call in calls(proto) for name in call.input[1:]]
     assert len(set(inputs)) == 12  # three layers of four, though all are ones and zeros
     assert_agrees(proto, net, images())
+
+
+def test_statistics_taken_in_one_pass_are_not_called_untrained() -> None:
+    net = Net()
+    update_stats(net, [images()])
+    assert_agrees(to_onnx(net.eval(), images()), net, images())
 
 
 @pytest.mark.parametrize("opset", [15, 18, 26])

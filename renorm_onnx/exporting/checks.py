@@ -248,6 +248,11 @@ def check_sizes(model: ir.Model, dynamic_shapes: Any, dynamic_axes: Any) -> None
         )
 
 
+def _is_fresh(layer: Any) -> bool:
+    """Whether the statistics are those that a layer is made with; `update_stats` changes them, but counts no step."""
+    return not (layer.num_batches_tracked or layer.running_mean.any() or (layer.running_var != 1).any())
+
+
 def check_layers(module: nn.Module, *, functions: bool) -> None:
     """Refuse layers without statistics and layers of other libraries; warn about statistics never updated.
 
@@ -272,11 +277,11 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
                 f"to_onnx: {_at(name)} has track_running_stats=False; without running statistics there is nothing "
                 "to normalize by at inference"
             )
-    fresh = [name for name, m in layers.items() if not m.training and int(m.num_batches_tracked or 0) == 0]
+    fresh = [name for name, m in layers.items() if not m.training and _is_fresh(m)]
     if fresh:
         warnings.warn(
-            f"to_onnx: {len(fresh)} of {len(layers)} batch renorm layers have num_batches_tracked 0, {fresh[0]!r} "
-            "first: their running statistics were never updated; train or calibrate the model before deploying it",
+            f"to_onnx: {len(fresh)} of {len(layers)} batch renorm layers have statistics of 0 and 1, {fresh[0]!r} "
+            "first: they were never updated; train or calibrate the model before deploying it",
             UserWarning,
             stacklevel=3,
         )
