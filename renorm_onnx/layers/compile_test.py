@@ -98,6 +98,16 @@ def test_a_compiled_network_obeys_a_small_memory_budget():
     assert worst(got, outcome(eager, x)) < (1e-9, "")
 
 
+def test_a_memory_budget_that_saves_nothing_is_refused():
+    call = torch.compile(layer_with(), backend="aot_eager_decomp_partition", fullgraph=True)
+    with torch._functorch.config.patch(activation_memory_budget=0):
+        with pytest.raises(Exception, match="activation_memory_budget=0, expected more"):
+            call(make_batch(4).requires_grad_())
+        with pytest.raises(Exception, match="activation_memory_budget=0, expected more"):
+            torch.compile(layer_with())(make_batch(4).requires_grad_())
+        assert torch.isfinite(torch.compile(layer_with().eval(), backend="aot_eager")(make_batch(4))).all()
+
+
 SCHEDULES = [Ramp(1, 5, 4), HardSwitch(2), Sigmoid(0.5), FromFunction(lambda step: (1 + step / 4, step / 2))]
 
 

@@ -336,10 +336,9 @@ class BatchRenorm2d(_BatchRenorm):
     with sigma = sqrt(var + eps) and biased batch variances. Evaluation is batch normalization by mu and sigma, one call
     of `F.batch_norm`. With `track_running_stats=False` batch statistics are used in both modes, without r and d.
 
-    Gradients are those of the formula eagerly, compiled and checkpointed, with two exceptions. Compile the model that
+    Gradients are those of the formula eagerly, compiled and checkpointed, with one exception. Compile the model that
     checkpoints; a compiled part inside of `torch.utils.checkpoint` is run again as it is: it learns twice, as torch's
-    batch norm does there, and computes r and d again from statistics that have moved. So does a compiled graph where
-    `torch._functorch.config.activation_memory_budget` is 0: leave it at 1, or at least above 0.
+    batch norm does there, and computes r and d again from statistics that have moved.
 
     >>> layer = BatchRenorm2d(16, schedule=None)
     >>> layer(torch.randn(4, 16, 8, 8)).shape

@@ -6,15 +6,18 @@ from, and the gradients would silently belong to another step (pytorch/pytorch#1
 operator that copies them and marks the copies as to be saved.
 
 One setting is beyond the mark: `torch._functorch.config.activation_memory_budget = 0` saves the graph's inputs and
-nothing else, whatever is marked. Any budget above 0 obeys it.
+nothing else, whatever is marked; so a training step is not compiled under it. Any budget above 0 obeys the mark.
 """
 
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch._functorch import config
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy
+
+from renorm_onnx.errors import InputError
 
 
 def save_for_backward(r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,6 +42,11 @@ def _save(r: Tensor, d: Tensor) -> tuple[Tensor, ...]:
     The mark is what selective checkpointing uses. A concatenation, unlike a pointwise operation, is saved even without.
     """
     proxy_mode = get_proxy_mode()
+    if proxy_mode is not None and config.activation_memory_budget == 0:
+        raise InputError(
+            "batch renorm: torch._functorch.config.activation_memory_budget=0, expected more because the backward pass "
+            "of a compiled step would compute r and d again, from statistics that have moved"
+        )
     graph = None if proxy_mode is None else proxy_mode.tracer.graph
     before = 0 if graph is None else len(graph.nodes)
     copies = tuple(torch.stack((r, d)).unbind())
