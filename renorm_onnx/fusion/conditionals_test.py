@@ -165,3 +165,15 @@ def test_what_a_branch_hands_out_without_computing_it_is_copied():
     assert not report.kept
     assert operators(fused) == ["Conv"]
     assert_same(model, fused)
+
+
+def test_what_becomes_constant_only_then_is_worked_out_from_what_was_folded_before():
+    b = Builder()
+    stored = branch(b, "no", lambda: [b.node("Identity", b.normal(6, 1, 1))])
+    scale = b.node("If", b.constant(np.array(False)), then_branch=stored, else_branch=stored)
+    scale = b.node("Add", b.node("Identity", b.node("Add", scale, b.normal())), b.normal())
+    h = b.node("Mul", b.conv("x", 4, 6), scale)
+    model = b.model(IMAGE, [b.node("Relu", h), b.norm(b.node("Tanh", "x"), 4)])
+    fused, report = fuse(model)
+    assert next(e.way for e in report.entries if e.outcome == "folded") == "forward"
+    assert_same(model, fused)

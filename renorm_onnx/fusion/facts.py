@@ -121,6 +121,8 @@ class Facts:
         self._known: dict[ir.Value, Fact] = {}
         self._remembered = 0
         self._bodies: dict[ir.Graph, ir.Node] | None = None
+        # Nodes of which an operand changes, but is not written into the graph yet: what they compute is not in it.
+        self.changed: set[ir.Node] = set()
 
     def forget(self) -> None:
         """Drop what was derived, after the graph changed."""
@@ -260,6 +262,8 @@ class Facts:
             fact = found[index] if index < len(found) else UNKNOWN
             if fact.dtype is None and output.dtype is not None:
                 fact = fact._replace(dtype=output.dtype)
+            if node in self.changed:
+                fact = fact._replace(content=None, tensor=None, unexpanded=None)
             if fact.content is not None:
                 self._remembered += fact.content.size
                 if self._remembered > MAX_REMEMBERED_ELEMENTS:
