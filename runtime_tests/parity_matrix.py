@@ -297,9 +297,10 @@ def _note_of(judge: Judge) -> str:
 
 def _outcome(case: Case, judge: Judge) -> Outcome:
     pooled = [row for row in judge.rows() if row.inputs == POOLED]
-    sizes = max((row.unfused for row in pooled), default=0.0), max((row.fused for row in pooled), default=0.0)
-    note = _note_of(judge)
-    return Outcome(case, "FAIL" if note else "ok", *sizes, note)
+    # What the rule divided by: the unfused model's own error, or that of its neighbours where they were asked.
+    yardstick = max((row.fused / row.typical if row.typical else row.unfused for row in pooled), default=0.0)
+    error, note = max((row.fused for row in pooled), default=0.0), _note_of(judge)
+    return Outcome(case, "FAIL" if note else "ok", yardstick, error, note)
 
 
 def _by_own_error(case: Case, found: Mapping[str, list[tuple[Trial, Errors]]]) -> Outcome:
