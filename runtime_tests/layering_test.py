@@ -44,7 +44,7 @@ ORDER = [
     "fusion.sources fusion.calls fusion.conditionals fusion.sequences",
     "fusion.carriers.*",
     "fusion.carriers",
-    "fusion.branches fusion.plan",
+    "fusion.branches fusion.plan fusion.rewriter",
     "fusion.engine",
     "runtime.table",
     "runtime.operators.*",

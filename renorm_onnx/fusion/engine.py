@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from typing import overload
@@ -28,13 +27,11 @@ from renorm_onnx.fusion.carriers import load_carriers
 from renorm_onnx.fusion.conditionals import open_conditionals
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
-from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
-from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport, Reason
+from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.fusion.sequences import open_sequences
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
-from renorm_onnx.inlining import Names, names_in
 from renorm_onnx.model_walk import graphs_of, nodes_of
 from renorm_onnx.onnx_function import MODULE_KEY
 
@@ -132,17 +129,13 @@ class _Engine:
         assumed = options.assume_constant_initializers
         facts = Facts(model, RULES, CONSTANT_OPERATORS, assume_constant_initializers=assumed)
         self._desk = Desk(facts)
+        self._rewriter = Rewriter(model, facts.opset)
         self._report = FusionReport(operators_before=count_operators(model))
         # A norm that absorbs another one takes over its output's name, so a node is the only lasting identity.
         self._entries: dict[ir.Node, NormReport] = {}
         self._order: dict[ir.Node, float] = {}
-        self._taken: set[str] = set()
         self._touched: set[ir.Node] = set()
         self._added: set[ir.Node] = set()
-        # Taken out together, since onnx-ir looks at all outputs of a graph for each removal.
-        self._gone: dict[ir.Node, ir.Graph] = {}
-        self._unread: dict[ir.Value, None] = {}
-        self._output_places: dict[ir.Graph, dict[ir.Value, list[int]]] = {}
 
     def run(self) -> FusionReport:
         with model_file.collection_paused(), np.errstate(all="ignore"):
@@ -160,14 +153,14 @@ class _Engine:
         while self._open():
             self._desk.facts.forget()
             self._fold_all()
-        self._write_parameters()
+        self._rewriter.write(self._desk.pending)
+        self._desk.pending.clear()
         self._report.operators_after = count_operators(self._model)
         logger.info("%s", self._report)
         return self._report
 
     def _fold_all(self) -> None:
-        self._taken |= names_in(self._model)
-        self._names = Names(self._taken)
+        self._rewriter.learn()
         for graph in list(graphs_of(self._model.graph)):
             self._fold(graph)
             while self._options.merge_branches and self._merge_branches(graph):
@@ -177,14 +170,13 @@ class _Engine:
         """Open what may stand in the way of norms that stay: Ifs that always go one way, sequences, then functions."""
         if all(e.outcome == "folded" for e in self._report.entries):
             return False
-        known = (self._model, self._desk.facts, self._names)
+        known = (self._model, self._desk.facts, self._rewriter.names)
         gone = open_conditionals(*known) or open_sequences(*known)
         for node in gone:
             if (entry := self._entries.get(node)) is not None and entry.outcome == "kept":
                 entry.fold("unreachable", ())
-        self._output_places.clear()
-        self._delete(gone)
-        self._clean()
+        self._rewriter.delete(gone)
+        self._rewriter.clean()
         return bool(gone) or (bool(self._model.functions) and open_absorbers(self._model, self._obstacles()) > 0)
 
     def _obstacles(self) -> set[str]:
@@ -205,7 +197,7 @@ class _Engine:
             # A norm before what is none: where one must stay, an Add stays rather than the norm that would absorb it.
             turn = sorted(norms if forwards else reversed(norms), key=lambda found: found[0].kind != "norm")
             folded = sum([self._try(*found, planner) for found in turn])
-            self._clean()
+            self._rewriter.clean()
             if not folded or (folded == len(norms) and len(self._added) == count):
                 return
             self._desk.facts.forget()
@@ -226,7 +218,8 @@ class _Engine:
 
     def _try(self, norm: Norm, entries: list[NormReport], planner: Planner) -> bool:
         # What an earlier plan of this round changed is no longer what was found: the next round finds it anew.
-        if any(n in self._gone or n in self._touched for n in norm.nodes) or norm.input not in norm.nodes[0].inputs:
+        changed = any(self._rewriter.is_deleted(n) or n in self._touched for n in norm.nodes)
+        if changed or norm.input not in norm.nodes[0].inputs:
             return False
         plan = planner.plan(norm)
         if not isinstance(plan, Plan):
@@ -259,9 +252,9 @@ class _Engine:
         keep.attributes.add(ir.AttrInt64s("dilations", geometry.dilations))
         keep.attributes.add(ir.AttrInt64s("kernel_shape", geometry.kernel))
         keep.attributes.pop("auto_pad", None)
-        self._replace(merge.add.outputs[0], keep.outputs[0])
-        self._delete([merge.add])
-        self._clean()
+        self._rewriter.replace(merge.add.outputs[0], keep.outputs[0])
+        self._rewriter.delete([merge.add])
+        self._rewriter.clean()
         if merge.norm is not None:
             for entry in self._entries_of(merge.norm):
                 entry.fold("branches", [label(keep)])
@@ -277,120 +270,23 @@ class _Engine:
             elif isinstance(edit, SetAttribute):
                 edit.node.attributes.add(edit.attribute)
             else:
-                value = edit.node.outputs[0]
-                total = self._add_after(edit)
+                value, total = edit.node.outputs[0], self._add_behind(edit)
                 source = total if value is source else source
                 changed = [total if v is value else v for v in changed]
         for value in changed:
-            value.name = self._fresh(value.name or "value")
+            value.name = self._rewriter.fresh(value.name or "value")
         if plan.way == "backward":
-            self._replace(plan.norm.output, source)
+            self._rewriter.replace(plan.norm.output, source)
         else:
-            self._redirect(plan.norm.output, source)
-        self._delete(plan.norm.nodes)
+            self._rewriter.redirect(plan.norm.output, source)
+        self._rewriter.delete(plan.norm.nodes)
 
-    def _add_after(self, edit: AddAfter) -> ir.Value:
-        """Insert ``Add(output, constant)`` behind a node and let it take over the node's readers and name."""
-        value = edit.node.outputs[0]
-        graph = edit.node.graph
-        assert isinstance(graph, ir.Graph)
-        name = self._names.unique(f"{edit.node.name or value.name}_bias")
-        total = ir.Value(name=value.name, type=value.type, shape=value.shape)
-        self._redirect(value, total)
-        value.name = self._fresh(value.name or "value")
-        broadcast = [ir.AttrInt64("broadcast", 1)] if self._desk.opset < 7 else []
-        shift = self._store(graph, edit.parameter, name)
-        node = ir.Node("", "Add", [value, shift], attributes=broadcast, outputs=[total], name=name)
-        graph.insert_after(edit.node, node)
+    def _add_behind(self, edit: AddAfter) -> ir.Value:
+        node = self._rewriter.add_behind(edit.node, edit.parameter)
         self._order[node] = self._order[edit.node] + 0.5
         self._added.add(node)
         self._desk.pending[node, 1] = edit.parameter
-        return total
-
-    def _replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let `new` stand where `old` stood and bear its name, since it holds the same."""
-        name = old.name
-        self._redirect(old, new)
-        # What the file declares about `old` is its interface; a shape declared for `new` alone may be stale.
-        new.name, new.type, new.shape = name, old.type or new.type, old.shape
-
-    def _redirect(self, old: ir.Value, new: ir.Value) -> None:
-        """Let every reader of `old`, and every graph output that it is, take `new` instead."""
-        graph = old.graph
-        if old.is_graph_output() and isinstance(graph, ir.Graph):
-            if graph not in self._output_places:
-                self._output_places[graph] = {}
-                for index, value in enumerate(graph.outputs):
-                    self._output_places[graph].setdefault(value, []).append(index)
-            places = self._output_places[graph]
-            moved = places.pop(old)
-            for index in moved:
-                graph.outputs[index] = new
-            places.setdefault(new, []).extend(moved)
-        old.replace_all_uses_with(new)
-
-    def _delete(self, nodes: Iterable[ir.Node]) -> None:
-        """Make nodes read nothing; `_clean` takes them out of their graphs, and what only they read."""
-        for node in nodes:
-            self._unread.update(dict.fromkeys(v for v in node.inputs if v is not None))
-            assert isinstance(node.graph, ir.Graph)
-            self._gone[node] = node.graph
-            node.resize_inputs(0)
-
-    def _clean(self) -> None:
-        """Remove deleted nodes, constants that nobody reads any more, and operators that computed nothing else."""
-        dropped: dict[ir.Graph, set[ir.Value]] = {}
-        while self._unread:
-            value = self._unread.popitem()[0]
-            if value.uses() or value.is_graph_output():
-                continue
-            node, graph = value.producer(), value.graph
-            if node is not None:
-                unread = not any(o.uses() or o.is_graph_output() for o in node.outputs)
-                self._delete([node] if unread and node not in self._gone and node.graph is not None else [])
-            elif value.is_initializer() and isinstance(graph, ir.Graph) and not self._is_interface(value):
-                del graph.initializers[value.name or ""]
-                if value.is_graph_input():
-                    dropped.setdefault(graph, set()).add(value)
-        for graph, values in dropped.items():
-            graph.inputs[:] = [v for v in graph.inputs if v not in values]
-        for graph in set(self._gone.values()):
-            graph.remove([n for n, g in self._gone.items() if g is graph], safe=True)
-        self._gone.clear()
-
-    def _fresh(self, hint: str) -> str:
-        """A name that nothing in the model bears, recognizable as what `hint` became."""
-        return self._names.unique(hint.partition("__fused")[0] + "__fused")
-
-    def _is_interface(self, value: ir.Value) -> bool:
-        return value.is_graph_input() and self._model.ir_version >= 4
-
-    def _write_parameters(self) -> None:
-        """Give every changed operand its new constant, each number rounded once."""
-        for (node, index), parameter in self._desk.pending.items():
-            graph = node.graph
-            if not isinstance(graph, ir.Graph):
-                continue
-            old = node.inputs[index] if index < len(node.inputs) else None
-            hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
-            name = self._fresh(hint)
-            if old is not None and old.graph is graph and is_read_once(old):
-                set_content(old, parameter, name)
-                old.name = name
-                continue
-            as_input, opset = self._model.ir_version < 4, self._desk.opset
-            value = store_expanded(node, parameter, name, self._names, opset, as_input=as_input)
-            value = value or self._store(graph, parameter, name)
-            if index >= len(node.inputs):
-                node.resize_inputs(index + 1)
-            node.replace_input_with(index, value)
-            if old is not None:
-                self._unread[old] = None
-        self._desk.pending.clear()
-        self._clean()
-
-    def _store(self, graph: ir.Graph, parameter: Parameter, name: str) -> ir.Value:
-        return store(graph, parameter, name, as_input=self._model.ir_version < 4)
+        return node.outputs[0]
 
 
 def count_operators(model: ir.Model) -> Counter[str]:

@@ -1,0 +1,147 @@
+"""Changes of a model's graphs that keep its interface, and what each name in it means.
+
+Nodes and constants that nobody needs any more are taken out together, in `clean`: onnx-ir looks at all outputs of a
+graph for each removal, and finds an output among them by counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
+from renorm_onnx.fusion.parameters import Parameter
+from renorm_onnx.inlining import Names, names_in
+
+
+class Rewriter:
+    """Changes the graphs of one model, in place.
+
+    Args:
+        model: The model.
+        opset: Its version of the default operator set.
+
+    Attributes:
+        names: Hands out names that nothing in the model bears, or ever bore when `learn` was called.
+    """
+
+    def __init__(self, model: ir.Model, opset: int) -> None:
+        self._model = model
+        self._opset = opset
+        self._taken: set[str] = set()
+        self.names = Names(self._taken)
+        self._output_places: dict[ir.Graph, dict[ir.Value, list[int]]] = {}
+        self._gone: dict[ir.Node, ir.Graph] = {}
+        self._unread: dict[ir.Value, None] = {}
+
+    def learn(self) -> None:
+        """Look at the model's names and outputs, before any change and after others changed it."""
+        self._taken |= names_in(self._model)
+        self.names = Names(self._taken)
+        self._output_places.clear()
+
+    def fresh(self, hint: str) -> str:
+        """A name that nothing in the model bears, recognizable as what `hint` became."""
+        return self.names.unique(hint.partition("__fused")[0] + "__fused")
+
+    def is_deleted(self, node: ir.Node) -> bool:
+        """Whether `node` is among those that `clean` will take out."""
+        return node in self._gone
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Let `new` stand where `old` stood and bear its name, since it holds the same."""
+        name = old.name
+        self.redirect(old, new)
+        # What the file declares about `old` is its interface; a shape declared for `new` alone may be stale.
+        new.name, new.type, new.shape = name, old.type or new.type, old.shape
+
+    def redirect(self, old: ir.Value, new: ir.Value) -> None:
+        """Let every reader of `old`, and every graph output that it is, take `new` instead."""
+        graph = old.graph
+        if old.is_graph_output() and isinstance(graph, ir.Graph):
+            if graph not in self._output_places:
+                self._output_places[graph] = {}
+                for index, value in enumerate(graph.outputs):
+                    self._output_places[graph].setdefault(value, []).append(index)
+            places = self._output_places[graph]
+            moved = places.pop(old)
+            for index in moved:
+                graph.outputs[index] = new
+            places.setdefault(new, []).extend(moved)
+        old.replace_all_uses_with(new)
+
+    def add_behind(self, node: ir.Node, parameter: Parameter) -> ir.Node:
+        """Insert ``Add(output, constant)`` behind a node and let it take over the output's readers and name."""
+        value, graph = node.outputs[0], node.graph
+        assert isinstance(graph, ir.Graph)
+        name = self.names.unique(f"{node.name or value.name}_bias")
+        total = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        self.redirect(value, total)
+        value.name = self.fresh(value.name or "value")
+        broadcast = [ir.AttrInt64("broadcast", 1)] if self._opset < 7 else []
+        shift = self._store(graph, parameter, name)
+        added = ir.Node("", "Add", [value, shift], attributes=broadcast, outputs=[total], name=name)
+        graph.insert_after(node, added)
+        return added
+
+    def delete(self, nodes: Iterable[ir.Node]) -> None:
+        """Make nodes read nothing; `clean` takes them out of their graphs, and what only they read."""
+        for node in nodes:
+            self._unread.update(dict.fromkeys(v for v in node.inputs if v is not None))
+            assert isinstance(node.graph, ir.Graph)
+            self._gone[node] = node.graph
+            node.resize_inputs(0)
+
+    def clean(self) -> None:
+        """Remove deleted nodes, constants that nobody reads any more, and operators that computed nothing else."""
+        dropped: dict[ir.Graph, set[ir.Value]] = {}
+        while self._unread:
+            value = self._unread.popitem()[0]
+            if value.uses() or value.is_graph_output():
+                continue
+            node, graph = value.producer(), value.graph
+            if node is not None:
+                unread = not any(o.uses() or o.is_graph_output() for o in node.outputs)
+                self.delete([node] if unread and node not in self._gone and node.graph is not None else [])
+            elif value.is_initializer() and isinstance(graph, ir.Graph) and not self._is_interface(value):
+                del graph.initializers[value.name or ""]
+                if value.is_graph_input():
+                    dropped.setdefault(graph, set()).add(value)
+        for graph, values in dropped.items():
+            graph.inputs[:] = [v for v in graph.inputs if v not in values]
+        removed: dict[ir.Graph, list[ir.Node]] = {}
+        for node, graph in self._gone.items():
+            removed.setdefault(graph, []).append(node)
+        for graph, nodes in removed.items():
+            graph.remove(nodes, safe=True)
+        self._gone.clear()
+
+    def write(self, operands: Mapping[tuple[ir.Node, int], Parameter]) -> None:
+        """Give every changed operand its new constant, each number rounded once."""
+        for (node, index), parameter in operands.items():
+            graph = node.graph
+            if not isinstance(graph, ir.Graph):
+                continue  # deleted since
+            old = node.inputs[index] if index < len(node.inputs) else None
+            hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
+            name = self.fresh(hint)
+            if old is not None and old.graph is graph and is_read_once(old):
+                set_content(old, parameter, name)
+                old.name = name
+                continue
+            as_input = self._model.ir_version < 4
+            value = store_expanded(node, parameter, name, self.names, self._opset, as_input=as_input)
+            value = value or self._store(graph, parameter, name)
+            if index >= len(node.inputs):
+                node.resize_inputs(index + 1)
+            node.replace_input_with(index, value)
+            if old is not None:
+                self._unread[old] = None
+        self.clean()
+
+    def _is_interface(self, value: ir.Value) -> bool:
+        return value.is_graph_input() and self._model.ir_version >= 4
+
+    def _store(self, graph: ir.Graph, parameter: Parameter, name: str) -> ir.Value:
+        return store(graph, parameter, name, as_input=self._model.ir_version < 4)
