@@ -7,7 +7,7 @@ must be proven without any rounding: from stored values, sizes and integers alon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -19,7 +19,8 @@ from renorm_onnx.model_walk import graphs_of, nodes_of
 def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]:
     """Replace, in place, every If of which the condition is proven by the branch that it takes.
 
-    What the branch computes under a name that the model has elsewhere too gets another one; the outputs keep theirs.
+    Nodes of the branch, and what they compute, get another name where theirs stands elsewhere in the model too; the
+    outputs keep theirs.
 
     Args:
         model: Changed in place; facts about its values are to be forgotten afterwards.
@@ -35,7 +36,7 @@ def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.No
         if node.op_type == "If" and node.domain in ("", "ai.onnx")
         if (taken := _way_taken(node, facts)) is not None
     ]
-    borne = Counter(v.name for graph in graphs_of(model.graph) for v in _values(graph)) if proven else Counter()
+    borne = Counter(map(_key, _named(graphs_of(model.graph)))) if proven else Counter()
     gone: dict[ir.Node, None] = {}
     # An outer If first: one that lies in a branch which is not taken needs no opening.
     for node, taken in proven:
@@ -44,11 +45,18 @@ def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.No
     return list(gone)
 
 
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    """The values that a graph itself gives names to."""
-    yield from {*graph.inputs, *graph.initializers.values()}
-    for node in graph:
-        yield from node.outputs
+def _named(graphs: Iterable[ir.Graph]) -> Iterator[ir.Value | ir.Node]:
+    """The nodes of some graphs, and the values that they give names to."""
+    for graph in graphs:
+        yield from {*graph.inputs, *graph.initializers.values()}
+        for node in graph:
+            yield node
+            yield from node.outputs
+
+
+def _key(named: ir.Value | ir.Node) -> tuple[type, str | None]:
+    """A name where it must be the only one: a node may be called as a value is."""
+    return type(named), named.name
 
 
 def _way_taken(node: ir.Node, facts: Facts) -> bool | None:
@@ -75,24 +83,27 @@ def _is_discrete(value: ir.Value | None, facts: Facts) -> bool:
     return True
 
 
-def _open(node: ir.Node, model: ir.Model, names: Names, borne: Counter[str | None], *, taken: bool) -> list[ir.Node]:
+def _open(
+    node: ir.Node, model: ir.Model, names: Names, borne: Counter[tuple[type, str | None]], *, taken: bool
+) -> list[ir.Node]:
     """Put the nodes of one branch in the place of an If, keeping `borne`, in place too; return what is to go."""
     outer = node.graph
     assert isinstance(outer, ir.Graph), "an If that is gone is not opened"
     branch, other = (node.attributes[f"{w}_branch"].as_graph() for w in ("then", "else")[:: 1 if taken else -1])
     dead = [node]
+    borne.subtract(map(_key, _named(graphs_of(other))))
     for graph in graphs_of(other):
-        borne.subtract(v.name for v in _values(graph))
         dead.extend(graph)
         graph.outputs.clear()
     results, nodes, stored = list(branch.outputs), list(branch), list(branch.initializers.values())
     branch.outputs.clear()
     branch.initializers.clear()
     branch.remove(nodes)
-    for value in (*stored, *(v for inner in nodes for v in inner.outputs)):
-        if value.name and borne[value.name] > 1:
-            borne[value.name] -= 1
-            value.name = names.unique(value.name)
+    moved: list[ir.Value | ir.Node] = [*stored, *nodes, *(v for inner in nodes for v in inner.outputs)]
+    for named in moved:
+        if named.name and borne[_key(named)] > 1:
+            borne[_key(named)] -= 1
+            named.name = names.unique(named.name)
     for value in stored:
         outer.register_initializer(value)
         if model.ir_version < 4:

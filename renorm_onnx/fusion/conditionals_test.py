@@ -177,3 +177,18 @@ def test_what_becomes_constant_only_then_is_worked_out_from_what_was_folded_befo
     fused, report = fuse(model)
     assert next(e.way for e in report.entries if e.outcome == "folded") == "forward"
     assert_same(model, fused)
+
+
+def test_nodes_of_two_branches_that_bear_one_name_are_told_apart():
+    b = Builder()
+    taken = [
+        choose(b, b.constant(np.array(True)), lambda: [b.conv("x", 4, 6)], lambda: [b.conv("x", 4, 6)]) for _ in "ab"
+    ]
+    model = b.model(IMAGE, [b.norm(t, 6) for t in taken])
+    for chooser in (n for n in model.graph.node if n.op_type == "If"):
+        for attribute in chooser.attribute:
+            attribute.g.node[0].name = "conv"
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Conv", "Conv"]
+    assert sorted(n.name for n in fused.graph.node) == ["conv", "conv_1"]  # onnxruntime refuses two of one name
+    assert_same(model, fused)
