@@ -142,7 +142,7 @@ class AffineMap(NamedTuple):
         same = [
             i
             for i in range(len(self.axes))
-            if all((v == v.take([0], axis=i)).all() for v in (self.scale, self.shift)) and self.scale.shape[i]
+            if self.scale.shape[i] and all((v == v.take([0], axis=i)).all() for v in (self.scale, self.shift))
         ]
         if not same:
             return self
@@ -227,7 +227,7 @@ def concatenate(maps: Sequence[AffineMap], lengths: Sequence[int], axis: int) ->
     periodic = frozenset[int]().union(*(m.periodic for m in spread))
     assert axis not in periodic, "pieces of an open axis have no length"
     arrays = [np.stack(_placed(m, axes[-1] + 1)) for m in spread]
-    shape = np.broadcast_shapes(*(np.take(a, [0], axis + 1).shape for a in arrays))
+    shape = np.broadcast_shapes(*((*a.shape[: axis + 1], 1, *a.shape[axis + 2 :]) for a in arrays))
     shapes = [(*shape[: axis + 1], n, *shape[axis + 2 :]) for n in lengths]
     both = np.concatenate([np.broadcast_to(a, s) for a, s in zip(arrays, shapes, strict=True)], axis + 1)
     both = both.reshape([2, *(both.shape[a + 1] for a in axes)])

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from renorm_onnx.fusion.affine import AffineMap, UnlikeAxesError, together
+from renorm_onnx.fusion.affine import AffineMap, UnlikeAxesError, concatenate, together
 from renorm_onnx.fusion.carrier import Carrier, Desk, Step, ask
 from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -48,3 +48,9 @@ def test_maps_that_disagree_on_an_axis_of_open_size_are_refused_by_name(one, two
     assert isinstance(answer, Refusal)
     assert (answer.reason, answer.obstacle) == (Reason.SHAPE, "mul")
     assert isinstance(ask(Composing(), "forward", node, {0: one, 1: one}, desk), Step)
+
+
+def test_a_piece_without_channels_joins_the_others_and_stays_what_it_is():
+    whole = concatenate([along(0), along(3)], [0, 3], 0)
+    assert whole.equals(along(3))
+    assert whole.take(slice(0), 0).reduced().equals(along(0))
