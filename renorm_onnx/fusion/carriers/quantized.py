@@ -57,11 +57,14 @@ def weight_of(node: ir.Node, index: int, desk: Desk) -> Parameter | None:
 
 
 def no_weight(node: ir.Node, index: int, desk: Desk) -> Refusal:
-    """Why `weight_of` found no numbers: the weight is computed, or dequantized for others too."""
+    """Why `weight_of` found no numbers: the weight is computed, or dequantized for others too, or of other integers."""
     value = node.inputs[index] if index < len(node.inputs) else None
     maker = None if value is None else value.producer()
     if maker is not None and maker.op_type == "DequantizeLinear" and desk.is_constant(maker, 0):
-        return refuse(Reason.CONSUMER, maker, "makes a weight that is read elsewhere too", structural=True)
+        if _dequantizer(node, index, desk) is None:
+            return refuse(Reason.CONSUMER, maker, "makes a weight that is read elsewhere too", structural=True)
+        kinds = f"constant {', '.join(kind.name for kind in INTEGERS)} with constant scales"
+        return refuse(Reason.DTYPE, maker, f"makes a weight of something else than {kinds}", structural=True)
     return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto, numpy_helper
@@ -18,6 +19,7 @@ from renorm_onnx.fusion.carriers.exact_folding_test import (
     operators,
     quarters,
 )
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.report import Reason
 
 RNG = np.random.default_rng(0)
@@ -174,6 +176,15 @@ def test_a_quantized_weight_that_another_reads_stays() -> None:
     computed = text.replace("(q, qs)", "(p, qs)").replace("w = ", "p = Cast<to=3>(x) w = ")
     model = build(computed, "double[4,4,1,1] x", "y, z", opset=21, qs=np.array(0.5), **norm(4))
     assert_fuses(model, [Reason.WEIGHT])
+
+
+def test_a_quantized_weight_of_other_integers_stays_and_is_not_said_to_be_read_elsewhere() -> None:
+    text = f"w = DequantizeLinear(q, qs) d = {bn('x')} y = Conv(d, w)"
+    narrow = SQUARE.clip(-8, 7).astype(ml_dtypes.int4)
+    model = build(text, IMAGE4, "y", opset=21, q=narrow, qs=np.array(0.5, np.float32), **norm(4))
+    [kept] = fuse(model)[1].kept
+    assert kept.refusals[-1].reason == Reason.DTYPE
+    assert "something else than constant INT8, UINT8" in kept.detail
 
 
 def test_a_uniform_map_scales_every_scale_and_channels_lie_on_axis_1_unless_it_is_said() -> None:
