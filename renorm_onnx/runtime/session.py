@@ -126,7 +126,7 @@ class Session:
                 values = [tensors.to_numpy(value) for value in binding.get_outputs()]
             else:
                 arrays = {name: np.asarray(value) for name, value in feeds.items()}
-                values = self._session.run(names, arrays)
+                values = self._session.run(names, arrays) if names else []  # it takes no names for all names
         except InputError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -301,8 +301,8 @@ class Session:
         device = next((where for where in map(tensors.device_of, feeds.values()) if where[0] == "cuda"), ("cpu", 0))
         if self.provider == "cpu":
             device = ("cpu", 0)
-        binding = self._bind(feeds, self._output_names, device)
         try:
+            binding = self._bind(feeds, self._output_names, device)
             self.run_bound(binding)
         except InputError as error:
             raise self._explained(error, feeds) from error

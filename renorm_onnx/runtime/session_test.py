@@ -45,6 +45,7 @@ def test_a_session_runs_numpy_by_name_and_states_its_options():
     assert list(got) == ["total", "larger"]
     np.testing.assert_array_equal(got["total"], a + b)
     np.testing.assert_array_equal(session.run({"a": a, "b": b}, ["larger"])["larger"], a > b)
+    assert session.run({"a": a, "b": b}, []) == {}
     assert (session.provider, session.optimize, session.threads, session.spinning) == ("cpu", "off", 1, False)
     assert {node.provider for node in session.placement} == {"CPUExecutionProvider"}
     assert {node.op_type for node in session.placement} == {"Add", "Greater"}
@@ -92,7 +93,7 @@ def test_booleans_of_torch_go_in_and_come_out(size):
     y, inverse = session(x, mask)
     assert torch.equal(y, torch.where(mask, x, -x))
     assert torch.equal(inverse, ~mask)
-    with pytest.raises(InputError, match="input 'mask' has type float, expected bool"):
+    with pytest.raises(InputError, match="input 'mask' has type float32, expected bool"):
         session(x, x)
 
 
@@ -109,6 +110,8 @@ def test_torch_tensors_that_are_not_contiguous_or_need_gradients_are_accepted():
     b = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     total = Session(model())(a, b)[0]
     torch.testing.assert_close(total, (a + b).detach(), rtol=0, atol=0)
+    with pytest.raises(InputError, match="input 'b' has type float64, expected float32"):
+        Session(model())(a, b.double())
 
 
 def test_warming_up_needs_no_inputs():
@@ -127,6 +130,7 @@ def test_warming_up_needs_no_inputs():
         (lambda s, a, b: s.run({"a": a, "b": b[0]}), r"input 'b' has shape \(3,\), expected \('N', 3\)"),
         (lambda s, a, b: s.run({"a": a, "b": b.astype(np.float64)}), "input 'b' has type float64, expected float32"),
         (lambda s, a, b: s.run({"a": a, "b": "text"}), "input 'b' has type <U4, expected float32"),
+        (lambda s, a, b: s.run({"a": a, "b": [[1.0], [2.0, 3.0]]}), "input 'b' is no array: .*inhomogeneous"),
         (lambda s, a, b: s.run({"a": a, "b": b}, ["no"]), r"outputs asked for are \['no'\], the model has \["),
         (lambda s, a, b: s.run({"a": a, "b": b[:3]}), "running failed: .*3 by 4"),
         (lambda s, a, b: s(a), r"inputs given are \['a'\], expected \['a', 'b'\]"),

@@ -31,7 +31,10 @@ def misfit(specs: Sequence[TensorSpec], optional: Collection[str], feeds: Any) -
 
 def _problem(spec: TensorSpec, value: Any) -> str:
     if not is_foreign(value):
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            return f"input {spec.name!r} is no array: {error}"
     given, shape = str(value.dtype).rpartition(".")[2], tuple(value.shape)
     if spec.dtype is not None and given != spec.dtype.name:
         return f"input {spec.name!r} has type {given}, expected {spec.dtype.name}"
