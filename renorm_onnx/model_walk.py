@@ -19,7 +19,7 @@ def graphs_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Graph]:
         yield graph
         for node in graph:
             if node.attributes.data:
-                graphs.extend(_subgraphs(node))
+                graphs.extend(bodies_of(node))
 
 
 def nodes_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Node]:
@@ -30,10 +30,11 @@ def nodes_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Node]:
             yield node
             # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
             if node.attributes.data:
-                graphs.extend(_subgraphs(node))
+                graphs.extend(bodies_of(node))
 
 
-def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs that a node holds, without those inside them."""
     for attribute in node.attributes.data.values():
         if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
             yield attribute.as_graph()

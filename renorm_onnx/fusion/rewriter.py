@@ -13,6 +13,7 @@ import onnx_ir as ir
 from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.inlining import Names, names_in
+from renorm_onnx.model_walk import bodies_of, graphs_of
 
 
 class Rewriter:
@@ -86,12 +87,19 @@ class Rewriter:
         return added
 
     def delete(self, nodes: Iterable[ir.Node]) -> None:
-        """Make nodes read nothing; `clean` takes them out of their graphs, and what only they read."""
+        """Make nodes, and the graphs in them, read nothing; `clean` takes them out, and what only they read."""
         for node in nodes:
-            self._unread.update(dict.fromkeys(v for v in node.inputs if v is not None))
             assert isinstance(node.graph, ir.Graph)
             self._gone[node] = node.graph
-            node.resize_inputs(0)
+            self._blind(node)
+            for graph in (g for body in bodies_of(node) for g in graphs_of(body)):
+                graph.outputs.clear()
+                for inner in graph:
+                    self._blind(inner)
+
+    def _blind(self, node: ir.Node) -> None:
+        self._unread.update(dict.fromkeys(v for v in node.inputs if v is not None))
+        node.resize_inputs(0)
 
     def clean(self) -> None:
         """Remove deleted nodes, constants that nobody reads any more, and operators that computed nothing else."""
