@@ -19,8 +19,8 @@ from renorm_onnx.model_walk import graphs_of, nodes_of
 def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]:
     """Replace, in place, every If of which the condition is proven by the branch that it takes.
 
-    Nodes of the branch, and what they compute, get another name where theirs stands elsewhere in the model too; the
-    outputs keep theirs.
+    Nodes of the branch, and what they compute, get another name where theirs stands elsewhere in the model too, those
+    of graphs inside it as well, to which more becomes visible; the outputs keep theirs.
 
     Args:
         model: Changed in place; facts about its values are to be forgotten afterwards.
@@ -95,11 +95,11 @@ def _open(
     for graph in graphs_of(other):
         dead.extend(graph)
         graph.outputs.clear()
+    moved = list(_named(graphs_of(branch)))
     results, nodes, stored = list(branch.outputs), list(branch), list(branch.initializers.values())
     branch.outputs.clear()
     branch.initializers.clear()
     branch.remove(nodes)
-    moved: list[ir.Value | ir.Node] = [*stored, *nodes, *(v for inner in nodes for v in inner.outputs)]
     for named in moved:
         if named.name and borne[_key(named)] > 1:
             borne[_key(named)] -= 1

@@ -192,3 +192,38 @@ def test_nodes_of_two_branches_that_bear_one_name_are_told_apart():
     assert operators(fused) == ["Conv", "Conv"]
     assert sorted(n.name for n in fused.graph.node) == ["conv", "conv_1"]  # onnxruntime refuses two of one name
     assert_same(model, fused)
+
+
+def test_names_inside_a_branch_make_way_for_those_of_the_opened_if():
+    b = Builder()
+    h = b.conv("x", 4, 6)
+    asks = b.node("Greater", b.node("ReduceSum", "x", keepdims=0), b.constant(np.array(0.5)))
+    inner = lambda: choose(b, asks, lambda: [b.node("Neg", h, out="inside")], lambda: [b.node("Relu", h)])  # noqa: E731
+    taken = choose(b, b.constant(np.array(True)), lambda: [b.conv(inner(), 6, 6)], lambda: [b.conv(h, 6, 6)])
+    model = with_names(b.model(IMAGE, [b.norm(taken, 6)]), **{taken: "inside"})
+    fused, report = fuse(model)
+    assert not report.kept
+    [still] = [n for n in fused.graph.node if n.op_type == "If"]
+    names = [o for a in still.attribute for n in a.g.node for o in n.output]
+    assert "inside" not in names, "onnxruntime refuses a name that stands inside and behind"
+    assert_same(model, fused)
+
+
+def test_what_only_an_if_without_readers_reads_goes_with_it():
+    b = Builder()
+
+    def taken() -> list[str]:
+        inside = b.node("Tanh", "x")
+        # Nobody reads the norm, and once it is gone, nobody reads the If, whose branches read the Tanh.
+        b.norm(choose(b, asks, lambda: [b.node("Neg", inside)], lambda: [b.node("Abs", inside)]), 4)
+        return [b.node("Relu", "x")]
+
+    for flag in (True, False):
+        b.nodes.clear()
+        asks = b.node("Greater", b.node("ReduceSum", "x", keepdims=0), b.constant(np.array(0.5)))
+        chosen = choose(b, b.constant(np.array(flag)), taken, lambda: [b.node("Neg", "x")])
+        model = b.model(IMAGE, [b.norm(b.node("Sigmoid", chosen), 4)])
+        fused, report = fuse(model)
+        assert [n.outcome for n in report.norms] == ["kept", "folded"]
+        assert operators(fused) == ["Relu" if flag else "Neg", "Sigmoid", "BatchNormalization"]
+        assert_same(model, fused)
