@@ -22,7 +22,7 @@ from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
 from renorm_onnx.fusion.branches import Merge, find_merges
 from renorm_onnx.fusion.calls import define_calls, open_absorbers, open_norms
-from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, label
+from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, label, refuse
 from renorm_onnx.fusion.carriers import load_carriers
 from renorm_onnx.fusion.conditionals import open_conditionals
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
@@ -148,6 +148,9 @@ class _Engine:
             if n.op_identifier() in self._model.functions
             for v in n.outputs
         }
+        if self._desk.opset > onnx.defs.onnx_opset_version():
+            self._keep_all()
+            return self._report
         open_norms(self._model)
         self._fold_all()
         while self._open():
@@ -158,6 +161,16 @@ class _Engine:
         self._report.operators_after = count_operators(self._model)
         logger.info("%s", self._report)
         return self._report
+
+    def _keep_all(self) -> None:
+        """Say of every norm that nobody here knows what its operators, and those around it, compute."""
+        opset, newest = self._desk.opset, onnx.defs.onnx_opset_version()
+        why = f"is of opset {opset}, and the newest that onnx {onnx.__version__} knows is {newest}; upgrade onnx"
+        for graph in graphs_of(self._model.graph):
+            for norm in find_norms(list(graph), self._desk):
+                for entry in self._entries_of(norm):
+                    entry.refusals = (refuse(Reason.UNKNOWN_OPSET, norm.nodes[0], why),)
+        self._report.operators_after = self._report.operators_before
 
     def _fold_all(self) -> None:
         self._rewriter.learn()

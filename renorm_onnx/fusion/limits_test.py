@@ -83,3 +83,20 @@ def test_a_result_beyond_protobuf_is_refused_with_the_way_that_works(
     assert done.written
     assert (tmp_path / "fused.onnx").stat().st_size < 20_000
     assert_same(model, onnx.load(tmp_path / "fused.onnx"))
+
+
+@pytest.mark.parametrize("newer", [0, 1])
+def test_nothing_folds_at_an_opset_that_nobody_here_knows(newer: int) -> None:
+    b = Builder()
+    branches = [b.norm(b.conv("x", 4, 6, kernel=k, pads=[k // 2] * 4), 6) for k in (1, 3)]
+    model = b.model({"x": ["n", 4, "h", "w"]}, [b.node("Add", *branches, out="y")])
+    known = onnx.defs.onnx_opset_version()
+    model.opset_import[0].version = known + newer
+    fused, report = fuse(model)
+    if newer:
+        assert [norm.reason for norm in report.kept] == [Reason.UNKNOWN_OPSET] * 2
+        assert f"is of opset {known + 1}, and the newest that onnx" in report.kept[0].detail
+        assert operators(fused) == operators(model)
+    else:
+        assert not report.kept
+        assert report.branches_merged == 1

@@ -24,6 +24,7 @@ class Reason(enum.StrEnum):
     TRAINING = "training-mode"
     OUTPUTS = "extra-outputs-used"
     OPSET = "opset-too-old"
+    UNKNOWN_OPSET = "opset-unknown"
     NOT_CONSTANT = "parameters-not-constant"
     OVERRIDABLE = "parameters-overridable"
     NEGATIVE_VARIANCE = "negative-variance"
