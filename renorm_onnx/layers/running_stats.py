@@ -17,6 +17,7 @@ from renorm_onnx.layers.distributed import pooled_statistics
 from renorm_onnx.layers.functional import BatchStatistics, accumulation_type
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.schedules import CONSTANT
+from renorm_onnx.layers.swap import check_module
 
 # What a pass over data changes on a layer and puts back.
 _OPTIONS = ("momentum", "schedule", "r_max", "d_max")
@@ -98,8 +99,10 @@ def update_stats(
         The number of batches used; 0 if the model has no layer that tracks statistics.
 
     Raises:
+        InputError: `module` is no module: the arguments stand in the other order than those of `update_bn`.
         InputError: `batches` is empty. The statistics are then unchanged, as after any other exception.
     """
+    check_module(module, "update_stats(module, batches)")
     tracked = _tracked(module)
     if not tracked:
         return 0
@@ -136,7 +139,11 @@ def sync_running_stats(module: nn.Module, process_group: "dist.ProcessGroup | No
 
     Returns:
         The number of layers whose statistics were combined; 0 without an initialized process group.
+
+    Raises:
+        InputError: `module` is no module.
     """
+    check_module(module, "sync_running_stats")
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     tracked = _tracked(module)

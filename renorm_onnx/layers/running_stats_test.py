@@ -5,7 +5,7 @@ from torch.optim.swa_utils import update_bn
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.modules import BatchRenorm1d
-from renorm_onnx.layers.running_stats import update_stats
+from renorm_onnx.layers.running_stats import sync_running_stats, update_stats
 from renorm_onnx.layers.schedules import HardSwitch
 
 
@@ -118,3 +118,12 @@ def test_an_empty_or_failing_pass_leaves_the_model_as_it_was():
 def test_a_model_without_statistics_is_not_run():
     model = nn.Sequential(BatchRenorm1d(3, track_running_stats=False))
     assert update_stats(model, iter([None])) == 0
+
+
+def test_arguments_in_the_order_of_update_bn_are_refused_with_the_right_order():
+    with pytest.raises(
+        InputError, match=r"update_stats\(module, batches\): module is a list, expected a torch\.nn\.Mod"
+    ):
+        update_stats(batches(), network())
+    with pytest.raises(InputError, match=r"sync_running_stats: module is a dict, expected a torch\.nn\.Module"):
+        sync_running_stats(dict(network().state_dict()))
