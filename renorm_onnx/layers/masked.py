@@ -11,6 +11,8 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers import kernels
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def length_mask(lengths: Tensor, length: int) -> Tensor:
     """Return the mask of sequences padded at their end.
@@ -27,12 +29,21 @@ def length_mask(lengths: Tensor, length: int) -> Tensor:
         Shape (N, length), bool.
 
     Raises:
-        InputError: `lengths` is not a vector of integers.
+        InputError: `lengths` is not a vector of integers; or, on the CPU and run eagerly, one is outside 0 .. `length`.
     """
-    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.is_complex():
+    if not isinstance(lengths, Tensor):
+        raise InputError(
+            f"length_mask: lengths is a {type(lengths).__name__}, expected a tensor of integers, such as "
+            "torch.tensor([3, 1])"
+        )
+    if lengths.dim() != 1 or lengths.dtype not in _INTEGERS:
         raise InputError(
             f"length_mask: lengths has shape {tuple(lengths.shape)} and dtype {lengths.dtype}, expected integers (N,)"
         )
+    if lengths.is_cpu and kernels.available(lengths) and lengths.numel() > 0:
+        least, most = (int(bound) for bound in lengths.aminmax())
+        if least < 0 or most > length:
+            raise InputError(f"length_mask: lengths has values from {least} to {most}, expected 0 to length={length}")
     return torch.arange(length, device=lengths.device) < lengths.unsqueeze(1)
 
 

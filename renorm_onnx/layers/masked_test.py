@@ -132,3 +132,30 @@ def test_a_mask_that_does_not_fit_is_refused():
 
 def test_lengths_become_a_mask():
     assert length_mask(torch.tensor([0, 2, 3]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        (torch.tensor([-3, 2]), "lengths has values from -3 to 2, expected 0 to length=10"),
+        (torch.tensor([4, 11]), "lengths has values from 4 to 11, expected 0 to length=10"),
+        ([3, 1], "lengths is a list, expected a tensor of integers"),
+        (torch.tensor([True, False]), r"dtype torch\.bool, expected integers"),
+    ],
+    ids=str,
+)
+def test_lengths_that_no_sequence_can_have_are_refused(lengths, said):
+    with pytest.raises(InputError, match=f"length_mask: .*{said}"):
+        length_mask(lengths, 10)
+
+
+def test_lengths_are_not_looked_at_where_that_would_break_a_graph():
+    class Mask(torch.nn.Module):
+        def forward(self, lengths):
+            return length_mask(lengths, 4)
+
+    lengths = torch.tensor([3, 0])
+    compiled = torch.compile(Mask(), backend="eager", fullgraph=True)
+    for mask in (compiled, torch.export.export(Mask(), (lengths,)).module()):
+        assert torch.equal(mask(lengths), Mask()(lengths))
+    assert length_mask(torch.zeros(0, dtype=torch.int8), 4).shape == (0, 4)
