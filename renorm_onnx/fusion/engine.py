@@ -112,7 +112,8 @@ def fuse_in_place(model: ir.Model, options: FuseOptions | None = None) -> Fusion
         options: What may be done; None for the defaults.
 
     Returns:
-        The report. Where its `changed` is false, nothing was folded, though function calls may have been inlined.
+        The report. Where its `changed` is false, nothing was folded, though function calls may have been inlined, and
+        an If or a sequence opened, in vain.
 
     Raises:
         InputError: An option is unknown; the model's opset is too old for a function of ours that it calls and lacks.
