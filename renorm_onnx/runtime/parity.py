@@ -275,7 +275,7 @@ class _Comparison:
             except RenormError as error:  # what runs once may not run again: too large to copy, out of memory
                 self._remarks.append(f"on {one.provider} no more than {number} neighbours of the original: {error}")
                 return
-        self._extent = " and its neighbours'"
+        self._extent = ", neighbours included"
         self._remarks.append(
             f"on {one.provider} the limits are those of {_NEIGHBOURS} neighbours of the original, its weights rounded "
             "otherwise, since one run of it says too little of what rounding costs"
@@ -356,12 +356,13 @@ def _first_of(reasons: Iterable[str]) -> str:
 
 
 def _summary(rows: Sequence[Row], extent: str) -> str:
-    deciding = [row for row in rows if row.decides]
-    elements = sum(row.elements for row in deciding if row.inputs != POOLED)
-    worst = max(deciding, key=lambda row: row.typical)
+    """Say how much was compared, and how the output fares that uses most of what it is allowed."""
+    elements = sum(row.elements for row in rows if row.decides and row.inputs != POOLED)
+    pooled = [row for row in rows if row.inputs == POOLED]
+    worst = max(pooled, key=lambda row: (row.typical, row.fused))
+    where = "" if len(pooled) == 1 else f" of {worst.output!r} on {worst.provider}"
     outputs, providers = {row.output for row in rows}, {row.provider for row in rows}
     return (
-        f"{len(outputs)} output(s) on {', '.join(sorted(providers))}, {elements} elements: relative error "
-        f"{max(row.fused for row in deciding):.1e}, unfused {max(row.unfused for row in deciding):.1e}; at most "
-        f"{worst.typical:.2f} x the unfused model's own{extent}"
+        f"{len(outputs)} output(s) on {', '.join(sorted(providers))}, {elements} elements: relative error{where} "
+        f"{worst.fused:.1e}, unfused {worst.unfused:.1e}; {worst.typical:.2f} x its yardstick{extent}"
     )

@@ -6,6 +6,7 @@ import pytest
 
 from renorm_onnx.delivery import fuse_file
 from renorm_onnx.errors import InputError
+from renorm_onnx.runtime.judging.verdict import POOLED
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.parity_networks_test import build
 from renorm_onnx.runtime.parity_test import edit, model_of
@@ -116,3 +117,19 @@ def test_the_report_says_where_the_nodes_ran():
     verdict = verify(build("mlp"), build("mlp", fold=True))
     assert verdict.environment["placement"] == {"cpu": {"CPUExecutionProvider": 3}}
     assert verdict.to_dict()["rows"][0]["spread"]["argmax_positions"] > 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("convnet", np.float16), ("two_inputs_two_outputs", np.float32)])
+def test_the_sentence_takes_its_figures_from_the_output_that_uses_most_of_what_is_allowed(name, dtype):
+    verdict = verify(build(name, dtype=dtype), build(name, fold=True, dtype=dtype))
+    pooled = [row for row in verdict.rows if row.inputs == POOLED and row.decides]
+    worst = max(pooled, key=lambda row: row.typical)
+    where = f" of {worst.output!r} on cpu" if len(pooled) > 1 else ""
+    said = f"{where} {worst.fused:.1e}, unfused {worst.unfused:.1e}; {worst.typical:.2f} x its yardstick"
+    assert verdict.reason.endswith(f" elements: relative error{said}")
+
+
+def test_a_model_in_which_nothing_folds_is_said_to_have_been_compared_with_itself():
+    said = "verdict: yes, but nothing folds here, so the model was compared with itself. 2 output(s) on cpu, "
+    assert str(verify(two_outputs(0.5, 1.0))).startswith(said)
+    assert "compared with itself" not in str(verify(build("mlp")))

@@ -343,7 +343,7 @@ def test_models_over_the_limit_are_not_run_but_still_checked_place_by_place():
     assert not verdict.ok
     assert "one run takes" in verdict.skipped[0]
     assert verdict.sites.ok
-    assert "not checked: one run takes" in str(verdict)
+    assert str(verdict).count("one run takes") == 1
     verdict = verify(build("convnet"), one_bias_moved("convnet"), limit=small, sites=True)
     assert verdict.outcome == "no"
 

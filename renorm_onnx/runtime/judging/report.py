@@ -12,6 +12,11 @@ from renorm_onnx.runtime.table import text_table
 
 SCHEMA_VERSION = 1
 
+_EXPLANATION = (
+    "unfused, fused: RMS error against float64, relative; rms, worst: RMS and largest error of the fused model in",
+    "units of its yardstick, the errors of the unfused model or what its type rounds, whichever is larger",
+)
+
 
 @dataclass(frozen=True)
 class Repeat:
@@ -120,7 +125,7 @@ class Verdict:
         lines += [f"nodes on {name}: {', '.join(f'{n} on {ep}' for ep, n in nodes.items())}" for name, nodes in placed]
         lines += [str(self.sites)] if self.sites is not None else []
         lines += [f"\n{layer}" for layer in self.layers]
-        lines += [f"not checked: {text}" for text in self.skipped]
+        lines += self.left_out()
         lines += [f"note: {text}" for text in self.remarks]
         if self.rows:
             lines.append(
@@ -128,8 +133,14 @@ class Verdict:
             )
         return "\n".join(lines)
 
+    def left_out(self) -> list[str]:
+        """Return a line for each thing that was not checked and that `reason` does not name."""
+        return [f"not checked: {text}" for text in self.skipped if text not in self.reason]
+
     def _proviso(self) -> str:
         """What a yes leaves open: such a place was only run with the whole, where a dead Relu may hide it."""
+        if self.ok and self.fusion is not None and not self.fusion.changed:
+            return ", but nothing folds here, so the model was compared with itself"
         if self.sites is None or not self.sites.unchecked or self.outcome == "no":
             return ""
         count = len(self.sites.unchecked)
@@ -159,8 +170,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         )
         for row in rows
     ]
-    explanation = "relative RMS error against float64; rms and worst: in units of the unfused model's own error"
-    return [explanation, *text_table(header, cells, numbers=(5, 6, 7, 8, 9))]
+    return [*_EXPLANATION, *text_table(header, cells, numbers=(5, 6, 7, 8, 9))]
 
 
 def _furthest(rows: Sequence[Row]) -> list[Row]:
