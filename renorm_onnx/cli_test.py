@@ -154,6 +154,22 @@ def test_a_missing_execution_provider_is_exit_3(model, capsys):
     assert not Path("model.fused.onnx").exists()
 
 
+def test_a_provider_is_asked_for_even_where_nothing_folds(model, capsys, monkeypatch):
+    from renorm_onnx.runtime import providers
+
+    assert run("fuse", "model.onnx", "-o", "once.onnx") == cli.YES
+    capsys.readouterr()
+    for more in ([], ["--no-verify"]):
+        assert run("fuse", "once.onnx", "--ep", "tpu", *more) == cli.BAD_INPUT
+        assert "execution provider 'tpu' is unknown" in one_line(capsys)
+    broken = providers.ProviderStatus("cuda", False, "driver missing", "libcuda.so.1", "Install one")
+    monkeypatch.setattr(providers, "provider_status", lambda name: broken)
+    assert run("fuse", "once.onnx", "--ep", "cuda") == cli.BAD_MACHINE
+    assert "cuda: driver missing" in one_line(capsys)
+    assert not Path("once.fused.onnx").exists()
+    assert run("fuse", "once.onnx", "--ep", "cuda", "--no-verify") == cli.YES
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -23,6 +23,7 @@ from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
 from renorm_onnx.fusion.report import METADATA_KEY, FusionReport
 from renorm_onnx.inlining import inline
 from renorm_onnx.onnx_function import DOMAIN
+from renorm_onnx.runtime import providers as execution_providers
 from renorm_onnx.runtime.table import text_table
 from renorm_onnx.version import __version__
 
@@ -92,9 +93,10 @@ class FusedFile:
     def _conclusion(self) -> list[str]:
         lines = []
         if self.verdict is not None:
-            # The rows interest only who doubts the answer: `renorm-onnx verify` prints them all.
-            lines = str(self.verdict).splitlines()[: 1 if self.verdict.ok else None]
-        if self.unchecked:
+            lines = str(self.verdict).splitlines()
+            if self.verdict.ok:  # the rows interest only who doubts it: `renorm-onnx verify` prints them all
+                lines = [lines[0], *self.verdict.left_out()]
+        elif self.unchecked:
             lines.append(f"not verified: {self.unchecked}")
         if not self.written:
             lines.append("wrote nothing")
@@ -213,17 +215,22 @@ def fuse_file(
 
     Raises:
         ModelFileError: The model cannot be read, or the target must not or cannot be written.
-        InputError: An option is unknown; the model's opset is too old for a function of ours that it calls and lacks.
+        InputError: An option or a provider is unknown; the model's opset is too old for a function of ours that it
+            calls and lacks.
         MachineError: The check was required, or a provider asked for, and this machine lacks what it needs.
     """
     if verify not in VERIFY:
         raise InputError(f"fuse: verify={verify!r} given, expected one of {', '.join(VERIFY)}")
+    for name in providers:
+        execution_providers.provider_of(name)
     if in_place and target is not None:
         raise InputError(f"fuse: an output ({os.fspath(target)!r}) and in-place were both given; choose one")
     original = model_file.load(source, allow_symlinks=allow_symlinks)
     path = os.fspath(source) if in_place else os.fspath(target) if target is not None else default_target(source)
     if not dry_run:
         model_file.check_output(path, inputs=[] if in_place else [source], force=force or in_place)
+    if verify != "never":
+        _require(providers)
     before = os.path.getsize(source) + _data_size(original)
     defined = define_calls(original)  # or nothing could run the original, to compare with
     # The check compares with the original; without one, nobody else needs it.
@@ -289,6 +296,16 @@ def _check(
             raise
         return None, str(error)
     return verdict, "; ".join(verdict.skipped) if verdict.outcome == "skipped" else ""
+
+
+def _require(providers: Sequence[str]) -> None:
+    """Raise `MachineError` where a provider that was asked for is missing, as a check on it would."""
+    for name in providers:
+        if execution_providers.provider_of(name)[0] == "cpu":  # that one is also checked without onnxruntime
+            continue
+        status = execution_providers.provider_status(name)
+        if not status.creatable:
+            raise MachineError(f"fuse: provider {status}")
 
 
 def _data_size(model: ir.Model) -> int:

@@ -217,3 +217,30 @@ def test_an_if_that_was_opened_in_vain_is_in_the_copy_and_in_the_table(tmp_path)
     done = fuse_file(source)
     assert Path(done.target).read_bytes() == source.read_bytes()
     assert done.report.operators_after == {"If": 1, "Relu": 2, "BatchNormalization": 1}
+
+
+def test_what_the_check_left_out_is_said_beside_its_yes(tmp_path):
+    model = model_of_calls(foldable=True)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "w")
+    array = numpy_helper.to_array(weight).copy()
+    array[0] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(array, "w"))
+    done = fuse_file(saved(tmp_path / "model.onnx", model, defined=True))
+    assert done.ok
+    verdict, left_out, wrote = str(done).splitlines()[-3:]
+    assert verdict.startswith("verdict: yes")
+    assert left_out.startswith("not checked: ")
+    assert left_out.endswith("elements of 'y' on cpu: the reference or both models are not finite")
+    assert wrote == f"wrote {done.target}"
+
+
+def test_why_the_whole_was_not_run_is_said_once(tmp_path):
+    model = model_of_calls(foldable=True)
+    model.graph.node.append(helper.make_node("Thing", ["y"], ["z"], domain="elsewhere"))
+    model.graph.output.append(helper.make_tensor_value_info("z", 1, [2, CHANNELS, 5, 5]))
+    model.opset_import.append(helper.make_opsetid("elsewhere", 1))
+    done = fuse_file(saved(tmp_path / "model.onnx", model, defined=True))
+    assert done.verdict is not None
+    assert done.verdict.outcome == "skipped"
+    assert str(done).count(done.unchecked) == 1
+    assert "verdict: skipped" in str(done)
