@@ -81,10 +81,12 @@ def bench(
         raise InputError(f"bench: optimize={wrong[0]!r}, expected some of {', '.join(LEVELS)}")
     if rounds < 1 or min(batches) < 1:
         raise InputError(f"bench: rounds={rounds!r} and batches={tuple(batches)!r}, expected at least 1")
+    counts = (threads,) if isinstance(threads, int) else tuple(threads)
+    if counts and max(counts) > (most := 8 * (os.cpu_count() or 1)):  # starting thousands takes minutes, or all memory
+        raise InputError(f"bench: threads={max(counts)}, expected at most {most}, 8 per core of this machine")
     before = _load()
     loaded = {name: runnable(model, allow_symlinks=allow_symlinks) for name, model in _named(models).items()}
     specs = _common_inputs(loaded)
-    counts = (threads,) if isinstance(threads, int) else tuple(threads)
     runs: list[_Run] = []
     remarks: list[str] = []
     chosen: dict[str, int] = {}

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import onnx
@@ -93,6 +94,7 @@ def test_inputs_are_not_zeros_and_shared_by_all_models(monkeypatch):
         (["mlp"], {"batches": ()}, "batches is empty"),
         (["mlp"], {"optimize": ("most",)}, "optimize='most'"),
         (["mlp"], {"rounds": 0}, "rounds=0"),
+        (["mlp"], {"threads": 99999}, rf"threads=99999, expected at most {8 * (os.cpu_count() or 1)}, 8 per core"),
         (["mlp", "convnet"], {}, r"'model 2' has inputs x: float32\['N', 3, 'H', 'W'\], expected those of 'model 1'"),
         (["upsampler"], {"batches": (4,)}, r"batch 4 is not possible, the first axis is fixed at \[1\]"),
     ],
