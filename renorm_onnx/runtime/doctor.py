@@ -22,10 +22,11 @@ from renorm_onnx.runtime.comparison import TOLERANCES, compare
 from renorm_onnx.runtime.providers import ProviderStatus
 from renorm_onnx.runtime.session import open_session
 from renorm_onnx.runtime.table import text_table
+from renorm_onnx.version import __version__
 
 SCHEMA_VERSION = 1
 
-_PACKAGES = ("numpy", "onnx", "onnx-ir", "torch", "onnxscript", "renorm-onnx")
+_PACKAGES = ("numpy", "onnx", "onnx-ir", "torch", "onnxscript")
 
 # GPU code in the onnxruntime-gpu 1.30 and 1.31 wheels of PyPI, read from their fat binaries; there is no PTX in them,
 # so that no other generation can run them. Other builds may differ.
@@ -124,11 +125,8 @@ def _system() -> Finding:
 
 
 def _packages() -> Finding:
-    found = []
-    for name in _PACKAGES:
-        version = _version(name)
-        found.append(f"{name} {version or 'absent'}")
-    return Finding("packages", "ok", ", ".join(found))
+    found = [f"{name} {_version(name) or 'absent'}" for name in _PACKAGES]
+    return Finding("packages", "ok", ", ".join([*found, f"renorm-onnx {__version__}"]))
 
 
 def _version(name: str) -> str:

@@ -10,6 +10,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.runtime import doctor, providers
 from renorm_onnx.runtime.providers import ProviderStatus
 from renorm_onnx.runtime.sessions.ort_errors import run_error
+from renorm_onnx.version import __version__
 
 
 def test_a_machine_that_can_run_on_its_cpu_is_healthy():
@@ -17,6 +18,7 @@ def test_a_machine_that_can_run_on_its_cpu_is_healthy():
     assert diagnosis.ok, str(diagnosis)
     by_name = {finding.name: finding for finding in diagnosis.findings}
     assert by_name["cpu parity"].level == "ok"
+    assert by_name["packages"].text.endswith(f", renorm-onnx {__version__}")
     assert "against float64" in by_name["cpu parity"].text
     assert {"system", "packages", "onnxruntime", "cores", "NVIDIA driver", "cuda provider"} <= set(by_name)
     assert json.loads(json.dumps(diagnosis.to_dict()))["schema_version"] == 1
