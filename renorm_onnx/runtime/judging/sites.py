@@ -222,7 +222,7 @@ def _site(name: str, before: Cut, after: Cut, want: Array, got: Array, bound: Ar
         relative = ratio(float(error[index]), abs(float(w[index])))
         problem = (
             f"at {list(index)} the reference gives {float(w[index])!r}, the candidate {float(g[index])!r}: "
-            f"{relative:.1e} off, {most:.3g} x what rounding the weights explains"
+            f"a relative error of {relative:.1e}, {most:.3g} x what rounding the weights explains"
         )
     return Site(name, *operators, w.size, most, index, (float(w[index]), float(g[index])), problem)
 
