@@ -47,7 +47,8 @@ def explain_failure(
         root = root.__cause__ or root.__context__
     message = f"to_onnx: torch could not export {who}{_at(where)}: {type(cause).__name__}: {cause}"
     message += "".join(f"\n{name}: {value!r}" for name, value in options.items() if value is not None)
-    message += "" if cause is error else f"\n\n{error}"
+    if cause is not error and not isinstance(cause, InputError):  # ours says what to do; torch's advice would mislead
+        message += f"\n\n{error}"
     return InputError(without_colour(message))
 
 
