@@ -37,6 +37,7 @@ from renorm_onnx.exporting.checks import (
     check_sizes,
     layers_of,
     modes_restored,
+    ordered_axes,
     quiet,
     uncompiled,
 )
@@ -115,6 +116,8 @@ def to_onnx(
     if live is not None:
         check_modes(live, mode)
         check_layers(live, functions=functions)
+        if dynamic_axes is not None:
+            dynamic_axes = ordered_axes(live, args, kwargs, dynamic_axes, input_names, output_names)
     elif isinstance(module, torch.export.ExportedProgram):
         check_program(module, mode)
         check_program_args(module, args, kwargs, dynamic_axes if dynamic_shapes is None else dynamic_shapes)

@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import nn
 
-from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import keep_ops, to_onnx, translation_table
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.running_stats import update_stats
@@ -270,8 +269,6 @@ def test_dynamic_axes_in_the_older_form() -> None:
     proto = to_onnx(net, images(), dynamic_axes={"x": {0: "batch"}}, input_names=["x"], output_names=["y"])
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert_agrees(proto, net, images(5))
-    with pytest.raises(InputError, match=r"dynamic_axes=\{'x': \{-1: 'w'\}\} given, but some of these sizes are fixed"):
-        to_onnx(net, images(), dynamic_axes={"x": {-1: "w"}}, input_names=["x"])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Everything here names the module in question by its path in the model, since tha
 import contextlib
 import copyreg
 import functools
+import inspect
 import logging
 import re
 import warnings
@@ -19,6 +20,7 @@ import onnxscript
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from renorm_onnx.errors import InputError, MachineError
 from renorm_onnx.exporting.failures import described
@@ -223,20 +225,62 @@ def check_names(model: ir.Model, input_names: Sequence[str] | None, output_names
             )
 
 
+def ordered_axes(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_axes: Any,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> dict[str, Any]:
+    """Return `dynamic_axes` with one entry per input, in their order: torch goes by the order of the entries alone.
+
+    Raises:
+        InputError: It is of another form, names what is no input or output, or an axis that an input does not have.
+    """
+    said = f"to_onnx: dynamic_axes={dynamic_axes!r} given"
+    if not isinstance(dynamic_axes, Mapping) or not all(
+        isinstance(v, dict | list | None) for v in dynamic_axes.values()
+    ):
+        raise InputError(f"{said}; expected a dict of inputs and their axes, such as {{'x': {{0: 'batch'}}}}")
+    parameters = inspect.signature(module.forward).parameters
+    given = dict(zip(parameters, args, strict=False)) | {name: kwargs[name] for name in parameters if name in kwargs}
+    leaves, _ = pytree.tree_flatten_with_path(given)
+    paths = [re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") for path, _ in leaves]
+    inputs = {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True) if isinstance(leaf, torch.Tensor)}
+    wanted = {name: axes for name, axes in dynamic_axes.items() if name not in (output_names or ())}
+    names = [*(input_names or ()), *list(inputs)[len(input_names or ()) :]]
+    if len(set(names)) != len(inputs):
+        raise InputError(
+            f"to_onnx: input_names={input_names!r} given; expected at most {len(inputs)} names, each given once"
+        )
+    if input_names is None and len(wanted) == len(inputs) and not wanted.keys() & inputs.keys():
+        names = list(wanted)  # names of the user's own
+    called = dict(zip(inputs, names, strict=False))
+    for name in wanted:
+        if name not in called.values():
+            raise InputError(f"{said}, but {name!r} is no input; the inputs are {list(called.values())}")
+    for path, x in inputs.items():
+        for axis in wanted.get(called[path]) or ():
+            if axis not in range(x.dim()):
+                raise InputError(
+                    f"{said}, but {called[path]!r} has no axis {axis!r}: its rank is {x.dim()}, its shape "
+                    f"{tuple(x.shape)}; axes count from 0"
+                )
+    return {called.get(path, path): wanted.get(called.get(path, "")) for path in paths}
+
+
 def check_sizes(model: ir.Model, dynamic_shapes: Any, dynamic_axes: Any) -> None:
     """Refuse a model with a fixed size that was asked to be dynamic.
 
-    A module that fixes a size makes torch give up the `torch.export.Dim` for it without a word, and a name in
-    `dynamic_axes` that is no input is passed over.
+    A module that fixes a size makes torch give up the `torch.export.Dim` for it without a word.
 
     Raises:
         InputError: There are fewer dynamic sizes than were asked for.
     """
-    asked = [
-        leaf for leaf in torch.utils._pytree.tree_leaves(dynamic_shapes) if isinstance(leaf, (str, torch.export.Dim))
-    ]
+    asked = [leaf for leaf in pytree.tree_leaves(dynamic_shapes) if isinstance(leaf, (str, torch.export.Dim))]
     outputs = {v.name for v in model.graph.outputs}
-    asked += [axis for name, axes in (dynamic_axes or {}).items() if name not in outputs for axis in axes]
+    asked += [axis for name, axes in (dynamic_axes or {}).items() if name not in outputs for axis in axes or ()]
     inputs = {
         v.name: [str(d) if isinstance(d, ir.SymbolicDim) else d for d in v.shape or ()] for v in model.graph.inputs
     }
@@ -273,9 +317,10 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
     layers = layers_of(module)
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
+            lacking = "keep between the steps" if layer.training else "normalize by at inference"
             raise InputError(
                 f"to_onnx: {_at(name)} has track_running_stats=False; without running statistics there is nothing "
-                "to normalize by at inference"
+                f"to {lacking}"
             )
     fresh = [name for name, m in layers.items() if not m.training and _is_fresh(m)]
     if fresh:

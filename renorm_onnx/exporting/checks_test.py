@@ -158,6 +158,48 @@ def test_names_that_torch_drops_or_changes_are_refused(options, message) -> None
         to_onnx(small(), X, **options)
 
 
+class Pair(nn.Module):
+    def forward(self, a: torch.Tensor, b: list[torch.Tensor], c: float = 1.0) -> tuple[torch.Tensor, ...]:
+        return a * c, b[0] * 2
+
+
+PAIR = (torch.ones(4, 2), [torch.ones(5, 3)], 2.0)
+
+
+@pytest.mark.parametrize(
+    ("axes", "options", "dynamic"),
+    [
+        ({"b_0": {0: "n"}}, {}, {"a": [], "b_0": [0]}),
+        ({"q": {0: "n"}}, {"input_names": ["p", "q"]}, {"p": [], "q": [0]}),
+        ({"q": {0: "n"}, "p": {1: "m"}}, {"input_names": ["p", "q"]}, {"p": [1], "q": [0]}),
+        ({"y": {0: "n"}, "p": {0: "n"}}, {"input_names": ["p"], "output_names": ["y"]}, {"p": [0], "b_0": []}),
+        ({"r": {0: "n"}, "s": None}, {}, {"a": [0], "b_0": []}),
+    ],
+)
+def test_dynamic_axes_go_to_the_inputs_that_they_name(axes, options, dynamic) -> None:
+    proto = to_onnx(Pair().eval(), PAIR, dynamic_axes=axes, **options)
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
+    assert {name: [i for i, size in enumerate(shape) if size.dim_param] for name, shape in shapes.items()} == dynamic
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"z": {0: "b"}}, r"dynamic_axes=\{'z': .* given, but 'z' is no input; the inputs are \['p', 'b_0'\]$"),
+        ({"c": [0]}, r"'c' is no input"),
+        ({"p": {7: "b"}}, r"'p' has no axis 7: its rank is 2, its shape \(4, 2\); axes count from 0"),
+        ({"p": [-1]}, r"'p' has no axis -1"),
+        ({"p": 0}, r"dynamic_axes=\{'p': 0\} given; expected a dict of inputs and their axes"),
+        ([0], r"dynamic_axes=\[0\] given; expected a dict of inputs and their axes"),
+    ],
+)
+def test_dynamic_axes_that_do_not_exist_are_refused(axes, message) -> None:
+    with pytest.raises(InputError, match=message):
+        to_onnx(Pair().eval(), PAIR, input_names=["p"], dynamic_axes=axes)
+    with pytest.raises(InputError, match=r"input_names=\['p', 'q', 'r'\] given; expected at most 2 names"):
+        to_onnx(Pair().eval(), PAIR, input_names=["p", "q", "r"], dynamic_axes={"p": [0]})
+
+
 class Fixed(nn.Module):
     """Fixes the size of the batch in its code."""
 
@@ -286,6 +328,11 @@ def test_an_export_without_verification_says_so(caplog) -> None:
 def test_the_root_is_named_as_such():
     with pytest.raises(InputError, match="to_onnx: the model itself has track_running_stats=False"):
         to_onnx(BatchRenorm2d(3, track_running_stats=False).eval(), X)
+
+
+def test_a_training_step_without_statistics_is_refused_in_words_of_training():
+    with pytest.raises(InputError, match=r"track_running_stats=False; .* nothing to keep between the steps$"):
+        to_onnx(BatchRenorm2d(3, track_running_stats=False).train(), X, mode="train")
 
 
 class Masked(nn.Module):
