@@ -84,7 +84,8 @@ def _run_command(argv: Sequence[str]) -> int:
     except RenormError as error:
         statuses = {MachineError: BAD_MACHINE, VerificationError: NO}
         status = next((status for kind, status in statuses.items() if isinstance(error, kind)), BAD_INPUT)
-        return _fail(error, f"{who}: {error}", status, json_too=arguments.json)
+        said = str(error).removeprefix(f"{arguments.command}: ")  # the function of that name speaks as itself
+        return _fail(error, f"{who}: {said}", status, json_too=arguments.json)
     except MemoryError as error:
         return _fail(error, f"{who}: out of memory", BAD_MACHINE, json_too=arguments.json)
     except Exception as error:  # whatever it is, it is ours, and no verdict: Python's own status for it would be 1

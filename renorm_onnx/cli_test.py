@@ -182,6 +182,7 @@ def test_a_provider_is_asked_for_even_where_nothing_folds(model, capsys, monkeyp
         (["verify", "model.onnx", "--seed", "x"], "'x' given, expected a whole number"),
         (["verify", "model.onnx", "--inputs", "model.onnx"], "it is no .npz or .npy file"),
         (["bench", "model.onnx", "--batch", "1,b"], "'1,b' given, expected whole numbers"),
+        (["bench", "model.onnx", "--threads", "99999"], "renorm-onnx bench: threads=99999, expected at most"),
         (["bench", "model.onnx", "--compare"], "--compare needs two models or more"),
         (["bench", "model.onnx", "--plot", "absent/out.png"], "the folder 'absent' does not exist"),
         (["bench", "model.onnx", "--plot", "model.onnx"], "is the same file as the input"),
