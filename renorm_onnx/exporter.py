@@ -10,13 +10,14 @@ exporter's inliner, optimizer and version converter leave alone; the definition 
 """
 
 import contextlib
+import inspect
 import io
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Never
 
 import onnx
 import onnx_ir as ir
@@ -61,10 +62,13 @@ from renorm_onnx.onnx_function import (
 
 _log = logging.getLogger(__name__)
 
+#: Arguments of `torch.onnx.export` that have another name here.
+_NAMED_HERE = {"f": "path", "opset_version": "opset", "training": "mode"}
+
 
 def to_onnx(
     module: nn.Module | torch.export.ExportedProgram,
-    args: tuple[Any, ...] | torch.Tensor,
+    args: tuple[Any, ...] | torch.Tensor | None = None,
     path: str | os.PathLike[str] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,
@@ -78,12 +82,14 @@ def to_onnx(
     external_data: bool | None = None,
     metadata: bool = True,
     verify: bool = True,
+    **unknown: Never,
 ) -> onnx.ModelProto:
     """Export a torch module; every batch-renormalization layer becomes one function call with its own parameters.
 
     Args:
         module: The model, or an `torch.export.ExportedProgram` captured inside `keep_ops`.
-        args: Example inputs, as for calling the module. A single tensor may stand alone.
+        args: Example inputs, as for calling the module. A single tensor may stand alone. None: those that an
+            ExportedProgram carries.
         path: File to write, replacing an existing one; None writes nothing. Written only if everything succeeded.
         kwargs: Example keyword inputs.
         mode: "eval"; or "train": layers in training mode become ``BatchRenormalizationTraining``, whose updated
@@ -98,6 +104,7 @@ def to_onnx(
         external_data: Weights in a file beside the model: True, False, or None: above 1.5 GB.
         metadata: Keep torch's metadata on each node: module scopes, stack traces, paths of source files.
         verify: Check the result (checker, shapes, float64 reference, onnxruntime; bounded), and log one line.
+        **unknown: Refused, with the name that an argument of `torch.onnx.export` has here.
 
     Returns:
         The model. If its weights lie in a file beside it, the message refers to that file.
@@ -107,10 +114,14 @@ def to_onnx(
             args that do not fit, a layer that torch cannot export; the message names the layer.
         ModelFileError: `path` lies in a missing or read-only folder, or the model is too large for memory.
         VerificationError: The exported model does not compute what the module computes.
+        TypeError: An argument of `torch.onnx.export` that has another name here or is decided here; any other name.
     """
+    _refuse_unknown(unknown)
     opset = check_options(mode, opset, dynamic_shapes, dynamic_axes, verify=verify)
     if path is not None:
         model_file.check_output(path, force=True)
+    if args is None and kwargs is None and isinstance(module, torch.export.ExportedProgram) and module.example_inputs:
+        args, kwargs = module.example_inputs
     args, kwargs, module = as_args(args), dict(kwargs or {}), uncompiled(module)
     live = module if isinstance(module, nn.Module) else None
     if live is not None:
@@ -143,6 +154,16 @@ def to_onnx(
         report = verify_export(model, judge, args, kwargs, report)
     _log.info("%s", report)
     return _written(model, path, external_data)
+
+
+def _refuse_unknown(unknown: Collection[str]) -> None:
+    for name in unknown:
+        message = f"to_onnx() got an unexpected keyword argument {name!r}"
+        if name in _NAMED_HERE:
+            message += f"; it is called {_NAMED_HERE[name]!r} here"
+        elif name in inspect.signature(torch.onnx.export).parameters:
+            message += ", which to_onnx decides itself; to decide it, call torch.onnx.export with translation_table()"
+        raise TypeError(message)
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -142,6 +142,32 @@ def test_what_a_program_does_not_take_is_refused(args, options, message, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("opset_version", "; it is called 'opset' here"),
+        ("f", "; it is called 'path' here"),
+        (
+            "dynamo",
+            r", which to_onnx decides itself; to decide it, call torch\.onnx\.export with translation_table\(\)",
+        ),
+        ("opsett", ""),
+    ],
+)
+def test_arguments_of_torchs_exporter_are_answered_with_ours(name, said) -> None:
+    with pytest.raises(TypeError, match=rf"^to_onnx\(\) got an unexpected keyword argument '{name}'{said}$"):
+        to_onnx(small(), X, **{name: 1})
+
+
+def test_a_program_brings_its_own_example_inputs() -> None:
+    with keep_ops():
+        program = torch.export.export(small(), (), {"input": X})
+    assert to_onnx(program).functions
+    program.example_inputs = None
+    with pytest.raises(InputError, match="to_onnx: args is a NoneType; expected a tensor"):
+        to_onnx(program)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (
