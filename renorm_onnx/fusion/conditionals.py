@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from renorm_onnx.fusion.facts import Facts
-from renorm_onnx.inlining import Names
+from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.model_walk import graphs_of, nodes_of
 
 
-def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]:
+def open_conditionals(model: ir.Model, facts: Facts, rewriter: Rewriter) -> list[ir.Node]:
     """Replace, in place, every If of which the condition is proven by the branch that it takes.
 
     Nodes of the branch, and what they compute, get another name where theirs stands elsewhere in the model too, those
@@ -25,7 +25,7 @@ def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.No
     Args:
         model: Changed in place; facts about its values are to be forgotten afterwards.
         facts: About `model` as it is.
-        names: Hands out names that nothing in the model bears.
+        rewriter: Of `model`.
 
     Returns:
         The nodes that are to be deleted: each If, and all that its other branch holds.
@@ -41,7 +41,7 @@ def open_conditionals(model: ir.Model, facts: Facts, names: Names) -> list[ir.No
     # An outer If first: one that lies in a branch which is not taken needs no opening.
     for node, taken in proven:
         if node not in gone:
-            gone.update(dict.fromkeys(_open(node, model, names, borne, taken=taken)))
+            gone.update(dict.fromkeys(_open(node, model, rewriter, borne, taken=taken)))
     return list(gone)
 
 
@@ -84,7 +84,7 @@ def _is_discrete(value: ir.Value | None, facts: Facts) -> bool:
 
 
 def _open(
-    node: ir.Node, model: ir.Model, names: Names, borne: Counter[tuple[type, str | None]], *, taken: bool
+    node: ir.Node, model: ir.Model, rewriter: Rewriter, borne: Counter[tuple[type, str | None]], *, taken: bool
 ) -> list[ir.Node]:
     """Put the nodes of one branch in the place of an If, keeping `borne`, in place too; return what is to go."""
     outer = node.graph
@@ -103,7 +103,7 @@ def _open(
     for named in moved:
         if named.name and borne[_key(named)] > 1:
             borne[_key(named)] -= 1
-            named.name = names.unique(named.name)
+            named.name = rewriter.names.unique(named.name)
     for value in stored:
         outer.register_initializer(value)
         if model.ir_version < 4:
@@ -112,19 +112,7 @@ def _open(
     made = {v for inner in nodes for v in inner.outputs}
     for old, new in zip(node.outputs, results, strict=True):
         if new not in made:  # a value from outside, a constant, or one that is handed out twice
-            copy = ir.Node("", "Identity", [new], num_outputs=1, name=names.unique(f"{node.name or old.name}/copy"))
-            outer.insert_before(node, copy)
-            new = copy.outputs[0]
+            new = rewriter.copy_before(node, new, node.name or old.name)
         made.discard(new)
-        take_over(old, new, outer)
+        rewriter.take_over(old, new)
     return dead
-
-
-def take_over(old: ir.Value, new: ir.Value, graph: ir.Graph) -> None:
-    """Let `new` stand where `old` stood, under its name."""
-    name, old.name = old.name, None
-    new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
-    for index, value in enumerate(graph.outputs):
-        if value is old:
-            graph.outputs[index] = new
-    old.replace_all_uses_with(new)

@@ -184,7 +184,7 @@ class _Engine:
         """Open what may stand in the way of norms that stay: Ifs that always go one way, sequences, then functions."""
         if all(e.outcome == "folded" for e in self._report.entries):
             return False
-        known = (self._model, self._desk.facts, self._rewriter.names)
+        known = (self._model, self._desk.facts, self._rewriter)
         gone = open_conditionals(*known) or open_sequences(*known)
         for node in gone:
             if (entry := self._entries.get(node)) is not None and entry.outcome == "kept":

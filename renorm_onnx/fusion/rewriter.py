@@ -57,6 +57,19 @@ class Rewriter:
         # What the file declares about `old` is its interface; a shape declared for `new` alone may be stale.
         new.name, new.type, new.shape = name, old.type or new.type, old.shape
 
+    def take_over(self, old: ir.Value, new: ir.Value) -> None:
+        """As `replace`, where `new` is what it was before, so that a shape declared for it alone holds too."""
+        shape = old.shape or new.shape
+        self.replace(old, new)
+        new.shape, old.name = shape, None
+
+    def copy_before(self, node: ir.Node, value: ir.Value, hint: str | None) -> ir.Value:
+        """A copy of `value`, made by an Identity before `node`."""
+        assert isinstance(node.graph, ir.Graph)
+        copy = ir.Node("", "Identity", [value], num_outputs=1, name=self.names.unique(f"{hint}/copy"))
+        node.graph.insert_before(node, copy)
+        return copy.outputs[0]
+
     def redirect(self, old: ir.Value, new: ir.Value) -> None:
         """Let every reader of `old`, and every graph output that it is, take `new` instead."""
         graph = old.graph

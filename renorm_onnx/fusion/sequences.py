@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from renorm_onnx.fusion.conditionals import take_over
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import Facts
-from renorm_onnx.inlining import Names
+from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.model_walk import nodes_of
 
 # From this opset on, Split takes its sizes as an operand.
 OLDEST_OPSET = 13
 
 
-def open_sequences(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]:
+def open_sequences(model: ir.Model, facts: Facts, rewriter: Rewriter) -> list[ir.Node]:
     """Replace, in place, each SplitToSequence of proven sizes whose elements are taken out one by one, by a Split.
 
     Args:
         model: Changed in place; facts about its values are to be forgotten afterwards.
         facts: About `model` as it is.
-        names: Hands out names that nothing in the model bears.
+        rewriter: Of `model`.
 
     Returns:
         The nodes that are to be deleted: each SplitToSequence, and those that take its elements out.
@@ -37,7 +36,7 @@ def open_sequences(model: ir.Model, facts: Facts, names: Names) -> list[ir.Node]
             continue
         sizes, taken = _sizes(node, facts), _elements(node, facts)
         if sizes is not None and taken is not None and all(-len(sizes) <= i < len(sizes) for i in taken.values()):
-            gone += _split(node, len(sizes), taken, names)
+            gone += _split(node, len(sizes), taken, rewriter)
     return gone
 
 
@@ -62,22 +61,20 @@ def _elements(node: ir.Node, facts: Facts) -> dict[ir.Node, int] | None:
     return None if sequence.is_graph_output() or not found else found
 
 
-def _split(node: ir.Node, count: int, taken: dict[ir.Node, int], names: Names) -> list[ir.Node]:
+def _split(node: ir.Node, count: int, taken: dict[ir.Node, int], rewriter: Rewriter) -> list[ir.Node]:
     """Put a Split before `node`, and its pieces in the place of what was taken out; return what is to go."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     axis = ir.AttrInt64("axis", int(attribute(node, "axis", 0)))
     split = ir.Node("", "Split", node.inputs[:2], [axis], num_outputs=count, name=node.name)
     for index, output in enumerate(split.outputs):
-        output.name = names.unique(f"{node.outputs[0].name}_{index}")
+        output.name = rewriter.names.unique(f"{node.outputs[0].name}_{index}")
     graph.insert_before(node, split)
     free = set(split.outputs)
     for user, index in taken.items():
         piece = split.outputs[index]
         if piece not in free:
-            copy = ir.Node("", "Identity", [piece], num_outputs=1, name=names.unique(f"{user.outputs[0].name}/copy"))
-            graph.insert_before(user, copy)
-            piece = copy.outputs[0]
+            piece = rewriter.copy_before(user, piece, user.outputs[0].name)
         free.discard(piece)
-        take_over(user.outputs[0], piece, graph)
+        rewriter.take_over(user.outputs[0], piece)
     return [*taken, node]
