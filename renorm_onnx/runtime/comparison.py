@@ -96,8 +96,8 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         fields = asdict(self)
-        plain = {name: _plain(fields[name]) for name in ("want", "got", "rms", "peak")}
-        return {**fields, **plain, "index": list(self.index)}
+        values = {name: json_value(fields[name]) for name in ("want", "got", "rms", "peak")}
+        return {**fields, **values, "index": list(self.index)}
 
     def __bool__(self) -> bool:
         return self.ok
@@ -215,7 +215,8 @@ def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, shape))
 
 
-def _plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
+    """Return a JSON value; what JSON has no number for becomes its name."""
     if isinstance(value, float) and not np.isfinite(value):
         return repr(value)
     return value if isinstance(value, bool | int | float | str | type(None)) else repr(value)

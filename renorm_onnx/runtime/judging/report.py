@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from renorm_onnx.runtime.comparison import json_value
 from renorm_onnx.runtime.estimate import Cost
 from renorm_onnx.runtime.judging.layerwise import LayerReport
 from renorm_onnx.runtime.judging.sites import SiteReport
-from renorm_onnx.runtime.judging.verdict import POOLED, Row, plain
+from renorm_onnx.runtime.judging.verdict import POOLED, Row
 from renorm_onnx.runtime.table import text_table
 
 SCHEMA_VERSION = 1
@@ -34,7 +35,7 @@ class Repeat:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        return {"provider": self.provider, "largest_difference": plain(self.largest), "inputs": self.inputs}
+        return {"provider": self.provider, "largest_difference": json_value(self.largest), "inputs": self.inputs}
 
     def __str__(self) -> str:
         same = "bit for bit" if self.largest == 0 else f"to {self.largest:.1e}"

@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from renorm_onnx.runtime.comparison import json_value
 from renorm_onnx.runtime.inputs import SMALL, Trial
 from renorm_onnx.runtime.judging.deviation import Errors, ratio, together
 from renorm_onnx.runtime.judging.error_spread import Spread
@@ -134,9 +135,9 @@ class Row:
         names = ("provider", "optimize", "output", "inputs", "ordinary", "elements", "decides", "ok", "note")
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("unfused", "fused", "typical", "worst"):
-            fields[name] = plain(getattr(self, name))
-        want, unfused, fused = (plain(value) for value in self.values)
-        fields["spread"] = None if self.spread is None else {k: plain(v) for k, v in self.spread.to_dict().items()}
+            fields[name] = json_value(getattr(self, name))
+        want, unfused, fused = (json_value(value) for value in self.values)
+        fields["spread"] = None if self.spread is None else {k: json_value(v) for k, v in self.spread.to_dict().items()}
         fields["worst_element"] = {"index": list(self.index), "reference": want, "unfused": unfused, "fused": fused}
         return fields
 
@@ -331,10 +332,3 @@ class _Seen:
 
 def _root_mean(values: list[float]) -> float:
     return math.sqrt(sum(value**2 for value in values) / len(values)) if values else 0.0
-
-
-def plain(value: Any) -> Any:
-    """Return a JSON value; what JSON has no number for becomes its name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    return value if isinstance(value, bool | int | float | str | type(None)) else repr(value)
