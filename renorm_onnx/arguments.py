@@ -18,6 +18,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
+class _CommandParser(_Parser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # handed on, they would be refused in the name of the program, with the help of all commands
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return what was asked for: `command`, `json`, `traceback`, and the options of the command.
 
@@ -39,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         "4 internal error, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"renorm-onnx {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
     for add in (_add_fuse, _add_verify, _add_inspect, _add_bench, _add_inline, _add_doctor):
         add(commands)
     return parser

@@ -245,9 +245,20 @@ def test_bench_compares_by_its_exit_status(model, capsys, monkeypatch):
     assert run(*arguments, "--compare") == cli.NO
 
 
-def test_wrong_usage_is_one_line_that_names_the_help(capsys):
-    assert run("fuse") == cli.BAD_INPUT
-    assert "see renorm-onnx fuse --help" in one_line(capsys)
+@pytest.mark.parametrize(
+    ("arguments", "who"),
+    [
+        (["fuse"], "renorm-onnx fuse"),
+        (["fuse", "model.onnx", "--bogus"], "renorm-onnx fuse"),
+        (["verify", "a.onnx", "b.onnx", "c.onnx"], "renorm-onnx verify"),
+        (["--bogus"], "renorm-onnx"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_help(capsys, arguments, who):
+    assert run(*arguments) == cli.BAD_INPUT
+    said = one_line(capsys)
+    assert said.startswith(f"{who}: ")
+    assert said.endswith(f"; see {who} --help\n")
 
 
 def test_errors_are_json_too_when_json_is_asked_for(model, capsys):
