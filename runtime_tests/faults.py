@@ -185,7 +185,7 @@ def judge(network: str, model: onnx.ModelProto, kind: str) -> Row:
 
 
 def _seen(verdict: Verdict) -> tuple[bool, bool, bool]:
-    wrong = any(row.decides and not row.ok for row in verdict.rows)
+    wrong = any(row.ok is False for row in verdict.rows)
     in_outputs = wrong or (bool(verdict.problems) and bool(verdict.rows))
     return bool(verdict.problems) and not verdict.rows, verdict.sites is not None and not verdict.sites.ok, in_outputs
 

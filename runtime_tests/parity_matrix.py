@@ -290,7 +290,7 @@ def _by_verdict(
 
 def _note_of(judge: Judge) -> str:
     rows = judge.rows()
-    wrong = [f"{row.output!r}, inputs {row.inputs}: {row.note}" for row in rows if row.decides and not row.ok]
+    wrong = [f"{row.output!r}, inputs {row.inputs}: {row.note}" for row in rows if row.ok is False]
     nothing = "" if any(row.inputs == POOLED for row in rows) else "nothing was compared"
     return judge.unusable() or next(iter(wrong), "") or nothing
 

@@ -330,9 +330,7 @@ class _Comparison:
         for name, array in tensors_of(unfused).items():
             if name in want and name in given:
                 judge.add(trial, name, errors_of(want[name], array, given[name]))
-        return [
-            replace(row, optimize="all", decides=False, ok=True) for row in judge.rows() if row.inputs == trial.label
-        ]
+        return [replace(row, optimize="all", decides=False) for row in judge.rows() if row.inputs == trial.label]
 
 
 def _skipped(base: Verdict, why: str) -> Verdict:
@@ -348,7 +346,7 @@ def _environment(providers: Sequence[str]) -> dict[str, Any]:
 
 
 def _wrong(one: _Runners) -> list[Row]:
-    return [row for row in one.judge.rows() if row.decides and not row.ok]
+    return [row for row in one.judge.rows() if row.ok is False]
 
 
 def _first_of(reasons: Iterable[str]) -> str:

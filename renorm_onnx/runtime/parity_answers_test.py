@@ -57,7 +57,7 @@ def test_outputs_of_rank_0_that_are_no_floats_are_compared_too():
     assert {row.output for row in verdict.rows} == {"y", "n", "b"}
     verdict = verify(scalars(10**6), scalars(0))
     assert verdict.outcome == "no"
-    assert {row.output for row in verdict.rows if not row.ok} == {"b"}
+    assert {row.output for row in verdict.rows if row.ok is False} == {"b"}
 
 
 def test_an_output_without_elements_is_neither_right_nor_wrong():

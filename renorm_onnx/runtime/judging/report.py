@@ -157,7 +157,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     header = ("", "provider", "opt", "output", "inputs", "elements", "unfused", "fused", "rms", "worst", "note")
     cells = [
         (
-            "ok" if row.ok and row.decides and not row.note else "FAIL" if not row.ok else "--",
+            "--" if row.ok is None else "ok" if row.ok else "FAIL",
             row.provider,
             row.optimize,
             row.output,

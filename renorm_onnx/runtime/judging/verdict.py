@@ -108,8 +108,7 @@ class Row:
         index: Index of the element where F is furthest from R.
         values: Values of R, U and F there.
         decides: Whether a failure of this row makes the verdict no.
-        ok: Whether it holds.
-        note: Why not, or why it does not decide.
+        note: What is wrong, or why it does not decide.
         spread: How the errors of F are spread; of a pooled row, on the inputs where F is furthest.
     """
 
@@ -126,9 +125,13 @@ class Row:
     index: tuple[int, ...]
     values: tuple[Any, Any, Any]
     decides: bool
-    ok: bool
     note: str
     spread: Spread | None = None
+
+    @property
+    def ok(self) -> bool | None:
+        """Whether it holds; None where it does not decide."""
+        return not self.note if self.decides else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -290,7 +293,6 @@ class Judge:
             index=e.index,
             values=e.values,
             decides=decides,
-            ok=not (decides and note),
             note=note,
             spread=e.spread,
         )
