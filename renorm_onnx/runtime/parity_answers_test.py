@@ -133,3 +133,15 @@ def test_a_model_in_which_nothing_folds_is_said_to_have_been_compared_with_itsel
     said = "verdict: yes, but nothing folds here, so the model was compared with itself. 2 output(s) on cpu, "
     assert str(verify(two_outputs(0.5, 1.0))).startswith(said)
     assert "compared with itself" not in str(verify(build("mlp")))
+
+
+def test_a_layer_that_the_reference_itself_gets_wrong_neither_holds_nor_diverges():
+    body = "huge = Constant<value_float=1e9>() none = Constant<value_float=0.0>() "
+    model = model_of(
+        "float[N,3] x", "float[N,3] y", body + "a = Add(x, huge) b = Sub(a, huge) c = Mul(b, none) y = Add(x, c)"
+    )
+    (layers,) = verify(model, model, layers=True).layers
+    assert {row.output for row in layers.rows if row.ok is None} == {"b"}
+    assert "none diverges" in str(layers)
+    (line,) = [line for line in str(layers).splitlines() if " b " in line]
+    assert line.startswith("--")

@@ -41,7 +41,7 @@ class LayerReport:
     @property
     def first(self) -> str:
         """Name of the first value that diverges, or an empty string."""
-        return next((row.output for row in self.rows if not row.ok), "")
+        return next((row.output for row in self.rows if row.ok is False), "")
 
     @property
     def ok(self) -> bool:
@@ -63,14 +63,14 @@ class LayerReport:
     def __str__(self) -> str:
         if not self.rows:
             return f"layers on {self.provider}: no value has a name that is in both models"
-        first = next((n for n, row in enumerate(self.rows) if not row.ok), None)
+        first = next((n for n, row in enumerate(self.rows) if row.ok is False), None)
         head = f"layers on {self.provider} ({self.inputs}): {len(self.rows)} common values, "
         head += f"{self.uncommon} only in the reference; "
         head += "none diverges" if first is None else f"the first that diverges is {self.first!r}"
         shown = self.rows if first is None else self.rows[: first + 1 + _SHOWN_AFTER]
         cells = [
             (
-                "ok" if row.ok else "DIVERGES",
+                "--" if row.ok is None else "ok" if row.ok else "DIVERGES",
                 row.output,
                 self.operators[row.output],
                 f"{row.unfused:.1e}",
