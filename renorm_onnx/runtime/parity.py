@@ -259,7 +259,7 @@ class _Comparison:
             outcome=outcome,
             reason=reason or _summary(rows, self._extent),
             rows=(*rows, *base.rows),
-            skipped=(*self._skipped, *(text for one in runners for text in one.judge.left_out())),
+            skipped=tuple(dict.fromkeys([*self._skipped, *(text for one in runners for text in one.judge.left_out())])),
             remarks=tuple(dict.fromkeys([*(trial.note for trial, _ in self._trials if trial.note), *self._remarks])),
             **more,
         )

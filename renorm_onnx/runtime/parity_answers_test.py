@@ -145,3 +145,11 @@ def test_a_layer_that_the_reference_itself_gets_wrong_neither_holds_nor_diverges
     assert "none diverges" in str(layers)
     (line,) = [line for line in str(layers).splitlines() if " b " in line]
     assert line.startswith("--")
+
+
+def test_many_inputs_of_one_kind_are_one_line_of_the_answer():
+    text = "float[2,64] x", "float[2,64] y, int64[1] n", "y = Add(x, x) n = Shape<end=1>(x)"
+    verdict = verify(model_of(*text), model_of(*text))
+    labels = [(row.optimize, row.output, row.inputs) for row in verdict.rows]
+    assert len(set(labels)) == len(labels)
+    assert "large: worst of 64" in str(verdict)

@@ -161,7 +161,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
             row.provider,
             row.optimize,
             row.output,
-            row.inputs,
+            row.inputs if row.sets == 1 else f"{row.inputs}: worst of {row.sets}",
             str(row.elements),
             f"{row.unfused:.1e}",
             f"{row.fused:.1e}",

@@ -99,8 +99,9 @@ class Row:
         optimize: onnxruntime's optimizations; only rows with "off" decide.
         output: Name of the output.
         inputs: Which inputs.
+        sets: How many sets of inputs it stands for, each judged by itself; the figures are those of the worst.
         ordinary: Whether the calibrated limits hold for them.
-        elements: How many elements were compared.
+        elements: How many elements were compared, in all sets.
         unfused: RMS(U - R) / RMS(R).
         fused: RMS(F - R) / RMS(R).
         typical: RMS(F - R) over its yardstick; see the rule.
@@ -127,6 +128,7 @@ class Row:
     decides: bool
     note: str
     spread: Spread | None = None
+    sets: int = 1
 
     @property
     def ok(self) -> bool | None:
@@ -135,7 +137,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        names = ("provider", "optimize", "output", "inputs", "ordinary", "elements", "decides", "ok", "note")
+        names = ("provider", "optimize", "output", "inputs", "sets", "ordinary", "elements", "decides", "ok", "note")
         fields: dict[str, Any] = {name: getattr(self, name) for name in names}
         for name in ("unfused", "fused", "typical", "worst"):
             fields[name] = json_value(getattr(self, name))
@@ -169,8 +171,8 @@ class Judge:
         self.found[output] = [(t, e.beside(want, neighbour) if t is trial else e) for t, e in found]
 
     def rows(self) -> list[Row]:
-        """Return the pooled row and the rows of single trials, for each output."""
-        return [row for output, found in self.found.items() for row in self._rows_of(output, found)]
+        """Return the pooled row, and one row for all trials of one label, for each output."""
+        return _grouped(row for output, found in self.found.items() for row in self._rows_of(output, found))
 
     def empty(self) -> str:
         """Return which output gave nothing to compare on ordinary inputs, or nothing."""
@@ -296,6 +298,22 @@ class Judge:
             note=note,
             spread=e.spread,
         )
+
+
+def _grouped(rows: Iterable[Row]) -> list[Row]:
+    """Of rows that differ in their figures alone keep the worst, which then stands for all of them."""
+    groups: dict[tuple[str, str, bool], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.output, row.inputs, row.decides), []).append(row)
+    return [
+        replace(max(group, key=_nearness), sets=len(group), elements=sum(row.elements for row in group))
+        for group in groups.values()
+    ]
+
+
+def _nearness(row: Row) -> tuple[bool, float]:
+    """How near a row is to its limits; beyond them comes last."""
+    return bool(row.note), max(row.typical / SINGLE, row.worst / WORST)
 
 
 def _merged(found: list[tuple[Trial, Errors]]) -> list[tuple[Trial, Errors]]:

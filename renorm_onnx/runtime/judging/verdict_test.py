@@ -234,3 +234,25 @@ def test_the_label_that_is_named_is_one_that_neither_model_had():
     fused[1, 2] = 3
     found = errors_of(want, unfused, fused)
     assert (found.index, found.values) == ((1, 2), (0, 0, 3))
+
+
+def test_sets_that_bear_one_label_are_one_row_with_the_figures_of_the_worst():
+    judge, trial = Judge("cpu", PRECISIONS["float32"]), Trial("large", {}, "large")
+    judge.add(Trial("normal", {}, "normal"), "y", errors_of(R, R + noisy(1e-6, 1), R + noisy(1e-6, 2)))
+    for seed in range(50):
+        judge.add(trial, "y", errors_of(R, R + noisy(1e-6, seed), R + noisy(1e-6, 99 + seed)))
+    rows = {row.inputs: row for row in judge.rows()}
+    assert [row.sets for row in rows.values()] == [1, 50, 1]
+    assert rows["large"].elements == 50 * R.size
+    assert (rows["large"].ok, rows["large"].to_dict()["sets"]) == (True, 50)
+    judge.add(trial, "y", errors_of(R, R + noisy(1e-6, 3), R + noisy(1e-5, 4)))
+    (wrong,) = failures(judge)
+    assert (wrong.inputs, wrong.sets) == ("large", 51)
+    assert wrong.typical > 3
+
+
+def test_sets_of_one_label_that_are_set_aside_hide_none_that_are_judged():
+    judge, trial = judge_of((noisy(1e-6, 1), noisy(1e-6, 2))), Trial("large", {}, "large")
+    for scale in (0.1, 1e-6, 0.1):
+        judge.add(trial, "y", errors_of(R, R + noisy(scale, 1), R + noisy(scale, 2)))
+    assert [(row.sets, row.ok) for row in judge.rows() if row.inputs == "large"] == [(2, None), (1, True)]
