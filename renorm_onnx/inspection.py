@@ -11,7 +11,7 @@ import onnx_ir as ir
 from renorm_onnx import model_file
 from renorm_onnx.fusion.calls import define_calls
 from renorm_onnx.fusion.engine import count_operators, fuse_in_place
-from renorm_onnx.fusion.report import FusionReport
+from renorm_onnx.fusion.report import FusionReport, NormReport
 from renorm_onnx.onnx_layers import LayerInfo, layers_in
 from renorm_onnx.runtime.table import text_table
 
@@ -66,10 +66,11 @@ class Inspection:
         lines += ["", "  ".join(f"{name} {count}" for name, count in counts)]
         if self.layers:
             lines += ["", *_layer_table(self.layers)]
-        norms = self.report.norms
-        lines += ["", f"{len(norms)} norms, {len(self.report.folded)} of them can be folded"]
+        norms, gone = self.report.norms, len(self.report.unreachable)
+        never = f", {gone} never reached" if gone else ""
+        lines += ["", f"{len(norms)} norms, {len(self.report.folded) - gone} of them can be folded{never}"]
         if self.explain and norms:
-            rows = [(n.label, n.form, n.outcome if n.outcome == "kept" else "folds", n.detail) for n in norms]
+            rows = [(n.label, n.form, _outcome(n), n.detail) for n in norms]
             lines += ["", *text_table(("norm", "form", "", "where, or why not"), rows)]
         return "\n".join(lines)
 
@@ -106,6 +107,10 @@ def inspect_model(path: str | os.PathLike[str], *, explain: bool = False, allow_
 def _kind(value: ir.Value) -> str:
     shape = "" if value.shape is None else f" [{', '.join(str(d) for d in value.shape)}]"
     return f"{'unknown' if value.dtype is None else value.dtype.name.lower()}{shape}"
+
+
+def _outcome(norm: NormReport) -> str:
+    return "kept" if norm.outcome == "kept" else "goes" if norm.is_unreachable else "folds"
 
 
 def _layer_table(layers: tuple[LayerInfo, ...]) -> list[str]:

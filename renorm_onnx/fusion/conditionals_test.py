@@ -66,9 +66,20 @@ def test_norms_in_the_branch_fold_into_what_stands_outside_and_those_of_the_othe
     model = b.model(IMAGE, [b.node("Relu", taken)])
     fused, report = fuse(model)
     assert operators(fused) == ["Conv", "Relu"]
-    assert sorted((n.way, n.detail.split()[0]) for n in report.folded) == [("backward",) * 2, ("unreachable",) * 2]
+    assert [n.detail for n in report.unreachable] == ["stands in a branch of an If that is never taken"]
+    assert sorted(n.way for n in report.folded) == ["backward", "unreachable"]
+    assert str(report) == "1 of 2 norms folded, 0 kept, 1 gone with a branch that is never taken"
     assert len(fused.graph.initializer) == 2
     assert_same(model, fused)
+
+
+def test_arithmetic_in_the_branch_that_is_never_taken_is_not_counted_as_folded():
+    b = Builder()
+    unused = lambda: [b.node("Mul", b.node("Tanh", "x"), b.constant(np.array(0.5)))]  # noqa: E731
+    taken = choose(b, b.constant(np.array(True)), lambda: [b.node("Relu", "x")], unused)
+    _, report = fuse(b.model(IMAGE, [b.norm(taken, 4)]))
+    assert (len(report.kept), report.affines_folded, report.changed) == (1, 0, False)
+    assert report.to_dict()["affines"][0]["way"] == "unreachable"
 
 
 def test_an_if_that_may_go_either_way_stays_and_its_norms_with_it():

@@ -82,7 +82,7 @@ class NormReport:
         outcome: "folded" or "kept".
         into: Names of the operators that took it up.
         way: "backward" (into what computes its input), "forward" (into what reads its output), "branches" (merged with
-            its sisters), or "unreachable" (gone with the branch of an If that is never taken).
+            its sisters), or "unreachable" (in a branch of an If that is never taken, and gone with it).
         refusals: For a kept norm: what stood in the way backward, then forward.
         notes: Warnings that did not prevent the fold.
     """
@@ -101,6 +101,11 @@ class NormReport:
     def fold(self, way: str, into: Iterable[str]) -> None:
         """Note, in place, that the norm is gone: by which way, and into which operators."""
         self.outcome, self.way, self.into, self.refusals = "folded", way, tuple(into), ()
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether it is gone without having been folded: no input ever came to it."""
+        return self.way == "unreachable"
 
     @property
     def label(self) -> str:
@@ -122,6 +127,8 @@ class NormReport:
         """Why a norm was kept, or where a folded one went, as one sentence."""
         if self.outcome == "kept":
             return "; ".join(dict.fromkeys(r.detail for r in self.refusals))
+        if self.is_unreachable:
+            return "stands in a branch of an If that is never taken"
         return f"{self.way} into {', '.join(self.into)}" if self.into else self.way
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,14 +186,19 @@ class FusionReport:
         return tuple(e for e in self.norms if e.outcome == "kept")
 
     @property
+    def unreachable(self) -> tuple[NormReport, ...]:
+        """The normalizations that are gone with a branch that is never taken."""
+        return tuple(e for e in self.folded if e.is_unreachable)
+
+    @property
     def affines_folded(self) -> int:
         """How many constant affine operators that are no norm were folded too."""
-        return sum(e.kind == "affine" and e.outcome == "folded" for e in self.entries)
+        return sum(e.kind == "affine" and e.outcome == "folded" and not e.is_unreachable for e in self.entries)
 
     @property
     def changed(self) -> bool:
-        """Whether anything was folded or merged; a model may differ from its input by inlined functions alone."""
-        return bool(self.branches_merged) or any(e.outcome == "folded" for e in self.entries)
+        """Whether a norm is gone, or anything was folded or merged; inlined functions and opened Ifs alone are none."""
+        return bool(self.branches_merged or self.folded or self.affines_folded)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as plain data for JSON."""
@@ -209,7 +221,9 @@ class FusionReport:
         if not norms:
             yield "no normalization found"
         else:
-            yield f"{len(folded)} of {len(norms)} norms folded, {len(norms) - len(folded)} kept"
+            gone = len(self.unreachable)
+            never = f", {gone} gone with a branch that is never taken" if gone else ""
+            yield f"{len(folded) - gone} of {len(norms)} norms folded, {len(self.kept)} kept{never}"
         if self.affines_folded:
             yield f"{self.affines_folded} constant Mul/Add/Sub/Div/Neg folded"
         if self.branches_merged:
