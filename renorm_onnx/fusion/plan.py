@@ -13,18 +13,16 @@ What makes the walk sound, and linear in the nodes it visits:
 
 from __future__ import annotations
 
-import functools
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
 from renorm_onnx.fusion.facts import MALFORMED
-from renorm_onnx.fusion.parameters import Array, Parameter, largest, smallest_normal
+from renorm_onnx.fusion.ranges import Ranges
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import Norm
 
@@ -78,9 +76,9 @@ class Planner:
         self._desk = desk
         self._carriers = carriers
         self._limits = limits
+        self._ranges = Ranges(desk, limits.max_weight)
         self._dead: dict[ir.Node, Refusal] = {}
         self._dead_forward: dict[ir.Node, Refusal] = {}
-        self._magnitudes: dict[tuple[int, tuple[int, ...]], tuple[object, Array]] = {}
 
     def plan(self, norm: Norm) -> Plan | tuple[Refusal, ...]:
         """The plan for `norm`, backward before forward since only that way never costs accuracy; or both reasons."""
@@ -286,7 +284,7 @@ class Planner:
     def _take(self, plan: Plan, node: ir.Node, step: Step) -> Refusal | None:
         """Add a step's edits to the plan, unless a number would leave its type; the maker of a weight is renamed."""
         for edit in step.edits:
-            if isinstance(edit, SetInput) and (why := self._out_of_range(edit.parameter)):
+            if isinstance(edit, SetInput) and (why := self._ranges.objection(edit)):
                 return refuse(why[0], node, why[1])
         if step.edits or not step.onward:
             plan.edits.extend(step.edits)
@@ -295,45 +293,6 @@ class Planner:
             if (name := label(node)) not in plan.into:
                 plan.into.append(name)
         return None
-
-    def _out_of_range(self, parameter: Parameter) -> tuple[Reason, str] | None:
-        """Whether rounding to the type would overflow, or leave a whole row of a weight without its digits."""
-        if not parameter.dtype.is_floating_point():
-            return None  # whoever moves integers keeps them within their range, whose two ends differ
-        limit = min(largest(parameter.dtype), self._limits.max_weight)
-        if not parameter.factors:
-            if not isinstance(parameter.base, np.ndarray) or not parameter.base.size:
-                return None
-            top = float(np.abs(parameter.base).max())
-            return None if top <= limit else (Reason.OVERFLOW, _too_large(top, limit))
-        factor = np.abs(functools.reduce(np.multiply, parameter.factors))
-        keep = tuple(i for i, size in enumerate(factor.shape) if i == 0 or size > 1)
-        before = self._magnitudes_of(parameter, keep)
-        after = before * factor.reshape([factor.shape[i] for i in keep])
-        tiny = smallest_normal(parameter.dtype)
-        if after.size and after.min() >= tiny and after.max() <= limit:
-            return None
-        if not (after <= limit).all() and (after[np.isfinite(before)] > limit).any():
-            return Reason.OVERFLOW, _too_large(float(after[np.isfinite(before)].max()), limit)
-        if (after < tiny).any():
-            rows = tuple(range(1, after.ndim))
-            lost = (after.max(axis=rows) < tiny) & (before.max(axis=rows) >= tiny) & (after.max(axis=rows) > 0)
-            if lost.any():
-                return Reason.UNDERFLOW, f"would get a row of parameters below {tiny:.3g}"
-        return None
-
-    def _magnitudes_of(self, parameter: Parameter, keep: tuple[int, ...]) -> Array:
-        base = Parameter(parameter.base, parameter.dtype, parameter.shape)
-        if isinstance(parameter.base, np.ndarray):
-            return base.magnitudes(keep)
-        key = (id(parameter.base), keep)
-        if key not in self._magnitudes:
-            self._magnitudes[key] = (parameter.base, base.magnitudes(keep))
-        return self._magnitudes[key][1]
-
-
-def _too_large(top: float, limit: float) -> str:
-    return f"would get a parameter of {top:.3g}, more than {limit:.3g}"
 
 
 def reads_no_elements(node: ir.Node, position: int) -> bool:

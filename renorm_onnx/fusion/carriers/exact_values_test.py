@@ -30,11 +30,11 @@ from renorm_onnx.fusion.carriers.exact_windows_test import (
 )
 
 Array = np.ndarray
-to_fractions = np.frompyfunc(Fraction, 1, 1)
+to_fractions = np.frompyfunc(lambda x: Fraction(x) if math.isfinite(x) else x, 1, 1)
 
 
 def exact(array: Any) -> Array:
-    """Floats become fractions; integers and booleans stay."""
+    """Floats become fractions, infinities stay floats; integers and booleans stay."""
     array = np.asarray(array)
     if array.dtype.kind != "f":
         return array

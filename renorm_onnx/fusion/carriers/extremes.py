@@ -7,10 +7,11 @@ After:
 Formula:
     s x + t keeps order for s > 0, and makes all operands equal for s = 0; which operand Where takes, no map decides.
     Every operand takes the same map, a constant one at once. At the inputs the operands must lack one and the same map,
-    or be constants c, which become (c - t) / s. Source: ONNX Max, Min, Where, Abs in all versions.
+    or be constants c, which become (c - t) / s. A stored infinity (the masked scores of attention) stays one, of the
+    other sign where s < 0. Source: ONNX Max, Min, Where, Abs in all versions.
 Refuses when:
     a scale is negative (but for Where, and Abs at the input); a shift meets Abs; a computed operand does not vary along
-    the map, or does not come from the norm; a scale is zero at the input beside a constant.
+    the map, or does not come from the norm; a scale is zero at the input beside a constant, or meets an infinity.
 """
 
 from __future__ import annotations

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
+from renorm_onnx.fusion import engine
 from renorm_onnx.fusion.carriers.exact_folding_test import (
     assert_fuses,
+    assert_same,
     backward,
     bn,
     build,
@@ -120,3 +126,68 @@ def test_a_map_goes_past_a_mask_if_what_it_chooses_is_constant_or_lacks_it_too()
     dead = {"s": np.array([1.0, 0, 2, 4]).reshape(4, 1, 1), **weights}
     lost = text.replace(bn("x"), "Mul(x, s)")
     assert_fuses(build(lost, given, "y", **dead), [Reason.SCALE])
+
+
+def masked(lines: str, kept: Sequence[Reason] = (), **constants: Any) -> onnx.ModelProto:
+    """``x -> Conv -> lines``, where `lines` make `y` of `c` and of the mask `k`, of which every other place is set."""
+    mask = np.arange(20).reshape(4, 5) % 2 == 1
+    weights = {"W": quarters([4, 3, 1, 1]), "b": quarters([4], 2), "k": mask}
+    return assert_fuses(build(f"c = Conv(x, W, b) {lines}", "double[N,3,H,W] x", "y", **(weights | constants)), kept)
+
+
+def test_a_stored_infinity_stays_one_under_a_map_and_is_turned_over_by_a_negative_scale() -> None:
+    text = f"d = Where(k, i, c) y = {bn('d')}"
+    channels = norm(4)
+    assert {-1.0, 1.0} == set(np.sign(channels["bn_s"]))
+    for end in (-np.inf, np.inf):
+        fused = masked(text, i=np.array(end), **channels)
+        assert operators(fused) == {"Conv": 1, "Where": 1}
+    stored = np.concatenate([numpy_helper.to_array(i).reshape(-1) for i in fused.graph.initializer])
+    assert {-np.inf, np.inf} <= set(stored), "one sign in each channel"
+    masked("d = Where(k, c, i) s = Mul(d, m) y = Add(s, t)", i=np.array(-np.inf), m=np.array(0.25), t=np.array(-3.0))
+    mixed = np.array([-np.inf, 0.75, np.inf, -1.5]).reshape(4, 1, 1)
+    masked(text, i=mixed, **channels)
+    with pytest.raises(AssertionError, match="differs at"):
+        assert_same(masked(text, i=mixed, **channels), masked(text, i=mixed[::-1], **channels))
+
+
+def test_an_infinity_goes_along_forward_and_with_sums_and_bounds() -> None:
+    powers = norm(4, powers=True)
+    read = "Where(k, i, c) y = Conv(d, V)"
+    model = build(
+        f"c = {bn('x')} d = {read}",
+        "double[1,4,4,5] x",
+        "y",
+        k=np.zeros((4, 5), bool),
+        i=np.array(np.inf),
+        V=quarters([3, 4, 1, 1]),
+        **powers,
+    )
+    assert operators(assert_fuses(model)) == {"Where": 1, "Conv": 1}
+    causal = np.triu(np.full((4, 5), -np.inf), 1)
+    masked(f"d = Add(c, i) y = {bn('d')}", i=causal, **norm(4))
+    masked("d = Add(c, i) s = Mul(d, m) y = Add(s, i)", [Reason.NON_FINITE], i=np.array(-np.inf), m=np.array(0.5))
+    masked(f"d = Max(c, i) y = {bn('d')}", i=np.array(-np.inf), **norm(4, positive=True))
+
+
+def test_an_infinity_that_would_be_no_number_or_a_number_that_would_be_infinite_stays() -> None:
+    text = f"d = Where(k, i, c) y = {bn('d')}"
+    none = norm(4) | {"bn_s": np.array([0.5, 0.0, -2.0, 0.75])}
+    unshifted = none | {"bn_b": np.zeros(4), "bn_m": np.zeros(4)}
+    for parameters, shape in ((none, []), (unshifted, []), (unshifted, [4, 1, 1])):
+        model = build(
+            f"c = Conv(x, W) {text}",
+            "double[N,3,H,W] x, double[4,5] z",
+            "y",
+            W=quarters([4, 3, 1, 1]),
+            k=np.zeros((4, 5), bool),
+            i=np.full(shape, -np.inf),
+            **parameters,
+        )
+        assert_fuses(model, [Reason.NON_FINITE])
+    single = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> g (float[1,3] x, bool[1,3] k) => (float[1,3] y)'
+        "<float[3,3] W = {1,2,3,4,5,6,7,8,9}, float i = {-3e38}, float m = {2.0}>"
+        "{ c = MatMul(x, W) d = Where(k, i, c) y = Mul(d, m) }"
+    )
+    assert engine.fuse(single)[1].entries[0].reason == Reason.OVERFLOW

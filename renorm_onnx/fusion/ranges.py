@@ -1,0 +1,87 @@
+"""Whether a folded operand still fits its element type: neither too large for it, nor with the digits of a row lost.
+
+A stored infinity, such as that of an attention mask, is no overflow: a scale keeps it or turns it over, a shift leaves
+it. Scaled by zero it would be no number any more, and is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from renorm_onnx.fusion.carrier import Desk, SetInput
+from renorm_onnx.fusion.parameters import Array, Parameter, largest, smallest_normal
+from renorm_onnx.fusion.report import Reason
+
+NO_NUMBER = "holds an infinity, which a scale of zero would turn into no number"
+
+
+class Ranges:
+    """Looks at operands as they will be, and remembers how large the stored ones are.
+
+    Args:
+        desk: Knows the operands as they are.
+        max_weight: Largest absolute value that a folded parameter may have, besides the limit of its type.
+    """
+
+    def __init__(self, desk: Desk, max_weight: float) -> None:
+        self._desk = desk
+        self._max_weight = max_weight
+        self._magnitudes: dict[tuple[int, tuple[int, ...]], tuple[object, Array]] = {}
+
+    def objection(self, edit: SetInput) -> tuple[Reason, str] | None:
+        """Whether rounding to the type would overflow, or leave a whole row of a weight without its digits.
+
+        Returns:
+            The reason, and the end of a sentence that the operator's label begins; None if nothing is wrong.
+        """
+        parameter = edit.parameter
+        if not parameter.dtype.is_floating_point():
+            return None  # whoever moves integers keeps them within their range, whose two ends differ
+        limit = min(largest(parameter.dtype), self._max_weight)
+        if not parameter.factors:
+            if not isinstance(parameter.base, np.ndarray) or not parameter.base.size:
+                return None
+            top = float(np.abs(parameter.base).max())
+            old = None if top <= limit else self._desk.parameter(edit.node, edit.index)
+            return None if top <= limit else _beyond(parameter.base, old, limit)
+        factor = np.abs(functools.reduce(np.multiply, parameter.factors))
+        keep = tuple(i for i, size in enumerate(factor.shape) if i == 0 or size > 1)
+        before = self._magnitudes_of(parameter, keep)
+        after = before * factor.reshape([factor.shape[i] for i in keep])
+        tiny = smallest_normal(parameter.dtype)
+        if after.size and after.min() >= tiny and after.max() <= limit:
+            return None
+        if not (after <= limit).all() and (after[np.isfinite(before)] > limit).any():
+            return Reason.OVERFLOW, _too_large(float(after[np.isfinite(before)].max()), limit)
+        if (np.isinf(before) & np.isnan(after)).any():
+            return Reason.NON_FINITE, NO_NUMBER
+        if (after < tiny).any():
+            rows = tuple(range(1, after.ndim))
+            lost = (after.max(axis=rows) < tiny) & (before.max(axis=rows) >= tiny) & (after.max(axis=rows) > 0)
+            if lost.any():
+                return Reason.UNDERFLOW, f"would get a row of parameters below {tiny:.3g}"
+        return None
+
+    def _magnitudes_of(self, parameter: Parameter, keep: tuple[int, ...]) -> Array:
+        base = Parameter(parameter.base, parameter.dtype, parameter.shape)
+        if isinstance(parameter.base, np.ndarray):
+            return base.magnitudes(keep)
+        key = (id(parameter.base), keep)
+        if key not in self._magnitudes:
+            self._magnitudes[key] = (parameter.base, base.magnitudes(keep))
+        return self._magnitudes[key][1]
+
+
+def _beyond(array: Array, old: Parameter | None, limit: float) -> tuple[Reason, str] | None:
+    """The objection to numbers of which some exceed the limit, unless those are infinities that stood there before."""
+    stood = np.zeros((), bool) if old is None else np.isinf(old.float64())
+    if (stood & np.isnan(array)).any():
+        return Reason.NON_FINITE, NO_NUMBER
+    beyond = ~(np.abs(array) <= limit) & ~(np.isinf(array) & stood)
+    return (Reason.OVERFLOW, _too_large(float(np.abs(array[beyond]).max()), limit)) if beyond.any() else None
+
+
+def _too_large(top: float, limit: float) -> str:
+    return f"would get a parameter of {top:.3g}, more than {limit:.3g}"
