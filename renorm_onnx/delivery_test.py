@@ -162,6 +162,24 @@ def test_a_training_step_without_a_definition_gets_one(tmp_path):
     assert last_line(done) == f"nothing to fold: wrote {done.target}, whose functions alone differ"
 
 
+@pytest.mark.parametrize("inlined", [False, True])
+def test_a_step_of_training_is_told_from_a_model_without_norms(tmp_path, inlined):
+    model = model_of_calls(name=TRAINING)
+    model.graph.node[1].output[1] = "bn.running_mean.updated"
+    model.graph.output.append(helper.make_tensor_value_info("bn.running_mean.updated", 1, [CHANNELS]))
+    source = saved(tmp_path / "step.onnx", model, defined=True)
+    if inlined:
+        source = Path(inline_file(source).target)
+    done, found = fuse_file(source, verify="never"), inspect_model(source)
+    said = "a training graph: 1 norm in training, which nothing can fold; fuse the export for inference instead"
+    assert said in str(done).splitlines()
+    assert said in str(found).splitlines()
+    assert "no normalization" not in str(done)
+    assert done.to_dict()["fusion"]["training_layers"] == found.to_dict()["training_layers"] == 1
+    other = inspect_model(saved(tmp_path / "model.onnx", model_of_calls(), defined=True))
+    assert (other.report.training_layers, "a training graph" in str(other)) == (0, False)
+
+
 def test_a_call_that_cannot_be_defined_is_refused(tmp_path):
     source = saved(tmp_path / "model.onnx", model_of_calls(name=TRAINING, opset=17), defined=False)
     for command in (fuse_file, inline_file, inspect_model, verify, Session):

@@ -55,6 +55,7 @@ class Inspection:
             "outputs": self.outputs,
             "operators": self.operators,
             "layers": [layer.to_dict() for layer in self.layers],
+            "training_layers": self.report.training_layers,
             "norms": [norm.to_dict() for norm in self.report.norms],
         }
 
@@ -68,7 +69,9 @@ class Inspection:
             lines += ["", *_layer_table(self.layers)]
         norms, gone = self.report.norms, len(self.report.unreachable)
         never = f", {gone} never reached" if gone else ""
-        lines += ["", f"{len(norms)} norms, {len(self.report.folded) - gone} of them can be folded{never}"]
+        lines += ["", self.report.advice_on_training()] if self.report.training_layers else []
+        if norms or not self.report.training_layers:
+            lines += ["", f"{len(norms)} norms, {len(self.report.folded) - gone} of them can be folded{never}"]
         if self.explain and norms:
             rows = [(n.label, n.form, _outcome(n), n.detail) for n in norms]
             lines += ["", *text_table(("norm", "form", "", "where, or why not"), rows)]

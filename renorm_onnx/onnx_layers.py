@@ -11,6 +11,9 @@ from renorm_onnx.onnx_function import DEFAULTS, calls_in, is_training, module_of
 
 Array = npt.NDArray[Any]
 
+#: How the name of the output ends that carries a layer's running mean out of a step of training.
+UPDATED_MEAN = ["running_mean", "updated"]
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -67,20 +70,34 @@ def layers_in(model: ir.Model) -> list[LayerInfo]:
     Returns:
         One entry per layer, empty if the model calls no such function.
     """
+    return [_info(model, name, calls) for name, calls in _calls_by_layer(model).items()]
+
+
+def count_training_layers(model: ir.Model) -> int:
+    """How many layers of a model take a step of training, whether they are function calls still or inlined."""
+    called = sum(_is_step(model, calls[0]) for calls in _calls_by_layer(model).values())
+    return called or sum((value.name or "").split(".")[-2:] == UPDATED_MEAN for value in model.graph.outputs)
+
+
+def _calls_by_layer(model: ir.Model) -> dict[str, list[ir.Node]]:
     grouped: dict[str, list[ir.Node]] = {}
     for index, call in enumerate(calls_in(model)):
         grouped.setdefault(module_of(call) or call.name or f"layer {index}", []).append(call)
-    return [_info(model, name, calls) for name, calls in grouped.items()]
+    return grouped
+
+
+def _is_step(model: ir.Model, call: ir.Node) -> bool:
+    function = model.functions.get(call.op_identifier())
+    return function is not None and is_training(function)
 
 
 def _info(model: ir.Model, name: str, calls: list[ir.Node]) -> LayerInfo:
     call = calls[0]
-    function = model.functions.get(call.op_identifier())
     weight, bias, mean, var = (_constant(v) for v in call.inputs[1:5])
     second = [_constant(v) for v in call.inputs[8:10]] or [None, None]  # behind INPUTS and CHANGING
     return LayerInfo(
         name=name,
-        training=function is not None and is_training(function),
+        training=_is_step(model, call),
         calls=len(calls),
         epsilon=_number(call, "epsilon"),
         momentum=_number(call, "momentum"),

@@ -34,6 +34,7 @@ from renorm_onnx.fusion.sequences import open_sequences
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
 from renorm_onnx.model_walk import graphs_of, nodes_of
 from renorm_onnx.onnx_function import MODULE_KEY
+from renorm_onnx.onnx_layers import count_training_layers
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,8 @@ class _Engine:
         facts = Facts(model, RULES, CONSTANT_OPERATORS, assume_constant_initializers=assumed)
         self._desk = Desk(facts)
         self._rewriter = Rewriter(model, facts.opset)
-        self._report = FusionReport(operators_before=count_operators(model))
+        training = count_training_layers(model)
+        self._report = FusionReport(training_layers=training, operators_before=count_operators(model))
         # A norm that absorbs another one takes over its output's name, so a node is the only lasting identity.
         self._entries: dict[ir.Node, NormReport] = {}
         self._order: dict[ir.Node, float] = {}

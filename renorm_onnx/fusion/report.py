@@ -160,12 +160,14 @@ class FusionReport:
     Args:
         entries: In graph order.
         branches_merged: Parallel linear branches that became one operator.
+        training_layers: Layers that take a step of training, which is no map that could be folded.
         remarks: What else a person should know, one sentence each.
         operators_before, operators_after: How many nodes of each operator the model has.
     """
 
     entries: list[NormReport] = field(default_factory=list)
     branches_merged: int = 0
+    training_layers: int = 0
     remarks: list[str] = field(default_factory=list)
     operators_before: Counter[str] = field(default_factory=Counter)
     operators_after: Counter[str] = field(default_factory=Counter)
@@ -208,6 +210,7 @@ class FusionReport:
             "norms_after": len(self.kept),
             "affines_folded": self.affines_folded,
             "branches_merged": self.branches_merged,
+            "training_layers": self.training_layers,
             "remarks": list(self.remarks),
             "norms": [e.to_dict() for e in self.norms],
             "affines": [e.to_dict() for e in self.entries if e.kind == "affine"],
@@ -215,12 +218,19 @@ class FusionReport:
             "operators_after": dict(self.operators_after),
         }
 
+    def advice_on_training(self) -> str:
+        """Why layers in training stay, and what to fuse instead."""
+        layers = f"{self.training_layers} norm{'s' if self.training_layers > 1 else ''}"
+        return f"a training graph: {layers} in training, which nothing can fold; fuse the export for inference instead"
+
     def lines(self) -> Iterator[str]:
         """The report for a person: a summary line, then the kept norms grouped by reason."""
         norms, folded = self.norms, self.folded
-        if not norms:
+        if self.training_layers:
+            yield self.advice_on_training()
+        elif not norms:
             yield "no normalization found"
-        else:
+        if norms:
             gone = len(self.unreachable)
             never = f", {gone} gone with a branch that is never taken" if gone else ""
             yield f"{len(folded) - gone} of {len(norms)} norms folded, {len(self.kept)} kept{never}"
