@@ -89,7 +89,8 @@ def _add_fuse(commands: Any) -> None:
     parser = _command(commands, "fuse", "Fold the norms of MODEL, check the result, and write it.")
     parser.add_argument("model", metavar="MODEL", help="an ONNX file")
     _add_output(parser, "fused")
-    parser.add_argument("--in-place", action="store_true", help="write the result over MODEL itself")
+    help_in_place = "write the result over MODEL itself; over a write-protected one only with --force"
+    parser.add_argument("--in-place", action="store_true", help=help_in_place)
     check = "write nothing; exit 1 means that a norm could be folded (or a branch or constant operator), 0 that none"
     parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from renorm_onnx import model_file
-from renorm_onnx.errors import InputError, MachineError
+from renorm_onnx.errors import InputError, MachineError, ModelFileError
 from renorm_onnx.files.model_tensors import all_tensors
 from renorm_onnx.fusion.calls import define_calls
 from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
@@ -47,6 +48,7 @@ class FusedFile:
         verdict: The check; None if there was none.
         unchecked: Why there was no end-to-end check, or an empty string.
         bytes_before, bytes_after: Sizes with the data files, each counted once; `bytes_after` is 0 if not written.
+        left_behind: Data files of a model that was replaced, which it does not use any more; another model may.
     """
 
     source: str
@@ -58,6 +60,7 @@ class FusedFile:
     unchecked: str
     bytes_before: int
     bytes_after: int
+    left_behind: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -78,6 +81,7 @@ class FusedFile:
             "unchecked": self.unchecked,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "left_behind": list(self.left_behind),
         }
 
     def __str__(self) -> str:
@@ -110,6 +114,7 @@ class FusedFile:
             lines.append(f"nothing to fold: {self.target} stays as it is")
         else:
             lines.append(f"nothing to fold: {self.target} is a copy of {self.source}")
+        lines += [f"left behind: {path}, which another model may use; else delete it" for path in self.left_behind]
         return lines
 
 
@@ -201,8 +206,8 @@ def fuse_file(
         source: The model.
         target: Where to write; None: `default_target`, or `source` itself if `in_place`.
         options: What the engine may do.
-        force: Replace an existing `target`.
-        in_place: Replace `source`.
+        force: Replace an existing `target`, and a write-protected `source` where that is to be replaced.
+        in_place: Replace `source`. Its data files stay, and those that are not needed any more are named.
         dry_run: Plan and check, write nothing.
         verify: "auto": end to end if one run stays under the limit of `runtime.estimate` and onnxruntime is installed;
             "require": anything short of that is an error; "never".
@@ -229,9 +234,12 @@ def fuse_file(
     path = os.fspath(source) if in_place else os.fspath(target) if target is not None else default_target(source)
     if not dry_run:
         model_file.check_output(path, inputs=[] if in_place else [source], force=force or in_place)
+        if not force:
+            _refuse_protected(path)
     if verify != "never":
         _require(providers)
-    before = os.path.getsize(source) + _data_size(original)
+    data_files = _data_files(original)
+    before = os.path.getsize(source) + sum(map(os.path.getsize, data_files))
     defined = define_calls(original)  # or nothing could run the original, to compare with
     # The check compares with the original; without one, nobody else needs it.
     model = original if verify == "never" else model_file.load(original)
@@ -246,15 +254,16 @@ def fuse_file(
         report.remarks.append(remark)
         verdict, unchecked = _check(original, model, verify, providers, seed) if rewritten else (None, UNCHANGED)
     written = not dry_run and (verdict is None or verdict.outcome in ("yes", "skipped"))
-    after = 0
+    after, left = 0, tuple[str, ...]()
     if written and rewritten:
         model.metadata_props[METADATA_KEY] = metadata(report)
         after = model_file.save(model, path, force=force or in_place)
+        left = _unused(data_files, path) if in_place and data_files else ()
     elif written:
         after = before
         if not in_place:
             model_file.copy_file(source, path, force=force)
-    return FusedFile(os.fspath(source), path, written, rewritten, report, verdict, unchecked, before, after)
+    return FusedFile(os.fspath(source), path, written, rewritten, report, verdict, unchecked, before, after, left)
 
 
 def _fold(model: ir.Model, options: FuseOptions | None, *, defined: bool) -> tuple[FusionReport, bool]:
@@ -308,7 +317,24 @@ def _require(providers: Sequence[str]) -> None:
             raise MachineError(f"fuse: provider {status}")
 
 
-def _data_size(model: ir.Model) -> int:
-    """The size of the data files that a model reads its tensors from, in bytes."""
-    paths = {os.path.realpath(tensor.path) for tensor in all_tensors(model) if isinstance(tensor, ir.ExternalTensor)}
-    return sum(map(os.path.getsize, paths))
+def _refuse_protected(path: str) -> None:
+    """Raise `ModelFileError` for a file that its owner protects: renaming another over it would not ask its rights."""
+    if not os.path.exists(path):
+        return
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if not mode & 0o222 or not os.access(path, os.W_OK):  # the superuser may write all, and is asked too
+        raise ModelFileError(
+            f"{path!r} is write-protected (mode {mode:03o}); make it writable, or allow it to be replaced (--force)"
+        )
+
+
+def _data_files(model: ir.Model) -> set[str]:
+    """The data files that a model reads its tensors from."""
+    return {os.path.realpath(tensor.path) for tensor in all_tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+
+
+def _unused(data_files: set[str], path: str) -> tuple[str, ...]:
+    """Those of `data_files` that the model in `path` does not read, as seen from where `path` is seen from."""
+    unused = sorted(data_files - _data_files(model_file.load(path)))
+    folder = os.path.dirname(os.path.realpath(path))
+    return tuple(os.path.join(os.path.dirname(path), os.path.relpath(file, folder)) for file in unused)

@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from renorm_onnx import cli, model_file
 from renorm_onnx.delivery import fuse_file, inline_file
-from renorm_onnx.errors import InputError
+from renorm_onnx.errors import InputError, ModelFileError
 from renorm_onnx.inspection import inspect_model
 from renorm_onnx.onnx_function import DEFAULTS, DOMAIN, INFERENCE, TRAINING, attach
 from renorm_onnx.runtime.parity import verify
@@ -217,6 +217,40 @@ def test_sizes_count_each_data_file_once(tmp_path):
     again = fuse_file(paths[1], paths[2])
     assert not again.rewritten
     assert (again.bytes_before, again.bytes_after) == (size(folders[1]), size(folders[2]))
+
+
+def test_data_that_a_replaced_model_does_not_use_any_more_stays_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = model_of_calls(foldable=True)
+    tensor = numpy_helper.from_array(np.ones((CHANNELS, 300), np.float32), "spare")
+    model.graph.initializer.append(tensor)
+    model.graph.output.append(helper.make_tensor_value_info("spare", 1, [CHANNELS, 300]))
+    onnx.save(model, "model.onnx", save_as_external_data=True, location="weights.data", size_threshold=0)
+    beside = fuse_file("model.onnx")
+    assert (beside.left_behind, beside.to_dict()["left_behind"]) == ((), [])
+    done = fuse_file("model.onnx", in_place=True)
+    assert done.ok
+    assert done.to_dict()["left_behind"] == ["weights.data"]
+    assert Path("weights.data").exists()
+    assert last_line(done) == "left behind: weights.data, which another model may use; else delete it"
+    again = fuse_file(tmp_path / "model.onnx", in_place=True)
+    assert (again.rewritten, again.left_behind) == (False, ())
+
+
+def test_a_write_protected_model_is_replaced_only_by_force(tmp_path):
+    source = saved(tmp_path / "model.onnx", model_of_calls(foldable=True), defined=True)
+    source.chmod(0o444)
+    before = source.read_bytes()
+    with pytest.raises(
+        ModelFileError, match=r"model\.onnx' is write-protected \(mode 444\); make it writable, or .*--force"
+    ):
+        fuse_file(source, in_place=True)
+    assert source.read_bytes() == before
+    assert fuse_file(source, in_place=True, dry_run=True).report.changed
+    assert fuse_file(source).written, "another file may be made of it"
+    assert fuse_file(source, in_place=True, force=True).written
+    assert source.read_bytes() != before
+    assert source.stat().st_mode & 0o777 == 0o444
 
 
 def test_an_if_that_was_opened_in_vain_is_in_the_copy_and_in_the_table(tmp_path):
