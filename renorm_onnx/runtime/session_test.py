@@ -187,8 +187,11 @@ def test_what_onnxruntime_refuses_is_a_model_error_and_what_it_lacks_a_machine_e
         '<ir_version: 8, opset_import: ["" : 17]> g (double[1,1,3,3] x, double[1,1,1,1] w) => (double[1,1,3,3] y)'
         "{ y = Conv(x, w) }"
     )
-    with pytest.raises(MachineError, match="no kernel for this model"):
-        open_session(double)
+    newer = model(TWO_INPUTS.replace('["" : 17]', '["" : 99]'))
+    elsewhere = model(TWO_INPUTS.replace('["" : 17]', '["" : 17, "elsewhere" : 1]').replace("Add(", "elsewhere.Add("))
+    for lacking in (double, newer, elsewhere):
+        with pytest.raises(MachineError, match="no kernel for this model"):
+            open_session(lacking)
 
 
 class FailingOnTheDevice:

@@ -4,7 +4,10 @@ from renorm_onnx.errors import InputError, MachineError, ModelFileError, RenormE
 from renorm_onnx.runtime.providers import INSTALL_CUDA
 
 _OF_THE_DEVICE = ("CUDA", "CUDNN", "CUBLAS", "EP_FAIL", "Failed to allocate")
-_LACKING = ("NOT_IMPLEMENTED", "under development", "max supported", "Unsupported model IR")
+_LACKING = (
+    *("NOT_IMPLEMENTED", "under development", "max supported", "Unsupported model IR"),
+    "is not a registered function/op",  # of a domain that another build of onnxruntime may have
+)
 
 
 def creation_error(error: Exception, who: str) -> RenormError:
