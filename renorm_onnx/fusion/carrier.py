@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import onnx
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap, UnlikeAxesError
@@ -162,7 +163,7 @@ class Carrier:
         Returns:
             The step, or why there is none.
         """
-        return no_rule(node)
+        return no_rule(node, desk.opset)
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Answer an arrival.
@@ -175,16 +176,18 @@ class Carrier:
         Returns:
             The step, or why there is none.
         """
-        return no_rule(node)
+        return no_rule(node, desk.opset)
 
 
-def no_rule(node: ir.Node) -> Refusal:
-    """The refusal of an operator that neither absorbs nor passes an affine map."""
+def no_rule(node: ir.Node, opset: int) -> Refusal:
+    """The refusal of an operator that neither absorbs nor passes an affine map, or of what is no operator at all."""
+    exists = node.domain not in ("", "ai.onnx") or onnx.defs.has(node.op_type, opset)
+    why = "neither absorbs nor passes a scale and shift" if exists else f"is no operator of opset {opset}"
     domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
     return Refusal(
         Reason.OPERATOR,
         node.name or node.outputs[0].name or "",
-        f"{domain}{label(node)} neither absorbs nor passes a scale and shift",
+        f"{domain}{label(node)} {why}",
         structural=True,
     )
 
@@ -192,7 +195,7 @@ def no_rule(node: ir.Node) -> Refusal:
 def ask(carrier: Carrier | None, way: str, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
     """The answer of `carrier`, going "backward" or "forward"; without one, or for a map that it does not take, no."""
     if carrier is None:
-        return no_rule(node)
+        return no_rule(node, desk.opset)
     if not carrier.many_axes and not all(m.is_simple for m in maps.values()):
         return refuse(Reason.AXIS, node, "takes maps along one axis, and the channels are split over several")
     try:
