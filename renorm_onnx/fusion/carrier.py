@@ -4,10 +4,11 @@ An operator that *absorbs* a map returns a `Step` with edits and nothing onward.
 maps that go on. One that can do neither returns a `Refusal`. Both directions have the same form:
 
 * backward: the operator is asked to deliver ``M(output)`` instead of ``output``; onward maps are demands on its inputs;
-* forward: the operator is given ``x`` where ``M(x)`` stood; onward maps say what its outputs now lack.
+* forward: the operator is given ``x`` where ``M(x)`` stood; onward maps say what its outputs now lack, and demands what
+  its other operands, a weight or a bias, have to become.
 
-A demand on a constant operand is met by the planner, which maps the constant; so an operator need not tell stored
-weights from computed ones.
+A demand on a constant operand is met by the planner, which maps the constant, and one on any other by what computes it;
+so an operator need not tell stored weights from computed or quantized ones.
 """
 
 from __future__ import annotations
@@ -59,12 +60,14 @@ class Step:
     """One operator's answer: what changes in it, and the maps that go on.
 
     Args:
-        edits: Applied only if the whole plan succeeds; of this operator, or of one that makes a weight for it alone.
+        edits: Applied only if the whole plan succeeds.
         onward: Backward: input index -> map demanded of that input. Forward: output index -> map it now lacks.
+        demands: Forward: input index -> map demanded of that input, which did not change.
     """
 
     edits: tuple[Edit, ...] = ()
     onward: Mapping[int, AffineMap] = field(default_factory=dict)
+    demands: Mapping[int, AffineMap] = field(default_factory=dict)
 
 
 class Desk:

@@ -175,6 +175,8 @@ class Parameter(NamedTuple):
         if not isinstance(self.base, np.ndarray) and math.prod(self.shape) > BLOCK_ELEMENTS:
             return StreamedTensor(self, name)
         elements = self.rounded()
+        if self.dtype.bitwidth < 8:  # several to a byte
+            return ir.Tensor(elements, dtype=self.dtype, name=name)
         if sys.byteorder == "big":
             elements = elements.byteswap()
         # A message, as a tensor that was read is: written as it is.

@@ -14,7 +14,7 @@ What makes the walk sound, and linear in the nodes it visits:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -107,20 +107,44 @@ class Planner:
 
     def _backward(self, norm: Norm, demand: AffineMap) -> Plan | Refusal:
         plan = Plan(norm, "backward")
+        if norm.input.producer() is None:
+            return _no_producer(norm.input)
         demands: dict[ir.Value, AffineMap] = {norm.input: demand}
         settled = {(norm.nodes[0], _index_of(norm.nodes[0], norm.input))}
-        heap: list[tuple[float, int, ir.Node]] = []
+        refusal = self._carry_back(plan, demands, settled, taken=())
+        if refusal is not None:
+            return refusal
+        plan.changed += [v for v in demands if v is not norm.input]
+        return plan
+
+    def _carry_back(
+        self,
+        plan: Plan,
+        demands: dict[ir.Value, AffineMap],
+        settled: set[tuple[ir.Node, int]],
+        taken: Collection[ir.Node],
+    ) -> Refusal | None:
+        """Meet demands on values by what computes them, up to operators that absorb; extends all but `taken` in place.
+
+        Args:
+            plan: Gets the edits.
+            demands: What values have to become.
+            settled: Readers and their operands that ask for it.
+            taken: Operators that may not change this way, since they change another.
+
+        Returns:
+            The first obstacle, if there is one.
+        """
+        queue = _Queue(self._order, backward=True)
         trail: list[tuple[ir.Node, Step]] = []
-        producer = norm.input.producer()
-        if producer is None:
-            return _no_producer(norm.input)
-        _push(heap, -self._order.get(producer, 0.0), producer)
-        seen = {producer}
-        while heap:
-            node = heapq.heappop(heap)[2]
+        queue.add(v.producer() for v in demands)
+        while queue:
+            node = queue.pop()
             if node in self._dead:
                 return self._mark(trail, self._dead[node])
-            step = self._answer_backward(node, norm, demands, settled)
+            if node in taken:
+                return refuse(Reason.CONFLICT, node, "would have to change for what follows it and for what it reads")
+            step = self._answer_backward(node, plan.norm, demands, settled)
             if isinstance(step, Refusal):
                 if step.structural:
                     self._dead[node] = step
@@ -135,15 +159,11 @@ class Planner:
                 if refusal is not None:
                     return self._mark(trail, refusal) if refusal.structural else refusal
                 value = node.inputs[index] if index < len(node.inputs) else None
-                maker = None if value is None else value.producer()
-                if value in demands and maker is not None and maker not in seen:
-                    seen.add(maker)
-                    _push(heap, -self._order.get(maker, 0.0), maker)
+                queue.add([value.producer()] if value in demands else [])
         # An output that nobody reads follows the others (Split), so it needs another name too.
         unread = (o for n, _ in trail for o in n.outputs if o.name and not o.uses() and not o.is_graph_output())
-        plan.changed += [v for v in demands if v is not norm.input]
         plan.changed += [o for o in unread if o not in demands]
-        return plan
+        return None
 
     def _answer_backward(
         self,
@@ -229,12 +249,13 @@ class Planner:
             )
         plan = Plan(norm, "forward")
         arrivals: dict[ir.Value, AffineMap] = {norm.output: given}
-        heap: list[tuple[float, int, ir.Node]] = []
-        seen: set[ir.Node] = set()
+        demands: dict[ir.Value, AffineMap] = {}
+        settled: set[tuple[ir.Node, int]] = set()
+        queue = _Queue(self._order, backward=False)
         trail: list[tuple[ir.Node, Step]] = []
-        refusal = self._spread(norm.output, norm, heap, seen)
-        while heap and refusal is None:
-            node = heapq.heappop(heap)[2]
+        refusal = self._spread(norm.output, norm, queue)
+        while queue and refusal is None:
+            node = queue.pop()
             if node in self._dead_forward:
                 return self._dead_forward[node]
             maps = {i: arrivals[v] for i, v in enumerate(node.inputs) if v is not None and v in arrivals}
@@ -245,14 +266,17 @@ class Planner:
                 return step
             trail.append((node, step))
             refusal = self._take(plan, node, step)
+            for index, demand in step.demands.items():
+                refusal = refusal or self._demand(plan, node, index, demand, demands, settled)
             for index, onward in step.onward.items():
                 if refusal is not None or onward.is_identity:
                     continue
                 arrivals[node.outputs[index]] = onward
-                refusal = self._spread(node.outputs[index], norm, heap, seen)
+                refusal = self._spread(node.outputs[index], norm, queue)
+        refusal = refusal or self._carry_back(plan, demands, settled, taken={*norm.nodes, *queue.seen})
         if refusal is not None:
             return refusal
-        plan.changed += [v for v in arrivals if v is not norm.output]
+        plan.changed += [v for v in (*arrivals, *demands) if v is not norm.output]
         return plan
 
     def _mark_forward(self, trail: Iterable[tuple[ir.Node, Step]], obstacle: ir.Node, refusal: Refusal) -> None:
@@ -265,9 +289,7 @@ class Planner:
             if any(user in self._dead_forward for user, _ in passed.uses()):
                 self._dead_forward[node] = refusal
 
-    def _spread(
-        self, value: ir.Value, norm: Norm, heap: list[tuple[float, int, ir.Node]], seen: set[ir.Node]
-    ) -> Refusal | None:
+    def _spread(self, value: ir.Value, norm: Norm, queue: _Queue) -> Refusal | None:
         """Line up every reader of a value that changed."""
         if value.is_graph_output():
             return Refusal(Reason.GRAPH_OUTPUT, value.name or "", f"{value.name!r} is an output of the graph")
@@ -276,20 +298,16 @@ class Planner:
                 continue
             if user.graph is not norm.nodes[0].graph:
                 return _crosses(user)
-            if user not in seen:
-                seen.add(user)
-                _push(heap, self._order.get(user, 0.0), user)
+            queue.add([user])
         return None
 
     def _take(self, plan: Plan, node: ir.Node, step: Step) -> Refusal | None:
-        """Add a step's edits to the plan, unless a number would leave its type; the maker of a weight is renamed."""
+        """Add a step's edits to the plan, unless a number would leave its type."""
         for edit in step.edits:
             if isinstance(edit, SetInput) and (why := self._ranges.objection(edit)):
                 return refuse(why[0], node, why[1])
         if step.edits or not step.onward:
             plan.edits.extend(step.edits)
-            makers = dict.fromkeys(e.node for e in step.edits if e.node is not node)
-            plan.changed += [o for maker in makers for o in maker.outputs]
             if (name := label(node)) not in plan.into:
                 plan.into.append(name)
         return None
@@ -302,8 +320,28 @@ def reads_no_elements(node: ir.Node, position: int) -> bool:
     return node.op_type in ("Shape", "Size") or (node.op_type == "CastLike" and position == 1)
 
 
-def _push(heap: list[tuple[float, int, ir.Node]], priority: float, node: ir.Node) -> None:
-    heapq.heappush(heap, (priority, id(node), node))
+class _Queue:
+    """Operators in the order of their graph, or against it, each once."""
+
+    def __init__(self, order: Mapping[ir.Node, float], *, backward: bool) -> None:
+        self._order = order
+        self._sign = -1.0 if backward else 1.0
+        self._heap: list[tuple[float, int, ir.Node]] = []
+        self.seen: set[ir.Node] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._heap)
+
+    def add(self, nodes: Iterable[ir.Node | None]) -> None:
+        """Line up those that never stood in line."""
+        for node in nodes:
+            if node is not None and node not in self.seen:
+                self.seen.add(node)
+                heapq.heappush(self._heap, (self._sign * self._order.get(node, 0.0), id(node), node))
+
+    def pop(self) -> ir.Node:
+        """The next one."""
+        return heapq.heappop(self._heap)[2]
 
 
 def _index_of(node: ir.Node, value: ir.Value) -> int:

@@ -130,7 +130,7 @@ def absorbs_soon(value: ir.Value | None, desk: Desk, *, shift: bool, limit: int 
         if node.op_type in arithmetic and any(desk.parameter(node, i) is not None for i in range(len(node.inputs))):
             return True
         if node.op_type in ABSORBING:
-            return True
+            return not (shift and node.op_type == "DequantizeLinear")
         if node.op_type not in PASSING or not node.inputs or (shift and node.op_type in BENDING):
             return False
         value = node.inputs[0]

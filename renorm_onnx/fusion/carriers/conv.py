@@ -10,7 +10,7 @@ Formula:
     DeformConv reads x between its elements, at weights that do not depend on it. Source: ONNX Conv-1, 11, 22,
     DeformConv-19, 22.
 Refuses when:
-    the map does not run along the channels; W or b is not constant; at the input, t is not zero and pads are not zero,
+    the map does not run along the channels; at the input, W is not constant, or t is not zero and pads are not zero,
     because the zeros of the padding are not shifted, or DeformConv might read beyond the border.
 """
 
@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
-from renorm_onnx.fusion.carriers.quantized import added_bias, no_weight, scaled_weight, weight_of
+from renorm_onnx.fusion.carriers.quantized import no_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -32,7 +32,7 @@ from renorm_onnx.fusion.report import Reason, Refusal
 def bias_demand(
     node: ir.Node, index: int, given: AffineMap, desk: Desk
 ) -> tuple[list[SetInput], dict[int, AffineMap]] | Refusal:
-    """What an output map asks of a bias operand of shape (C,): a demand where there is one, else a new constant t."""
+    """What a map of the output asks of a bias of shape (C,): a demand where there is one, else a new constant t."""
     if desk.has_input(node, index):
         return [], {index: given.on_axis(0)}
     if not given.has_shift:
@@ -97,21 +97,25 @@ class Conv(Carrier):
         full = given.spread(per_group * group, 1)
         if full.channels != per_group * group:
             return refuse(Reason.AXIS, node, f"reads {per_group * group} channels, the map has {full.channels}")
-        # (C_in,) -> (C_out, C_in/group, 1, ...): row o belongs to group o // (C_out/group).
-        shape = (out, per_group, *[1] * len(kernel))
-        scale, shift = (
-            np.repeat(v.reshape(group, per_group), out // group, axis=0).reshape(shape)
-            for v in (full.scale, full.shift)
-        )
-        if group == 1:
-            scale = scale[:1]
-        edits = scaled_weight(node, 1, scale, desk) if full.has_scale else ()
-        if isinstance(edits, Refusal) or not full.has_shift:
-            return edits if isinstance(edits, Refusal) else Step(edits)
+        demands = {1: _of_filters(given, out, per_group, group)} if full.has_scale else {}
+        if not full.has_shift:
+            return Step((), {}, demands)
         if why := padding_sees_shift(node, tuple(kernel)):
             return refuse(Reason.PADDING, node, f"{why}, and the zeros must not be shifted")
-        added = added_bias(node, self._bias(node), weight.contract(shift, axis=1), weight.dtype, desk)
-        return added if isinstance(added, Refusal) else Step((*edits, *added))
+        # (C_in,) -> (C_out, C_in/group, 1, ...): row o belongs to group o // (C_out/group).
+        shift = np.repeat(full.shift.reshape(group, per_group), out // group, axis=0)
+        total = weight.contract(shift.reshape(*shift.shape, *[1] * len(kernel)), axis=1)
+        bias = bias_demand(node, self._bias(node), AffineMap.of(1.0, total, 0), desk)
+        return bias if isinstance(bias, Refusal) else Step(tuple(bias[0]), {}, demands | bias[1])
+
+
+def _of_filters(given: AffineMap, out: int, per_group: int, group: int) -> AffineMap:
+    """The scale of filters of shape (C_out, C_in/group, *k) that a map of the input's channels comes to."""
+    scale = given.without_shift()
+    if group == 1 or given.is_uniform:
+        return scale
+    rows = np.repeat(given.scale.reshape(group, per_group), out // group, axis=0)
+    return AffineMap(rows, np.zeros(rows.shape), (0, 1)).reduced()
 
 
 CARRIERS = (Conv(),)

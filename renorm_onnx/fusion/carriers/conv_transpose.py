@@ -10,8 +10,8 @@ Formula:
     *k] t[i] over the taps k that meet the image: all of them only for stride 1 and a border of (k - 1) dilation
     cropped by pads. Source: ONNX ConvTranspose-1, 11, 22.
 Refuses when:
-    the map does not run along the channels; W is computed and group > 1; W or b is computed (at the input); at the
-    input, t is not zero and some output position misses a tap (stride > 1, a border that is not cropped).
+    the map does not run along the channels; at the input, W is computed, or t is not zero and some output position
+    misses a tap (stride > 1, a border that is not cropped).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
-from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
+from renorm_onnx.fusion.carrier import Carrier, Desk, Step, refuse
 from renorm_onnx.fusion.carriers.conv import bias_demand
-from renorm_onnx.fusion.carriers.quantized import added_bias, no_weight, scaled_weight, weight_of
+from renorm_onnx.fusion.carriers.quantized import no_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.report import Reason, Refusal
 
@@ -55,12 +55,9 @@ class ConvTranspose(Carrier):
         if group == 1:
             onward[1] = full.without_shift()
             return Step(tuple(edits), onward)
-        weight = desk.parameter(node, 1)
-        if weight is None:
-            return refuse(Reason.WEIGHT, node, f"has a computed weight in {group} groups")
-        # (C_out,) -> (C_in, C_out/group, 1, ...): row i belongs to group i // (C_in/group).
+        # (C_out,) -> (C_in, C_out/group): row i belongs to group i // (C_in/group).
         rows = np.repeat(full.scale.reshape(group, dims[1]), dims[0] // group, axis=0)
-        edits.append(SetInput(node, 1, weight.scaled(rows.reshape(*rows.shape, *[1] * (len(dims) - 2)))))
+        onward[1] = AffineMap(rows, np.zeros(rows.shape), (0, 1)).reduced()
         return Step(tuple(edits), onward)
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
@@ -77,18 +74,17 @@ class ConvTranspose(Carrier):
         full = given.spread(inputs, 1)
         if full.channels != inputs:
             return refuse(Reason.AXIS, node, f"reads {inputs} channels, the map has {full.channels}")
-        factor = full.scale.reshape(-1, *[1] * (len(weight.shape) - 1))
-        edits = scaled_weight(node, 1, factor, desk) if full.has_scale else ()
-        if isinstance(edits, Refusal) or not full.has_shift:
-            return edits if isinstance(edits, Refusal) else Step(edits)
+        demands = {1: given.without_shift().on_axis(0)} if full.has_scale else {}
+        if not full.has_shift:
+            return Step((), {}, demands)
         if why := missing_taps(node, kernel):
             return refuse(Reason.PADDING, node, f"{why}, so the shift does not reach every position alike")
         group = int(attribute(node, "group", 1))
         spatial = tuple(range(2, len(weight.shape)))
         taps = np.concatenate([block.sum(axis=spatial) for _, block in weight.blocks()]) * full.shift[:, None]
         total = taps.reshape(group, inputs // group, per_group).sum(axis=1).reshape(-1)
-        added = added_bias(node, 2, total, weight.dtype, desk)
-        return added if isinstance(added, Refusal) else Step((*edits, *added))
+        bias = bias_demand(node, 2, AffineMap.of(1.0, total, 0), desk)
+        return bias if isinstance(bias, Refusal) else Step(tuple(bias[0]), {}, demands | bias[1])
 
 
 def missing_taps(node: ir.Node, kernel: list[int]) -> str:

@@ -23,11 +23,11 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
-from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Edit, Step, refuse
+from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Step, refuse
 from renorm_onnx.fusion.carriers.addition import has_channels
 from renorm_onnx.fusion.carriers.gemm import element_type
 from renorm_onnx.fusion.carriers.matmul import following_add
-from renorm_onnx.fusion.carriers.quantized import scaled_weight, weight_of
+from renorm_onnx.fusion.carriers.quantized import weight_of
 from renorm_onnx.fusion.fact_dims import einsum_terms
 from renorm_onnx.fusion.parameters import Array, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -99,24 +99,21 @@ class Einsum(Carrier):
             return refuse(Reason.WEIGHT, node, "has no constant factor that varies along the map")
         if given.has_scale and target is None:
             return Step((), {0: given.on_axis(output.index(letter))})
-        edits: tuple[Edit, ...] = ()
+        demands: dict[int, AffineMap] = {}
         if given.has_scale and target is not None:
             own = given.on_axis(terms[target].index(letter))
             if any(weights[target].shape[a] != own.channels for a in own.axes):
                 return refuse(Reason.SHAPE, node, f"has factor {target} that is not proven to vary along the map")
-            scaled = scaled_weight(node, target, own.along(len(terms[target]))[0], desk)
-            if isinstance(scaled, Refusal):
-                return scaled
-            edits = scaled
+            demands[target] = own.without_shift()
         if total is None:
-            return Step(edits)
+            return Step((), {}, demands)
         wide = [i for i, n in enumerate(total.shape) if n > 1]
         if len(wide) < 2 and following_add(node, desk):
-            return Step(edits, {0: AffineMap.of(1.0, total.reshape(-1), wide[0] if wide else None)})
+            return Step((), {0: AffineMap.of(1.0, total.reshape(-1), wide[0] if wide else None)}, demands)
         dtype = element_type(node, desk)
         if dtype is None:
             return refuse(Reason.DTYPE, node, "has an unknown element type")
-        return Step((*edits, AddAfter(node, Parameter.new(_without_leading_ones(total), dtype))))
+        return Step((AddAfter(node, Parameter.new(_without_leading_ones(total), dtype)),), {}, demands)
 
     def _contribution(
         self,

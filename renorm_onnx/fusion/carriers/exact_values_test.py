@@ -242,13 +242,14 @@ def _slice(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> A
 def _dequantize(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> Array:
     x, scale, zero = (*inputs, None)[:3]
     axis, block = a.get("axis", 1), a.get("block_size", 0)
-    spread = [np.array(0) if zero is None else zero.astype(int), scale]
+    x, zero = (exact(np.asarray(0 if v is None else v).astype(np.float64)) for v in (x, zero))
+    spread = [zero, scale]
     for i, numbers in enumerate(spread):
         if block and numbers.ndim:
             spread[i] = np.repeat(numbers, block, axis).take(range(x.shape[axis]), axis)
         else:
             spread[i] = _along(numbers, x.ndim, axis) if numbers.size > 1 else numbers.reshape(())
-    return np.asarray((x.astype(int) - spread[0]) * spread[1])
+    return np.asarray((x - spread[0]) * spread[1])
 
 
 def _global(function: Callable[..., Any]) -> Callable[..., Array]:

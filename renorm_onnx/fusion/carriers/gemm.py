@@ -11,20 +11,19 @@ Formula:
     is widened to what the map needs; where it is rewritten, beta is folded into it and becomes 1. Source: ONNX
     Gemm-6, 7, 9, 11, 13.
 Refuses when:
-    a computed C broadcasts along the map; at the input, the other factor is not constant, the map runs along M or N
-    together with a shift or a C, or C is computed and the map shifts.
+    a computed C broadcasts along the map; at the input, the other factor is not constant, or the map runs along M or N
+    together with a shift or a C.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetAttribute, SetInput, Step, refuse
-from renorm_onnx.fusion.carriers.quantized import no_weight, scaled_weight, weight_of
+from renorm_onnx.fusion.carriers.quantized import no_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Array, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -108,24 +107,15 @@ class Gemm(Carrier):
         if other is None:
             return no_weight(node, 1 - side, desk)
         axis = side ^ transposed[1 - side]
-        scale, shift = given.on_axis(axis).along(2)
+        own = given.on_axis(axis)
         if given.axis is not None and given.channels != other.shape[axis]:
             return refuse(Reason.AXIS, node, f"sums over {other.shape[axis]} elements, the map has {given.channels}")
-        scaled = scaled_weight(node, 1 - side, scale, desk) if given.has_scale else ()
-        if isinstance(scaled, Refusal):
-            return scaled
-        edits: list[Edit] = list(scaled)
-        if given.has_shift:
-            constant = desk.parameter(node, 2)
-            beta = float(attribute(node, "beta", 1.0))
-            if constant is None and desk.has_input(node, 2) and beta != 0:
-                return refuse(Reason.WEIGHT, node, "has a bias that is not constant", structural=True)
-            total = float(attribute(node, "alpha", 1.0)) * other.contract(shift, axis=axis)
-            total = total.reshape((1, -1) if side == 0 else (-1, 1))
-            if constant is not None and beta != 0:
-                total = total + beta * constant.float64()
-            edits.extend(self._set_c(node, np.asarray(total), desk, constant))
-        return Step(tuple(edits))
+        demands = {1 - side: own.without_shift()} if given.has_scale else {}
+        if not given.has_shift:
+            return Step((), {}, demands)
+        total = float(attribute(node, "alpha", 1.0)) * other.contract(own.along(2)[1], axis=axis)
+        added = self._map_c(node, AffineMap.of(1.0, total, 1 - side), desk)
+        return added if isinstance(added, Refusal) else Step(tuple(added[0]), {}, demands | added[1])
 
     def _pass_outer(self, node: ir.Node, side: int, given: AffineMap, desk: Desk) -> Step | Refusal:
         """A map along M or N scales rows or columns of the product, if nothing else is added to it."""

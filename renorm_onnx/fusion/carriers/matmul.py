@@ -24,7 +24,7 @@ import onnx_ir as ir
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Step, refuse
 from renorm_onnx.fusion.carriers.gemm import element_type
-from renorm_onnx.fusion.carriers.quantized import scaled_weight, weight_of
+from renorm_onnx.fusion.carriers.quantized import weight_of
 from renorm_onnx.fusion.parameters import Array, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import constant_operator
@@ -107,20 +107,20 @@ class MatMul(Carrier):
         inner = _inner_axis(1 - side, ranks)
         if given.axis is not None and given.channels != other.shape[inner]:
             return refuse(Reason.AXIS, node, f"sums over {other.shape[inner]} elements, the map has {given.channels}")
-        scale, shift = given.on_axis(inner).along(len(other.shape))
-        edits = scaled_weight(node, 1 - side, scale, desk) if given.has_scale else ()
-        if isinstance(edits, Refusal) or not given.has_shift:
-            return edits if isinstance(edits, Refusal) else Step(edits)
-        total = _contracted(other, shift, inner)
+        own = given.on_axis(inner)
+        demands = {1 - side: own.without_shift()} if given.has_scale else {}
+        if not given.has_shift:
+            return Step((), {}, demands)
+        total = _contracted(other, own.along(len(other.shape))[1], inner)
         if desk.opset < 7 and (total.ndim != 1 or side):
             return refuse(
                 Reason.OPSET, node, "would need an Add that broadcasts along the last axes, as from opset 7 on"
             )
         if total.ndim == 1 and side == 0 and following_add(node, desk):
-            return Step(edits, {0: AffineMap.of(1.0, total, (_output_rank(ranks) or 1) - 1)})
+            return Step((), {0: AffineMap.of(1.0, total, (_output_rank(ranks) or 1) - 1)}, demands)
         if (total.ndim > 1 or side) and ranks[side] != 1 and ranks[1 - side] != 1:
             total = np.expand_dims(total, -2 if side == 0 else -1)  # (..., N) -> (..., 1, N); (..., M) -> (..., M, 1)
-        return Step((*edits, AddAfter(node, Parameter.new(total, other.dtype))))
+        return Step((AddAfter(node, Parameter.new(total, other.dtype)),), {}, demands)
 
     def _pass_outer(self, node: ir.Node, side: int, given: AffineMap, ranks: Sequence[int | None]) -> Step | Refusal:
         """A scale along an axis that is not summed over scales the product along the same axis."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from renorm_onnx.fusion.carrier import Step
+from renorm_onnx.fusion.carriers import quantized
 from renorm_onnx.fusion.carriers.exact_folding_test import (
     assert_fuses,
     assert_same,
@@ -101,8 +104,8 @@ def before(
     """``x -> norm -> read``, a linear operator with a quantized weight `w`; the operators that are left."""
     text = f"{read.partition(';')[0]} d = {given} y = {read.partition(';')[2]}"
     fused = assert_fuses(build(text, inputs, "y", opset=21, **constants), kept)
-    stored = [i for i in fused.graph.initializer if i.name.startswith("q") and i.data_type == TensorProto.INT8]
-    assert stored, "the weight is no longer quantized"
+    [codes] = [i for i in fused.graph.initializer if i.name == "q"]
+    assert codes == numpy_helper.from_array(constants["q"], "q"), "the codes of the weight changed"
     return operators(fused)
 
 
@@ -145,6 +148,13 @@ def test_a_quantized_bias_takes_the_sum_of_a_shift_only_in_whole_steps() -> None
     before(read, [Reason.SHIFT], given="Add(x, k)", **(more | {"ps": np.array(1.0)}))
 
 
+def test_a_shift_goes_into_a_product_rather_than_into_a_quantized_bias_beside_it() -> None:
+    text = f"w = DequantizeLinear(q, qs) b = DequantizeLinear(p, ps) c = MatMul(x, w) d = Add(b, c) y = {bn('d')}"
+    more = {"q": SQUARE[..., 0, 0], "qs": np.array(0.5), "p": np.arange(4, dtype=np.int32), "ps": np.array(0.375)}
+    fused = assert_fuses(build(text, "double[N,4] x", "y", opset=21, **more, **norm(4)))
+    assert operators(fused) == {"DequantizeLinear": 2, "MatMul": 1, "Add": 2}
+
+
 def test_quantized_factors_of_products_take_what_comes_before_them() -> None:
     matrix = {"q": SQUARE[..., 0, 0], "qs": SCALES["qs"], "qz": SCALES["qz"]}
     given = "Add(m, t)"
@@ -173,18 +183,141 @@ def test_a_quantized_weight_that_another_reads_stays() -> None:
     text = f"w = DequantizeLinear(q, qs) d = {bn('x')} y = Conv(d, w) z = Conv(x, w)"
     model = build(text, IMAGE4, "y, z", opset=21, q=SQUARE, qs=np.array(0.5), **norm(4))
     assert_fuses(model, [Reason.CONSUMER])
-    computed = text.replace("(q, qs)", "(p, qs)").replace("w = ", "p = Cast<to=3>(x) w = ")
-    model = build(computed, "double[4,4,1,1] x", "y, z", opset=21, qs=np.array(0.5), **norm(4))
-    assert_fuses(model, [Reason.WEIGHT])
 
 
-def test_a_quantized_weight_of_other_integers_stays_and_is_not_said_to_be_read_elsewhere() -> None:
-    text = f"w = DequantizeLinear(q, qs) d = {bn('x')} y = Conv(d, w)"
-    narrow = SQUARE.clip(-8, 7).astype(ml_dtypes.int4)
-    model = build(text, IMAGE4, "y", opset=21, q=narrow, qs=np.array(0.5, np.float32), **norm(4))
-    [kept] = fuse(model)[1].kept
-    assert kept.refusals[-1].reason == Reason.DTYPE
-    assert "something else than constant INT8, UINT8" in kept.detail
+# 4 by 6 codes, for a weight (N, K) of 4 outputs and 6 inputs.
+CODES = RNG.integers(-7, 8, (4, 6)).astype(np.int8)
+NARROW = {
+    "int4": (ml_dtypes.int4, TensorProto.INT4),
+    "uint4": (ml_dtypes.uint4, TensorProto.UINT4),
+    "float8": (ml_dtypes.float8_e4m3fn, TensorProto.FLOAT8E4M3FN),
+    "float8 of range": (ml_dtypes.float8_e5m2, TensorProto.FLOAT8E5M2),
+}
+
+
+def narrow(kind: str) -> dict[str, Any]:
+    """Codes of a narrow type with one scale and one zero point, of that type as well."""
+    dtype = NARROW[kind][0]
+    return {"q": abs(CODES).astype(dtype), "qs": np.array(0.5), "qz": np.array(3).astype(dtype)}
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_codes_of_4_bits_and_of_broken_numbers_stay_while_their_scales_take_the_map(kind: str) -> None:
+    text = "w = DequantizeLinear(q, qs, qz) t = Transpose(w);MatMul(d, t)"
+    found = before(text, inputs="double[N,6] x", given="Mul(x, s)", s=quarters([6]), **narrow(kind))
+    assert found == {"DequantizeLinear": 1, "Transpose": 1, "MatMul": 1}
+    found = before(text, inputs="double[N,6] x", given=bn("x"), **narrow(kind), **norm(6))
+    assert found == {"DequantizeLinear": 1, "Transpose": 1, "MatMul": 1, "Add": 1}
+    behind = f"w = DequantizeLinear(q, qs, qz) c = Gemm<transB=1>(x, w) y = {bn('c')}"
+    fused = assert_fuses(build(behind, "double[N,6] x", "y", opset=21, **narrow(kind), **norm(4)))
+    assert operators(fused) == {"DequantizeLinear": 1, "Gemm": 1}
+    kinds = {i.name: i.data_type for i in fused.graph.initializer}
+    zero = next(name for name in kinds if name.startswith("qz_"))
+    assert kinds[zero] == kinds["q"] == NARROW[kind][1]
+    other = narrow(kind) | {"qz": np.array(2).astype(NARROW[kind][0])} | norm(4)
+    moved = build(behind, "double[N,6] x", "y", opset=21, **other)
+    with pytest.raises(AssertionError, match="differs at"):
+        assert_same(moved, fused)
+
+
+def test_a_bias_of_4_bits_takes_no_shift() -> None:
+    text = "b = DequantizeLinear(q, qs) c = Conv(x, W, b) y = Add(c, k)"
+    more = {"q": CODES[0, :4].astype(ml_dtypes.int4), "qs": np.array(0.5), "k": np.array(0.5)}
+    assert_fuses(build(text, IMAGE, "y", opset=21, W=quarters([4, 3, 1, 1]), **more), [Reason.SHIFT])
+
+
+# What tools write between DequantizeLinear and the operator that reads the weight: from (4, 6) to what it needs.
+MATRIX = "double[N,6] x"
+LAYOUTS = {
+    "Transpose": ("t = Transpose<perm=[1,0]>(w)", "MatMul(d, t)", MATRIX),
+    "Identity, Transpose": ("i = Identity(w) t = Transpose<perm=[1,0]>(i)", "Gemm(d, t)", MATRIX),
+    "Reshape": ("t = Reshape(w, r)", "Conv(d, t)", "double[N,6,H,W] x"),
+    "Unsqueeze": ("t = Unsqueeze(w, u)", "Conv(d, t)", "double[N,6,H,W] x"),
+    "Unsqueeze, Squeeze": ("v = Unsqueeze(w, u) t = Squeeze(v, u)", "Gemm<transB=1>(d, t)", MATRIX),
+    "Flatten": ("v = Unsqueeze(w, u) t = Flatten<axis=1>(v)", "Gemm<transB=1>(d, t)", MATRIX),
+    "Transpose, Unsqueeze": ("v = Transpose(w) t = Unsqueeze(v, u)", "ConvTranspose(d, t)", "double[N,6,H,W] x"),
+    "Transpose for Einsum": ("t = Transpose(w)", 'Einsum<equation="nk,km->nm">(d, t)', MATRIX),
+}
+SHAPES = {"r": np.array([4, 6, 1, 1]), "u": np.array([2, 3])}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_quantized_weight_is_found_behind_a_change_of_layout(layout: str) -> None:
+    moves, read, inputs = LAYOUTS[layout]
+    operator = read[: min(i for i in (read.find("("), read.find("<")) if i > 0)]
+    for attributes, scale in (("", np.array(0.5)), ("<axis=1>", quarters([6], 3)), ("<axis=0>", quarters([4], 3))):
+        text = f"w = DequantizeLinear{attributes}(q, qs) {moves}"
+        constants = {"q": CODES, "qs": scale, **{k: v for k, v in SHAPES.items() if f", {k})" in moves}}
+        stays = attributes == "<axis=0>"  # one scale for each output channel, and the norm has one for each input
+        found = before(f"{text};{read}", [Reason.AXIS] * stays, inputs=inputs, given=bn("x"), **constants, **norm(6))
+        assert found[operator] == 1
+        assert found["BatchNormalization"] == stays
+        behind = f"{text} c = {read.replace('(d,', '(x,')} y = {bn('c')}"
+        model = build(behind, inputs, "y", opset=21, **constants, **norm(4))
+        stays = attributes == "<axis=1>"
+        assert operators(assert_fuses(model, [Reason.AXIS] * stays))["BatchNormalization"] == stays
+
+
+def test_blocks_take_a_map_that_changes_between_them_alone() -> None:
+    blocks = {"q": CODES.astype(ml_dtypes.int4), "qs": quarters([4, 3], 2)}
+    read = "w = DequantizeLinear<axis=1, block_size=2>(q, qs) t = Transpose(w);MatMul(d, t)"
+    halves = np.repeat(quarters([3]), 2)
+    found = before(read, inputs=MATRIX, given="Mul(x, s)", s=halves, **blocks)
+    assert found == {"DequantizeLinear": 1, "Transpose": 1, "MatMul": 1}
+    before(read, [Reason.AXIS], inputs=MATRIX, given="Mul(x, s)", s=np.roll(halves, 1), **blocks)
+    before(read, inputs=MATRIX, given="Add(x, s)", s=quarters([6]), **blocks)
+    last = {"q": CODES[:, :5], "qs": quarters([4, 3], 2), "s": np.array([2, 2, -0.5, -0.5, 3.0])}
+    before(read, inputs="double[N,5] x", given="Mul(x, s)", **last)
+    naive = lambda node, demand, axis, block: Step((), {1: demand.take(slice(0, 6, block), axis)})  # noqa: E731
+    with (
+        mock.patch.object(quantized, "_scaled_blocks", naive),
+        pytest.raises(AssertionError, match="differs at"),
+    ):
+        before(read, inputs=MATRIX, given="Mul(x, s)", s=np.roll(halves, 1), **blocks)
+
+
+def test_blocks_that_are_written_as_rows_of_a_matrix_take_the_same_maps() -> None:
+    """As quantizers wrote it before opset 21: (N K / B, B) with one scale for each row."""
+    rows = {"q": CODES.reshape(12, 2), "qs": quarters([12], 2), "r": np.array([4, 6])}
+    text = "w = DequantizeLinear<axis=0>(q, qs) v = Reshape(w, r) t = Transpose(v)"
+    halves = np.repeat(quarters([3]), 2)
+    before(f"{text};MatMul(d, t)", inputs=MATRIX, given="Mul(x, s)", s=halves, **rows)
+    before(f"{text};MatMul(d, t)", [Reason.AXIS], inputs=MATRIX, given="Mul(x, s)", s=np.roll(halves, 1), **rows)
+    model = build(f"{text} c = MatMul(x, t) y = {bn('c')}", MATRIX, "y", opset=21, **rows, **norm(4))
+    assert operators(assert_fuses(model))["BatchNormalization"] == 0
+
+
+def test_one_quantized_weight_takes_what_all_of_its_readers_ask_for() -> None:
+    text = f"w = DequantizeLinear(q, qs) d = {bn('x')} y = Conv(d, w) e = Relu(x) z = Conv({{}}, w)"
+    shared = {"q": SQUARE, "qs": np.array(0.5), **norm(4)}
+    fused = assert_fuses(build(text.format("d"), IMAGE4, "y, z", opset=21, **shared))
+    assert operators(fused) == {"DequantizeLinear": 1, "Conv": 2, "Relu": 1}
+    model = build(text.format("e"), IMAGE4, "y, z", opset=21, **shared)
+    assert_fuses(model, [Reason.CONSUMER])
+
+
+def test_a_weight_of_codes_or_scales_that_are_computed_says_so() -> None:
+    for given, constants in (("(p, qs)", {"qs": np.array(0.5)}), ("(q, r)", {"q": SQUARE})):
+        text = (
+            f"p = Cast<to=3>(x) r = ReduceMax<keepdims=0>(x) w = DequantizeLinear{given} d = {bn('x')} y = Conv(d, w)"
+        )
+        model = build(text, "double[4,4,1,1] x", "y", opset=21, **constants, **norm(4))
+        [kept] = fuse(model)[1].kept
+        assert kept.refusals[-1].reason == Reason.WEIGHT
+        assert "'w' makes a weight of codes, scales or zero points that are not constant" in kept.detail
+
+
+def test_a_shift_goes_on_into_a_bias_that_is_computed_but_not_from_the_same_norm() -> None:
+    weights = {"W": quarters([4, 4]), "V": quarters([3, 4], 1)}
+    text = f"g = MatMul(z, V) d = {bn('x')} y = Gemm<alpha=0.5, beta=2.0>(d, W, g)"
+    fused = assert_fuses(build(text, "double[N,4] x, double[N,3] z", "y", **weights, **norm(4)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1, "Gemm": 1}
+    part = norm(4)
+    part |= {"bn_s": part["bn_v"] ** 0.5 * [2, 3, -1, 1], "bn_b": np.array([1, 2, 3, part["bn_m"][3]])}
+    cut = {"i": np.array([3]), "j": np.array([4]), "a": np.array([1]), "r": np.array([4])}
+    text = f"d = {bn('x')} e = Slice(d, i, j, a) b = Reshape(e, r) y = Conv(d, W, b)"
+    model = build(text, "double[1,4,2,2] x", "y", W=quarters([4, 4, 1, 1]), **cut, **part)
+    assert_fuses(model, [Reason.CONFLICT])
 
 
 def test_a_uniform_map_scales_every_scale_and_channels_lie_on_axis_1_unless_it_is_said() -> None:

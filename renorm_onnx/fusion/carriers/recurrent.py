@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
+from renorm_onnx.fusion.carriers.quantized import no_weight, weight_of
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 
@@ -35,17 +36,17 @@ class Recurrent(Carrier):
         """Scale the columns of W, add what the shift contributes to the first half of B."""
         if set(maps) != {0}:
             return refuse(Reason.WEIGHT, node, "gets a weight, a length or a state from the norm")
-        given, weight = maps[0], desk.parameter(node, 1)
+        given, weight = maps[0], weight_of(node, 1, desk)
         if weight is None:
-            return refuse(Reason.WEIGHT, node, "has a weight that is not constant", structural=True)
+            return no_weight(node, 1, desk)
         if given.axis not in (None, 2):
             return refuse(Reason.AXIS, node, f"reads its features along axis 2, the map runs along axis {given.axis}")
         directions, rows, columns = weight.shape
         full = given.spread(columns, 2)
         if full.channels != columns:
             return refuse(Reason.AXIS, node, f"reads {columns} features, the map has {full.channels}")
-        scale, shift = full.along(3)
-        edits = [SetInput(node, 1, weight.scaled(scale))]
+        shift, edits = full.along(3)[1], []
+        demands = {1: given.without_shift()} if full.has_scale else {}
         if full.has_shift:
             bias = desk.parameter(node, 3)
             if bias is None and desk.has_input(node, 3):
@@ -53,7 +54,7 @@ class Recurrent(Carrier):
             total = np.zeros((directions, 2 * rows)) if bias is None else bias.float64().copy()
             total[:, :rows] += np.concatenate([(block * shift).sum(axis=2) for _, block in weight.blocks()])
             edits.append(SetInput(node, 3, Parameter.new(total, weight.dtype if bias is None else bias.dtype)))
-        return Step(tuple(edits))
+        return Step(tuple(edits), {}, demands)
 
 
 CARRIERS = (Recurrent(),)
