@@ -27,22 +27,11 @@ from torch import nn
 
 from renorm_onnx import model_file, opset_lowering
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporting.checks import (
-    as_args,
-    check_layers,
-    check_modes,
-    check_names,
-    check_options,
-    check_program,
-    check_program_args,
-    check_sizes,
-    layers_of,
-    modes_restored,
-    ordered_axes,
-    quiet,
-    uncompiled,
-)
 from renorm_onnx.exporting.failures import explain_failure, without_colour
+from renorm_onnx.exporting.interface import as_args, check_names, check_program_args, check_sizes, ordered_axes
+from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, uncompiled
+from renorm_onnx.exporting.options import check_options
+from renorm_onnx.exporting.surroundings import modes_restored, quiet
 from renorm_onnx.exporting.training import WRAPPED, TrainingStep, open_statistics, set_defaults
 from renorm_onnx.exporting.verification import ExportReport, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops

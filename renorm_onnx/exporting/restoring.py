@@ -9,7 +9,7 @@ from torch import nn
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporting.checks import layers_of, uncompiled
+from renorm_onnx.exporting.modules import layers_of, uncompiled
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.swap import check_module
 from renorm_onnx.onnx_layers import LayerInfo, layers_in

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from renorm_onnx.exporting.checks import layers_of
+from renorm_onnx.exporting.modules import layers_of
 
 #: The buffers that one training step changes, in the order of the outputs; the last two only with `renorm_momentum`.
 STATE = ("running_mean", "running_var", "num_batches_tracked", "renorm_mean", "renorm_var")

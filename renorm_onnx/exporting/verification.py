@@ -20,7 +20,7 @@ from torch import nn
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, VerificationError
-from renorm_onnx.exporting.checks import quiet
+from renorm_onnx.exporting.surroundings import quiet
 from renorm_onnx.exporting.training import training_state
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.runtime.comparison import Comparison, Tolerance, compare
