@@ -172,7 +172,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-# The annotations decide: parameters of type float and str become attributes, and tensors must have no annotation.
+# The annotations decide: parameters of type float and str become attributes, tensors must have none, and of what is
+# returned torch understands no type of onnx-ir, and would warn.
 def _emit_inference(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -184,7 +185,7 @@ def _emit_inference(  # type: ignore[no-untyped-def]
     r_max: float,
     d_max: float,
     stat: str,
-) -> ir.Value:
+) -> Any:
     """Emit one call of the inference function, without a definition."""
     inputs = [x, weight, bias, running_mean, running_var]
     return _emit(INFERENCE, inputs, epsilon=eps, momentum=momentum, r_max=r_max, d_max=d_max, stat=stat)[0]
@@ -204,7 +205,7 @@ def _emit_training(  # type: ignore[no-untyped-def]
     r_max: float,
     d_max: float,
     stat: str,
-) -> list[ir.Value]:
+) -> Any:
     """Emit one call of the training function, without a definition."""
     inputs = [x, weight, bias, running_mean, running_var, r_bound, d_bound, share]
     numbers = {"epsilon": eps, "momentum": momentum, "r_max": r_max, "d_max": d_max}
@@ -228,7 +229,7 @@ def _emit_two_sets(  # type: ignore[no-untyped-def]
     r_max: float,
     d_max: float,
     stat: str,
-) -> list[ir.Value]:
+) -> Any:
     """Emit one call of the training function with two sets of statistics, without a definition."""
     inputs = [x, weight, bias, running_mean, running_var, r_bound, d_bound, share]
     inputs += [renorm_mean, renorm_var, renorm_share]
