@@ -13,6 +13,10 @@ from renorm_onnx.fusion.carriers import conv
 from renorm_onnx.fusion.engine import FuseOptions, fuse
 from renorm_onnx.runtime.reference import evaluate
 from runtime_tests.conformance import FORMS, in_form, judge, node_cases
+from runtime_tests.light_models import NORMS_LEFT, drawn, image, path_of
+from runtime_tests.pattern_models import norms_left
+
+pytestmark = pytest.mark.usefixtures("bugs_raise")
 
 # At least this many cases fold in each form; a fall means that the engine lost operators.
 FOLDED = dict(zip(FORMS, (10, 100, 250, 350), strict=True))
@@ -74,18 +78,36 @@ def test_every_stored_model_still_gives_its_stored_outputs(test):
             assert np.array_equal(expected, array)
 
 
-LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
-
-
-@pytest.mark.parametrize("name", ["densenet121", "inception_v2", "resnet50", "shufflenet"])
+@pytest.mark.parametrize("name", NORMS_LEFT)
 def test_light_models_fold_their_norms_and_stay_valid(name):
-    """IR 3, weights from ConstantOfShape, every initializer listed as an input; others fold nothing or break them."""
-    model = onnx.load(LIGHT / f"light_{name}.onnx")
+    """Weights from ConstantOfShape, every initializer listed as an input; others fold nothing or break them."""
+    model = onnx.load(path_of(name))
     fused, report = fuse(model)
     onnx.checker.check_model(fused)
-    expected = {"densenet121": 59, "inception_v2": 69, "resnet50": 53, "shufflenet": 49}[name]
-    assert len(report.folded) >= expected, report
+    assert norms_left(fused) == NORMS_LEFT[name], report
     interface = [
         [i.name for i in m.graph.input if i.name not in {t.name for t in m.graph.initializer}] for m in (model, fused)
     ]
     assert interface[0] == interface[1]
+
+
+def error_of_fusing(name):
+    """Fuse a light network with random weights; the norms left, and its largest error over its largest output."""
+    model = drawn(name)
+    fused, _ = fuse(model)
+    (want,), (got,) = (evaluate(model_file.load(m), image(model)).values() for m in (model, fused))
+    assert want.std() > 0.01 * np.abs(want).max() > 0, "outputs that are all alike show no error"
+    return norms_left(fused), np.abs(want - got).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", NORMS_LEFT)
+def test_light_models_compute_the_same_with_random_weights(name):
+    left, error = error_of_fusing(name)
+    assert left == NORMS_LEFT[name]
+    assert error < 1e-5
+
+
+def test_a_wrong_carrier_is_seen_in_a_light_model(monkeypatch):
+    """Negative control: a Conv that forgets the bias it should map."""
+    monkeypatch.setattr(conv, "bias_demand", lambda node, index, given, desk: ([], {}))
+    assert error_of_fusing("shufflenet")[1] > 1e-3

@@ -10,6 +10,8 @@ from renorm_onnx.runtime.session import open_session
 from runtime_tests.pattern_models import Pattern, norms_left
 from runtime_tests.patterns import compare, feeds_of, table
 
+pytestmark = pytest.mark.usefixtures("bugs_raise")
+
 ROWS = {p.name: p for p in table()}
 
 

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from renorm_onnx.fusion.affine import AffineMap
 from runtime_tests.random_graphs import SHAPES, STEPS, Step, check
 
+pytestmark = pytest.mark.usefixtures("bugs_raise")
+
 folded: Counter[str] = Counter()
 
 

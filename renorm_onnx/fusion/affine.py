@@ -151,6 +151,15 @@ class AffineMap(NamedTuple):
         scale, shift = np.atleast_1d(self.scale[index]), np.atleast_1d(self.shift[index])
         return AffineMap(scale, shift, left, self.periodic & frozenset(left))
 
+    def counted(self, axis: int, length: int) -> AffineMap:
+        """The map where an axis that was open turns out to have `length` elements, a multiple of the period."""
+        if axis not in self.periodic:
+            return self
+        place = self.axes.index(axis)
+        times = [length // n if i == place else 1 for i, n in enumerate(self.scale.shape)]
+        written = np.tile(self.scale, times), np.tile(self.shift, times)
+        return AffineMap(*written, self.axes, self.periodic - {axis})
+
     def take(self, indices: npt.NDArray[np.int64] | slice, axis: int | None = None) -> AffineMap:
         """The map restricted to some places along an axis, in that order; as it is where it does not run along it.
 

@@ -126,10 +126,11 @@ def _joined(numbers: np.ndarray, factors: Sequence[Factor], target: Dims) -> Aff
     if math.prod(full) > MAX_COMPUTED_ELEMENTS:
         return None
     both = np.broadcast_to(numbers, full).reshape(shape)
-    for axis in [a for a in periodic if isinstance(target[a], int)]:
-        both = np.concatenate([both] * (target[axis] // shape[1 + axes.index(axis)]), 1 + axes.index(axis))  # type: ignore[operator]
-    open_ones = frozenset(a for a in periodic if not isinstance(target[a], int))
-    return AffineMap(both[0], both[1], tuple(axes), open_ones).reduced()
+    joined = AffineMap(both[0], both[1], tuple(axes), frozenset(periodic))
+    for axis in periodic:
+        if isinstance(length := target[axis], int):
+            joined = joined.counted(axis, length)
+    return joined.reduced()
 
 
 class Reshape(Carrier):

@@ -105,6 +105,7 @@ class MatMul(Carrier):
         if other is None:
             return refuse(Reason.WEIGHT, node, "has a weight that is not constant")
         inner = _inner_axis(1 - side, ranks)
+        given = given.counted(_inner_axis(side, ranks), other.shape[inner])
         if given.axis is not None and given.channels != other.shape[inner]:
             return refuse(Reason.AXIS, node, f"sums over {other.shape[inner]} elements, the map has {given.channels}")
         own = given.on_axis(inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.carriers.exact_folding_test import SIZES, assert_fuses, bn, build, norm, operators, quarters
 from renorm_onnx.fusion.report import Reason
 
 
@@ -159,3 +159,11 @@ def test_a_map_that_a_computed_product_refuses_does_not_keep_another_behind_it(f
     constants = {"k": quarters([5]), "n": np.array(-2.0), "W": quarters([3, 3], 1)}
     fused = assert_fuses(build(text, "double[2,4,5] x, double[2,5,3] w", "y", **constants), [kept])
     assert operators(fused) == {"Relu": 2, first[:3]: 1, "Transpose": 2, "MatMul": 2}
+
+
+def test_numbers_that_repeat_along_an_open_axis_are_counted_by_the_weight() -> None:
+    """Joining an open axis with the channels makes them repeat; how often, only the weight of the product says."""
+    body = f"n = {bn('x')} r = Reshape(n, shape) t = Transpose<perm = [1, 0]>(r) y = MatMul(t, B)"
+    rows = 4 * SIZES["N"]
+    fused = assert_fuses(build(body, "double[N,4,3] x", "y", B=quarters([rows, 6]), shape=np.array([-1, 3]), **norm(4)))
+    assert operators(fused) == {"Reshape": 1, "Transpose": 1, "MatMul": 1, "Add": 1}
