@@ -14,7 +14,7 @@ import secrets
 import stat
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Final, Self
+from typing import BinaryIO, Final, Self
 
 from renorm_onnx.errors import ModelFileError
 
@@ -86,68 +86,45 @@ class NewFile:
         self.path = os.fspath(path)
         self.size = 0
         self._digest = hashlib.sha256() if hashed else None
-        self._buffer = bytearray()
         self._temporary = ""
-        self._descriptor = -1
+        self._file: BinaryIO
 
     def __enter__(self) -> Self:
         folder, name = os.path.split(self.path)
         self._temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.tmp")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         try:
-            # 0o666 lets the umask decide, as for any new file.
-            self._descriptor = os.open(self._temporary, flags, 0o666)
+            self._file = open(self._temporary, "xb", _BUFFERED)
         except OSError as error:
             raise self._failure(error) from error
         return self
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append `data` and return its length in bytes; raises ModelFileError when the disk refuses."""
-        size = len(data) if isinstance(data, bytes) else memoryview(data).nbytes
-        if size < _BUFFERED:
-            self._buffer += data if isinstance(data, bytes) else memoryview(data).tobytes()
-            if len(self._buffer) >= _BUFFERED:
-                self._flush()
-        elif size:
-            self._flush()
-            self._append(memoryview(data).cast("B"))
-        self.size += size
-        return size
-
-    def _flush(self) -> None:
-        if self._buffer:
-            self._append(memoryview(self._buffer))
-            self._buffer = bytearray()
-
-    def _append(self, view: memoryview) -> None:
         if self._digest is not None:
-            self._digest.update(view)
-        written = 0
+            self._digest.update(data)
         try:
-            while written < len(view):
-                # Linux writes at most 2 GB at once.
-                written += os.write(self._descriptor, view[written : written + (1 << 30)])
+            size = self._file.write(data)
         except OSError as error:
             raise self._failure(error) from error
+        self.size += size
+        return size
 
     @property
     def content_hash(self) -> str:
         """The first 16 hexadecimal digits of the SHA-256 of everything written so far; needs ``hashed=True``."""
         assert self._digest is not None
-        self._flush()
         return self._digest.hexdigest()[:16]
 
     def sync(self) -> None:
         """Force the content to the disk; raises ModelFileError when that fails (a full disk may show only now)."""
-        if self._descriptor < 0:
+        if self._file.closed:
             return
-        self._flush()
         try:
-            os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         except OSError as error:
             raise self._failure(error) from error
-        self._descriptor = -1
 
     def publish(self, name: str | None = None) -> None:
         """Rename the finished file to its target, atomically, replacing what is there.
@@ -173,10 +150,8 @@ class NewFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._descriptor >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self._descriptor)
-            self._descriptor = -1
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._temporary:
             with contextlib.suppress(OSError):
                 os.unlink(self._temporary)

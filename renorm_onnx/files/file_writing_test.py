@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from renorm_onnx.errors import ModelFileError
-from renorm_onnx.files import file_writing
 from renorm_onnx.files.file_writing import NewFile, check_output
 
 
@@ -120,9 +119,11 @@ def size_limit() -> Iterator[int]:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(old: Path, size_limit: int) -> None:
+@pytest.mark.parametrize("chunks", [(250_000, 250_000, 250_000), (600_000,), (1,) * 10 + (400_000, 150_000)])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(old: Path, size_limit: int, chunks: tuple[int, ...]) -> None:
+    assert sum(chunks) > size_limit
     with pytest.raises(ModelFileError, match=r"cannot write '.*old\.onnx': the file would pass the size limit of this"):
-        replace(old, *[bytes(size_limit // 2)] * 3)
+        replace(old, *map(bytes, chunks))
     assert old.read_bytes() == b"old"
     assert os.listdir(old.parent) == ["old.onnx"]
 
@@ -135,14 +136,14 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(old: Path, error: 
     assert os.listdir(old.parent) == ["old.onnx"]
 
 
-@pytest.mark.parametrize("step", ["open", "write", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["builtins.open", "os.fsync", "os.replace"])
 def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
     old: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(file_writing.os, step, fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(
         ModelFileError, match=r"cannot write '.*old\.onnx': the disk is full; free some space .*; nothing"
     ):

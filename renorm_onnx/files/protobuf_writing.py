@@ -24,7 +24,7 @@ PROTOBUF_LIMIT: Final = 2**31 - 1
 _GRAPH: Final = 7  # of ModelProto
 _INITIALIZER: Final = 5  # of GraphProto
 _RAW_DATA: Final = 9  # of TensorProto
-# Up to here a tensor is serialized once and kept until it is written.
+# Up to here a tensor is serialized as it is: once to know its size, and once to be written.
 _SMALL_BYTES: Final = 1 << 16
 
 Placement = Callable[[ir.TensorProtocol], ir.ExternalTensor | None]
@@ -126,7 +126,8 @@ def _without_initializers(model: ir.Model) -> tuple[bytes, bytes]:
     extra = onnx.GraphProto()
     inputs = {value.name for value in model.graph.inputs}
     for value in model.graph.initializers.values():
-        if annotation := value.meta.get("quant_parameter_tensor_names"):
+        # The dictionary itself: its wrapper looks for a missing key by an exception.
+        if annotation := value.meta.data.get("quant_parameter_tensor_names"):
             entry = extra.quantization_annotation.add(tensor_name=value.name)
             for key in sorted(annotation):
                 entry.quant_parameter_tensor_names.add(key=key, value=annotation[key])
@@ -140,16 +141,16 @@ def _without_initializers(model: ir.Model) -> tuple[bytes, bytes]:
 class _Part:
     """One initializer: its header, and the tensor whose values follow it, if they are not in the header."""
 
-    def __init__(self, header: bytes, tensor: ir.TensorProtocol | None = None) -> None:
+    def __init__(self, header: TensorProto, tensor: ir.TensorProtocol | None = None) -> None:
         self._header = header
         self._tensor = tensor
         self._bytes = tensor.nbytes if tensor is not None else 0
         self._key = _key(_RAW_DATA, self._bytes) if tensor is not None else b""
-        self.size = len(header) + len(self._key) + self._bytes
+        self.size = header.ByteSize() + len(self._key) + self._bytes
 
     def write(self, writer: Writer) -> None:
         """Write the initializer without its own key and length."""
-        writer.write(self._header)
+        writer.write(self._header.SerializeToString())
         if self._tensor is not None:
             writer.write(self._key)
             counter = _Counter(writer)
@@ -178,19 +179,19 @@ def _part(value: ir.Value, place: Placement) -> _Part:
     if (placed := place(tensor)) is not None:
         proto = ir.serde.serialize_tensor(placed)
         proto.name = value.name or ""
-        return _Part(proto.SerializeToString())
+        return _Part(proto)
     if (
         isinstance(tensor, ir.serde.TensorProtoTensor)
         and tensor.raw.name == value.name
         and len(tensor.raw.raw_data) <= _SMALL_BYTES
         and not tensor.metadata_props
     ):
-        return _Part(tensor.raw.SerializeToString())
+        return _Part(tensor.raw)
     if tensor.dtype == ir.DataType.STRING:
         proto = ir.serde.serialize_tensor(tensor)
         proto.name = value.name or ""
-        return _Part(proto.SerializeToString())
-    return _Part(_header(tensor, value.name or "").SerializeToString(), tensor)
+        return _Part(proto)
+    return _Part(_header(tensor, value.name or ""), tensor)
 
 
 def _header(tensor: ir.TensorProtocol, name: str) -> TensorProto:
