@@ -155,11 +155,12 @@ def _check_map(entries: Iterable[tuple[str, object]], what: str) -> None:
             )
 
 
-def _check_unknown(message: object, what: str) -> None:
+def _check_unknown(message: object, what: str, name: str | None = None) -> None:
     unknown = unknown_fields.UnknownFieldSet(message)
     if len(unknown):
+        who = what if name is None else f"{what} {quoted(name)}"
         raise ModelFileError(
-            f"{what} has a field (number {unknown[0].field_number}) that onnx {onnx.__version__} does not know and "
+            f"{who} has a field (number {unknown[0].field_number}) that onnx {onnx.__version__} does not know and "
             "would lose; the file is damaged or needs a newer onnx"
         )
 
@@ -239,7 +240,7 @@ def _check_attributes(node: NodeProto, scope: Scope, findings: Findings, budget:
     seen = set()
     for attribute in node.attribute:
         name, kind = attribute.name, attribute.type
-        _check_unknown(attribute, f"attribute {quoted(name)}")
+        _check_unknown(attribute, "attribute", name)
         if name in seen or not name or isinstance(name, bytes):
             raise ModelFileError(
                 f"{title(node)} in {scope.label} has "

@@ -33,6 +33,8 @@ class Scope:
     nodes: list[NodeProto] = dataclasses.field(default_factory=list)
     inner: dict[int, list["Scope"]] = dataclasses.field(default_factory=dict)
     names: set[str] = dataclasses.field(default_factory=set)
+    # Those of them that no node computes.
+    given: set[str] = dataclasses.field(default_factory=set)
     # name -> the node that uses it
     captured: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -48,10 +50,12 @@ def define(scope: Scope) -> None:
         for info in proto.input:
             _add(names, info.name, f"an input of {scope.label}")
         initializers: set[str] = set()
+        what = f"an initializer of {scope.label}"
         for tensor in proto.initializer:
-            _add(initializers, tensor.name, f"an initializer of {scope.label}")
+            _add(initializers, tensor.name, what)
         # An initializer may give an input its default value (the rule up to IR version 3, optional since).
         names |= initializers
+    scope.given = names.copy()
     for node in scope.nodes:
         for name in node.output:
             if name:
@@ -74,7 +78,7 @@ def resolve(scope: Scope) -> bool:
     The graphs inside `scope` have been resolved before; what they capture counts as used by the node that holds them.
     """
     proto, names, captured = scope.proto, scope.names, scope.captured
-    defined = names.difference(*(node.output for node in scope.nodes))
+    defined = scope.given.copy()
     too_early: list[str] = []
     for index, node in enumerate(scope.nodes):
         for name in node.input:
