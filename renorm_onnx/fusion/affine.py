@@ -44,8 +44,8 @@ class AffineMap(NamedTuple):
         """Broadcast `scale` and `shift` to one vector each; equal entries do not make a map uniform."""
         one, two = np.asarray(scale, np.float64), np.asarray(shift, np.float64)
         if one.shape != two.shape or one.ndim != 1:
-            one, two = np.broadcast_arrays(np.atleast_1d(one), two)
-        return cls(one.reshape(-1), two.reshape(-1), () if axis is None else (axis,))
+            one, two = (a.reshape(-1) for a in np.broadcast_arrays(np.atleast_1d(one), two))
+        return cls(one, two, () if axis is None else (axis,))
 
     @property
     def is_simple(self) -> bool:

@@ -32,7 +32,7 @@ Facts = Sequence[Fact]
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     """The value of an attribute, or `default` where it is absent or refers to a function's parameter."""
-    found = node.attributes.get(name)
+    found = node.attributes.data.get(name)  # its wrapper takes most of the time
     return default if found is None or found.ref_attr_name is not None else found.value
 
 

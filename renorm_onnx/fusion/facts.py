@@ -285,7 +285,8 @@ def stored(tensor: ir.TensorProtocol) -> Fact:
     """The fact about a value that is stored in the file."""
     # onnx-ir builds a new shape each time it is asked for that of a tensor in a message.
     if isinstance(tensor, ir.serde.TensorProtoTensor):
-        return Fact(tuple(tensor.raw.dims), None, tensor, _TYPES[tensor.raw.data_type])
+        proto = tensor.raw
+        return Fact(tuple(proto.dims[:]), None, tensor, _TYPES[proto.data_type])
     return Fact(tuple(tensor.shape.numpy()), None, tensor, tensor.dtype)
 
 

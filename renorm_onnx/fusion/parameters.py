@@ -56,15 +56,15 @@ class Parameter(NamedTuple):
     factors: tuple[Array, ...] = ()
 
     @classmethod
-    def of(cls, fact: Fact, dtype: ir.DataType | None = None) -> Parameter | None:
+    def of(cls, fact: Fact) -> Parameter | None:
         """The operand that `fact` describes; None unless it is a constant of a float type."""
-        dtype = fact.dtype if dtype is None else dtype
-        if not fact.is_constant or dtype not in FLOATS:
+        if fact.dtype not in FLOATS:
             return None
         if fact.tensor is not None:
-            return cls(fact.tensor, dtype, fact.dims)  # type: ignore[arg-type]  # of a stored tensor: all are fixed
-        assert fact.content is not None
-        return None if fact.content.dtype.kind != "f" else cls(to_float64(fact.content), dtype, fact.content.shape)
+            return cls(fact.tensor, fact.dtype, fact.dims)  # type: ignore[arg-type]  # of a stored tensor: all are fixed
+        if fact.content is None or fact.content.dtype.kind != "f":
+            return None
+        return cls(to_float64(fact.content), fact.dtype, fact.content.shape)
 
     @classmethod
     def new(cls, array: npt.ArrayLike, dtype: ir.DataType) -> Parameter:
@@ -123,10 +123,9 @@ class Parameter(NamedTuple):
                 yield part, read_rows(self.base, part.start, part.stop)
 
     def _multiplied(self, block: npt.NDArray[Any], part: Rows) -> Array:
-        result: Array = block.astype(np.float64, copy=False)
-        for factor in self.factors:
-            result = result * (factor if part is ... or factor.shape[0] == 1 else factor[part])
-        return result
+        for factor in self.factors:  # of float64, as is a product with one
+            block = block * (factor if part is ... or factor.shape[0] == 1 else factor[part])
+        return block.astype(np.float64, copy=False)
 
     def contract(self, vector: Array, axis: int) -> Array:
         """``sum over axis of self * vector``: what a shift at the input adds to the output.
@@ -229,10 +228,8 @@ def _read(tensor: ir.serde.TensorProtoTensor, shape: tuple[int, ...]) -> npt.NDA
     onnx-ir finds out anew how each is kept, which for a row of statistics takes longer than the fold.
     """
     proto = tensor.raw
-    dtype = _LITTLE_ENDIAN.get(proto.data_type)
-    if dtype is None or not proto.HasField("raw_data"):
-        return tensor.numpy()
-    return np.frombuffer(proto.raw_data, dtype).reshape(shape)
+    dtype, data = _LITTLE_ENDIAN.get(proto.data_type), proto.raw_data
+    return np.ndarray(shape, dtype, data) if dtype is not None and data else tensor.numpy()
 
 
 def _magnitude(block: npt.NDArray[Any], axes: tuple[int, ...]) -> Array:

@@ -124,16 +124,17 @@ def _batch_normalization_map(
         return refuse(Reason.TRAINING, node, why)
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         return refuse(Reason.OUTPUTS, node, "has further outputs that are used")
-    parameters = [desk.parameter(node, i) for i in range(1, 5)]
-    for index, parameter in enumerate(parameters, 1):
+    numbers = []
+    for index, name in enumerate(("scale", "B", "mean", "var"), 1):
+        parameter = desk.parameter(node, index)
         if parameter is not None:
-            continue
-        name = ("scale", "B", "mean", "var")[index - 1]
-        if desk.is_overridable(node, index):
+            numbers.append(parameter.float64())
+        elif desk.is_overridable(node, index):
             return refuse(Reason.OVERRIDABLE, node, f"has a {name} that is an input of the model with a default")
-        return refuse(Reason.NOT_CONSTANT, node, f"has a {name} that is not constant")
-    scale, bias, mean, var = (p.float64() for p in parameters if p is not None)
-    if not attribute(node, "spatial", 1) and scale.ndim > 1:
+        else:
+            return refuse(Reason.NOT_CONSTANT, node, f"has a {name} that is not constant")
+    scale, bias, mean, var = numbers
+    if scale.ndim > 1 and not attribute(node, "spatial", 1):
         return refuse(Reason.AXIS, node, "normalizes every position by itself (spatial=0)")
     epsilon = float(attribute(node, "epsilon", np.float32(1e-5)))
     if var.size and var.min() < 0:
