@@ -157,6 +157,8 @@ def quantization() -> Iterator[Case]:
     yield Case("DequantizeLinear", per_axis, {"axis": 1}, first=13)
     blocks = [per_axis[0], positive(2, 3, 3), whole(-9, 9, 2, 3, 3, dtype=np.int8)]
     yield Case("DequantizeLinear", blocks, {"axis": 2, "block_size": 2}, first=21)
+    vector = [whole(-99, 99, 12, dtype=np.int8), positive(3)]
+    yield Case("DequantizeLinear", vector, {"axis": 0, "block_size": 4}, first=21)
     yield Case("DynamicQuantizeLinear", [normal(4, 5) + 1], first=11, outputs=3, steps=1)
     # Without VNNI instructions onnxruntime adds pairs of products in 16 bits: weights beyond 64 would saturate there.
     pixels, weight = whole(0, 255, 1, 4, 7, 7, dtype=np.uint8), whole(-60, 60, 6, 2, 3, 3, dtype=np.int8)

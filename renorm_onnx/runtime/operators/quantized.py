@@ -30,9 +30,10 @@ def _spread(parameter: Array, x: Array, call: Call) -> Array:
     if parameter.size == 1 and parameter.ndim <= 1:
         return parameter.reshape(())
     axis = normalize_axis(call.integer("axis", 1), x.ndim)
-    if parameter.ndim == 1:
+    block = call.integer("block_size", 0)
+    if parameter.ndim == 1 and not block:
         return parameter.reshape(-1, *[1] * (x.ndim - 1 - axis))
-    block = call.integer("block_size", 0) or -(-x.shape[axis] // parameter.shape[axis])
+    block = block or -(-x.shape[axis] // parameter.shape[axis])
     return np.repeat(parameter, block, axis=axis).take(range(x.shape[axis]), axis=axis)
 
 
