@@ -28,7 +28,16 @@ from torch import nn
 from renorm_onnx import model_file, opset_lowering
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporting.failures import explain_failure, without_colour
-from renorm_onnx.exporting.interface import as_args, check_names, check_program_args, check_sizes, ordered_axes
+from renorm_onnx.exporting.interface import (
+    arguments_of,
+    as_args,
+    check_names,
+    check_program_args,
+    check_sizes,
+    in_order,
+    name_sizes,
+    shapes_of_axes,
+)
 from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, uncompiled
 from renorm_onnx.exporting.options import check_options
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
@@ -113,11 +122,15 @@ def to_onnx(
         args, kwargs = module.example_inputs
     args, kwargs, module = as_args(args), dict(kwargs or {}), uncompiled(module)
     live = module if isinstance(module, nn.Module) else None
+    arguments, shapes = {}, dynamic_shapes
     if live is not None:
         check_modes(live, mode)
         check_layers(live, functions=functions)
-        if dynamic_axes is not None:
-            dynamic_axes = ordered_axes(live, args, kwargs, dynamic_axes, input_names, output_names)
+        arguments = arguments_of(live, args, kwargs)
+        if dynamic_axes is not None and arguments:
+            shapes = shapes_of_axes(arguments, dynamic_axes, input_names, output_names)
+        if isinstance(shapes, Mapping):
+            kwargs, shapes = in_order(kwargs, arguments), in_order(shapes, arguments)
     elif isinstance(module, torch.export.ExportedProgram):
         check_program(module, mode)
         check_program_args(module, args, kwargs, dynamic_axes if dynamic_shapes is None else dynamic_shapes)
@@ -125,10 +138,10 @@ def to_onnx(
         raise InputError(
             f"to_onnx: module is a {type(module).__name__}; expected a torch.nn.Module or torch.export.ExportedProgram"
         )
-    shapes = {"dynamic_shapes": dynamic_shapes, "dynamic_axes": dynamic_axes}
-    names = {"input_names": input_names, "output_names": output_names}
-    program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **shapes, **names)
+    given = {"dynamic_shapes": shapes, "input_names": input_names, "output_names": output_names}
+    program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **given)
     model = program.model
+    name_sizes(model, arguments, shapes)
     check_names(model, input_names, output_names)
     check_sizes(model, dynamic_shapes, dynamic_axes)
     calls = _finish(model, opset, live, functions=functions, metadata=metadata)

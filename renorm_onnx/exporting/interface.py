@@ -54,15 +54,35 @@ def check_program_args(
         ) from error
 
 
-def ordered_axes(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return example inputs by the parameters of `forward`, in their order; empty where they do not fit.
+
+    What does not fit is for the module to refuse, in its own words.
+    """
+    try:
+        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    except TypeError:
+        return {}
+
+
+def in_order(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keyword inputs, or sizes of inputs, in the order of the parameters, which torch takes for granted."""
+    return {name: given[name] for name in arguments if name in given} | dict(given)
+
+
+def shapes_of_axes(
+    arguments: Mapping[str, Any],
     dynamic_axes: Any,
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Return `dynamic_axes` with one entry per input, in their order: torch goes by the order of the entries alone.
+    """Return `dynamic_axes` in the form of `dynamic_shapes`; torch's own way goes by the order of the entries alone.
+
+    Args:
+        arguments: Example inputs by parameter.
+        dynamic_axes: As in `to_onnx`, as the rest.
+        input_names: Or None.
+        output_names: Or None.
 
     Raises:
         InputError: It is of another form, names what is no input or output, or an axis that an input does not have.
@@ -72,9 +92,7 @@ def ordered_axes(
         isinstance(v, dict | list | None) for v in dynamic_axes.values()
     ):
         raise InputError(f"{said}; expected a dict of inputs and their axes, such as {{'x': {{0: 'batch'}}}}")
-    parameters = inspect.signature(module.forward).parameters
-    given = dict(zip(parameters, args, strict=False)) | {name: kwargs[name] for name in parameters if name in kwargs}
-    leaves, _ = pytree.tree_flatten_with_path(given)
+    leaves, structure = pytree.tree_flatten_with_path(dict(arguments))
     paths = [re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") for path, _ in leaves]
     inputs = {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True) if isinstance(leaf, torch.Tensor)}
     wanted = {name: axes for name, axes in dynamic_axes.items() if name not in (output_names or ())}
@@ -96,7 +114,53 @@ def ordered_axes(
                     f"{said}, but {called[path]!r} has no axis {axis!r}: its rank is {x.dim()}, its shape "
                     f"{tuple(x.shape)}; axes count from 0"
                 )
-    return {called.get(path, path): wanted.get(called.get(path, "")) for path in paths}
+    asked = [wanted.get(called[path]) if path in called else None for path in paths]
+    shapes = [dict.fromkeys(axes, torch.export.Dim.DYNAMIC) if isinstance(axes, list) else axes for axes in asked]
+    return dict(pytree.tree_unflatten(shapes, structure))
+
+
+def name_sizes(model: ir.Model, arguments: Mapping[str, Any], dynamic_shapes: Any) -> None:
+    """Call sizes what they were asked to be called, in place: torch does not where an argument is no tensor.
+
+    Args:
+        model: As torch exported it.
+        arguments: Example inputs by parameter.
+        dynamic_shapes: As in `to_onnx`, structured as `arguments`; where it is not, sizes keep torch's names.
+    """
+    if isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = [dynamic_shapes.get(name) for name in arguments]
+    leaves = pytree.tree_leaves(dict(arguments))
+    shapes = pytree.tree_leaves(dynamic_shapes, is_leaf=_is_axes)
+    if len(leaves) != len(shapes):
+        return
+    asked = [shape for leaf, shape in zip(leaves, shapes, strict=True) if isinstance(leaf, torch.Tensor)]
+    names: dict[str, str] = {}
+    for value, axes in zip(
+        model.graph.inputs, asked, strict=False
+    ):  # behind them come the statistics of a training step
+        for axis, size in (axes or {}).items() if isinstance(axes, Mapping | None) else enumerate(axes):
+            old = value.shape[axis] if value.shape is not None else None
+            new = size if isinstance(size, str) else size.__name__ if isinstance(size, torch.export.Dim) else None
+            if isinstance(old, ir.SymbolicDim) and old.value is not None and new is not None:
+                names.setdefault(old.value, new)
+    for graph in model.graphs():
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None and names:
+                value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+
+
+def _is_axes(shape: Any) -> bool:
+    """Whether this part of `dynamic_shapes` is about one tensor."""
+    if isinstance(shape, dict):
+        return all(isinstance(axis, int) for axis in shape)
+    return isinstance(shape, list | tuple) and any(isinstance(size, str | torch.export.Dim) for size in shape)
+
+
+def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | ir.SymbolicDim:
+    """A size, or arithmetic on sizes such as ``2*s97``, with other names."""
+    if isinstance(size, int) or size.value is None:
+        return size
+    return ir.SymbolicDim(re.sub(r"[^\W\d]\w*", lambda found: names.get(found[0], found[0]), size.value))
 
 
 def check_names(model: ir.Model, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:

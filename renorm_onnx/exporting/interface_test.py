@@ -1,5 +1,7 @@
 """Example inputs that do not fit, and names and sizes that an export would not have, are refused."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,54 @@ def test_dynamic_axes_go_to_the_inputs_that_they_name(axes, options, dynamic) ->
     proto = to_onnx(Pair().eval(), PAIR, dynamic_axes=axes, **options)
     shapes = {value.name: value.type.tensor_type.shape.dim for value in proto.graph.input}
     assert {name: [i for i, size in enumerate(shape) if size.dim_param] for name, shape in shapes.items()} == dynamic
+
+
+class Options(nn.Module):
+    def forward(self, x: torch.Tensor, *, b: torch.Tensor, c: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return x + b, torch.cat([c["k"], c["k"]])
+
+
+class Several(nn.Module):
+    def forward(self, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return xs[0] + 1, xs[1] * 2
+
+
+OPTIONS = {"c": {"k": torch.ones(7, 3)}, "b": torch.ones(4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("net", "args", "options", "sizes"),
+    [
+        (Pair(), PAIR, {"dynamic_axes": {"a": {0: "m"}, "b_0": {0: "n"}}}, {"a": "m,2", "b_0": "n,3"}),
+        (Pair(), PAIR, {"dynamic_shapes": ({0: "m"}, [{1: "k"}], None)}, {"a": "m,2", "b_0": "5,k"}),
+        (
+            Pair(),
+            PAIR,
+            {"dynamic_shapes": {"c": None, "b": [{0: torch.export.Dim("n")}], "a": ("m", None)}},
+            {"a": "m,2", "b_0": "n,3"},
+        ),
+        (
+            Options(),
+            PAIR[:1],
+            {"kwargs": OPTIONS, "dynamic_axes": {"x": {0: "m"}, "b": {0: "m"}, "c_k": {0: "n"}}},
+            {"x": "m,2", "b": "m,2", "c_k": "n,3"},
+        ),
+        (
+            Several(),
+            (PAIR[0], PAIR[1][0]),
+            {"input_names": ["p", "q"], "dynamic_axes": {"q": {0: "n"}, "p": {0: "m"}}},
+            {"p": "m,2", "q": "n,3"},
+        ),
+    ],
+)
+def test_sizes_bear_the_names_that_they_were_given(net, args, options, sizes) -> None:
+    proto = to_onnx(net.eval(), args, **options)
+    got = {v.name: [d.dim_param or str(d.dim_value) for d in v.type.tensor_type.shape.dim] for v in proto.graph.input}
+    assert {name: ",".join(shape) for name, shape in got.items()} == sizes
+    values = [*proto.graph.output, *proto.graph.value_info]
+    named = " ".join(d.dim_param for v in values for d in v.type.tensor_type.shape.dim)
+    assert named.strip()
+    assert not re.search(r"\bs\d", named), "arithmetic on sizes is renamed too"
 
 
 @pytest.mark.parametrize(
