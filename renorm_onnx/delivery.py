@@ -11,7 +11,6 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -167,9 +166,10 @@ def inline_file(
         ModelFileError: The model cannot be read, or the target must not or cannot be written.
         InputError: The model's opset is too old for a function that it calls and lacks.
     """
-    model = model_file.load(source, allow_symlinks=allow_symlinks)
     path = os.fspath(target) if target is not None else _beside(source, "inlined")
-    model_file.check_output(path, inputs=[source], force=force)
+    if os.path.isfile(source):  # else `load` says what is wrong
+        model_file.check_output(path, inputs=[source], force=force)
+    model = model_file.load(source, allow_symlinks=allow_symlinks)
     define_calls(model)
     calls = inline(model, domain=DOMAIN)
     model_file.save(model, path, force=force)
@@ -182,8 +182,7 @@ def default_target(source: str | os.PathLike[str]) -> str:
 
 
 def _beside(source: str | os.PathLike[str], what: str) -> str:
-    path = Path(source)
-    return str(path.with_name(f"{path.stem if path.suffix == '.onnx' else path.name}.{what}.onnx"))
+    return f"{os.fspath(source).removesuffix('.onnx')}.{what}.onnx"
 
 
 @model_file.collection_paused()
@@ -230,12 +229,12 @@ def fuse_file(
         execution_providers.provider_of(name)
     if in_place and target is not None:
         raise InputError(f"fuse: an output ({os.fspath(target)!r}) and in-place were both given; choose one")
-    original = model_file.load(source, allow_symlinks=allow_symlinks)
     path = os.fspath(source) if in_place else os.fspath(target) if target is not None else default_target(source)
-    if not dry_run:
+    if not dry_run and os.path.isfile(source):  # else `load` says what is wrong
         model_file.check_output(path, inputs=[] if in_place else [source], force=force or in_place)
         if not force:
             _refuse_protected(path)
+    original = model_file.load(source, allow_symlinks=allow_symlinks)
     if verify != "never":
         _require(providers)
     data_files = _data_files(original)

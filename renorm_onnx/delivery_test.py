@@ -53,6 +53,22 @@ def saved(path: Path, model: onnx.ModelProto, *, defined: bool) -> Path:
     return path
 
 
+def test_an_output_in_the_way_is_refused_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.onnx").write_bytes(b"no model")
+    Path("model.fused.onnx").write_bytes(b"in the way")
+    Path("model.inlined.onnx").write_bytes(b"in the way")
+    for deliver in (fuse_file, inline_file):
+        with pytest.raises(ModelFileError, match=r"output 'model\.\w+\.onnx' exists"):
+            deliver("model.onnx")
+        with pytest.raises(ModelFileError, match="cannot be read as protobuf"):
+            deliver("model.onnx", force=True)
+        with pytest.raises(ModelFileError, match=r"'absent/model\.onnx' does not exist; expected an ONNX model file"):
+            deliver("absent/model.onnx")
+
+
 def last_line(text: object) -> str:
     return str(text).splitlines()[-1]
 
