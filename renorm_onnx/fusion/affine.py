@@ -114,7 +114,7 @@ class AffineMap(NamedTuple):
 
     def without_shift(self) -> AffineMap:
         """The same scale with a zero shift."""
-        return self._replace(shift=np.zeros(self.shift.shape))
+        return AffineMap(self.scale, np.zeros(self.shift.shape), self.axes, self.periodic)
 
     def without_scale(self) -> AffineMap:
         """The same shift with a scale of one."""
@@ -126,7 +126,7 @@ class AffineMap(NamedTuple):
 
     def on_axis(self, axis: int | None) -> AffineMap:
         """The same numbers along another axis; a uniform map stays uniform."""
-        return self if self.axis is None or axis is None else self._replace(axes=(axis,))
+        return self if self.axis is None or axis is None else AffineMap(self.scale, self.shift, (axis,))
 
     def moved(self, place: Callable[[int], int]) -> AffineMap:
         """The same numbers where each axis has gone to `place(axis)`."""

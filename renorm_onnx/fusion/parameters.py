@@ -153,13 +153,12 @@ class Parameter(NamedTuple):
 
     def rounded(self) -> npt.NDArray[Any]:
         """The elements in their type, each rounded once. Shape `shape`."""
-        with np.errstate(all="ignore"):
-            if math.prod(self.shape) <= BLOCK_ELEMENTS:
-                return rounded(self.float64(), self.dtype)
-            result = np.empty(self.shape, numpy_type(self.dtype))
-            for part, block in self.blocks():
-                result[part] = rounded(block, self.dtype)
-            return result
+        if math.prod(self.shape) <= BLOCK_ELEMENTS:
+            return rounded(self.float64(), self.dtype)
+        result = np.empty(self.shape, numpy_type(self.dtype))
+        for part, block in self.blocks():
+            result[part] = rounded(block, self.dtype)
+        return result
 
     def narrowed(self) -> Parameter:
         """The operand with length 1 along every axis on which its elements only repeat themselves, to be expanded."""
@@ -191,7 +190,7 @@ class StreamedTensor(ir.LazyTensor):
     def __init__(self, parameter: Parameter, name: str) -> None:
         """Take over `parameter`; nothing is read yet."""
         super().__init__(
-            lambda: ir.Tensor(parameter.rounded(), dtype=parameter.dtype),
+            lambda: _held(parameter),
             dtype=parameter.dtype,
             shape=ir.Shape(parameter.shape),
             name=name,
@@ -203,6 +202,11 @@ class StreamedTensor(ir.LazyTensor):
         with np.errstate(all="ignore"):
             for _, block in self._parameter.blocks():
                 file.write(rounded(block, self._parameter.dtype).reshape(-1).view(np.uint8).data)
+
+
+def _held(parameter: Parameter) -> ir.TensorProtocol:
+    with np.errstate(all="ignore"):
+        return ir.Tensor(parameter.rounded(), dtype=parameter.dtype)
 
 
 def rounded(array: Array, dtype: ir.DataType) -> npt.NDArray[Any]:

@@ -11,7 +11,7 @@ import functools
 import numpy as np
 
 from renorm_onnx.fusion.carrier import Desk, SetInput
-from renorm_onnx.fusion.parameters import Array, Parameter, largest, smallest_normal
+from renorm_onnx.fusion.parameters import FLOATS, Array, Parameter, largest, smallest_normal
 from renorm_onnx.fusion.report import Reason
 
 NO_NUMBER = "holds an infinity, which a scale of zero would turn into no number"
@@ -37,15 +37,14 @@ class Ranges:
             The reason, and the end of a sentence that the operator's label begins; None if nothing is wrong.
         """
         parameter = edit.parameter
-        if not parameter.dtype.is_floating_point():
+        if parameter.dtype not in FLOATS:
             return None  # whoever moves integers keeps them within their range, whose two ends differ
         limit = min(largest(parameter.dtype), self._max_weight)
         if not parameter.factors:
-            if not isinstance(parameter.base, np.ndarray) or not parameter.base.size:
+            base = parameter.base
+            if not isinstance(base, np.ndarray) or np.abs(base).max(initial=0.0) <= limit:
                 return None
-            top = float(np.abs(parameter.base).max())
-            old = None if top <= limit else self._desk.parameter(edit.node, edit.index)
-            return None if top <= limit else _beyond(parameter.base, old, limit)
+            return _beyond(base, self._desk.parameter(edit.node, edit.index), limit)
         factor = np.abs(functools.reduce(np.multiply, parameter.factors))
         keep = tuple(i for i, size in enumerate(factor.shape) if i == 0 or size > 1)
         before = self._magnitudes_of(parameter, keep)

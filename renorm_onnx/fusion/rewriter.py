@@ -111,7 +111,9 @@ class Rewriter:
                     self._blind(inner)
 
     def _blind(self, node: ir.Node) -> None:
-        self._unread.update(dict.fromkeys(v for v in node.inputs if v is not None))
+        for value in node.inputs:
+            if value is not None:
+                self._unread[value] = None
         node.resize_inputs(0)
 
     def clean(self) -> None:
