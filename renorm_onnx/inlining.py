@@ -308,7 +308,8 @@ def names_in(model: ir.Model) -> set[str]:
             names.update(graph.initializers)
             for node in graph:
                 names.add(node.name or "")
-                names.update([v.name or "" for v in node.outputs])
+                for value in node.outputs:
+                    names.add(value.name or "")
     return names
 
 

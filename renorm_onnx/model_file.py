@@ -241,7 +241,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
         ModelFileError: As `check_output`, or the disk is full, or the weights exceed what the file can hold.
     """
     path = os.fspath(path)
-    tensors = [tensor for tensor in all_tensors(model) if tensor.dtype != ir.DataType.STRING]
+    tensors = list(all_tensors(model))
     external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
     check_output(path, inputs={tensor.path for tensor in external}, force=force)
     with collection_paused(), contextlib.ExitStack() as files:
@@ -250,7 +250,8 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
             data = files.enter_context(NewFile(path, hashed=True))
             # Inner graphs and attributes keep their tensors, unless those were in a data file before.
             top = {id(value.const_value) for value in model.graph.initializers.values()}
-            movable = [tensor for tensor in tensors if id(tensor) in top or isinstance(tensor, ir.ExternalTensor)]
+            numbers = [tensor for tensor in tensors if tensor.dtype != ir.DataType.STRING]
+            movable = [tensor for tensor in numbers if id(tensor) in top or isinstance(tensor, ir.ExternalTensor)]
             place = _write_data(movable, data, os.path.splitext(os.path.basename(path))[0])
         file = files.enter_context(NewFile(path))
         if place is None:
@@ -269,8 +270,11 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
 
 
 def _size(tensor: ir.TensorProtocol) -> int:
+    """The number of bytes that a tensor's values take; 0 for strings."""
     # onnx-ir builds a shape to tell the size of a tensor in a message, which for 40,000 tensors takes half a second.
-    return tensor_bytes(tensor.raw) if isinstance(tensor, ir.serde.TensorProtoTensor) else tensor.nbytes
+    if isinstance(tensor, ir.serde.TensorProtoTensor):
+        return tensor_bytes(tensor.raw)
+    return 0 if tensor.dtype == ir.DataType.STRING else tensor.nbytes
 
 
 def _write_data(tensors: list[ir.TensorProtocol], data: NewFile, stem: str) -> dict[int, ir.ExternalTensor]:

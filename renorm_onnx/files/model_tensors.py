@@ -27,7 +27,7 @@ def all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
 
 
 def _constants(graph: ir.Graph) -> list[ir.TensorProtocol]:
-    return [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+    return [value.const_value for value in graph.initializers.data.values() if value.const_value is not None]
 
 
 def with_tensors(model: ir.Model, replace: Replacement) -> ir.Model:
