@@ -101,7 +101,7 @@ class NewFile:
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Append `data` and return its length in bytes; raises ModelFileError when the disk refuses."""
         if self._digest is not None:
-            self._digest.update(data)
+            self._digest.update(memoryview(data).cast("B"))  # torch gives arrays of several dimensions
         try:
             size = self._file.write(data)
         except OSError as error:

@@ -1,5 +1,6 @@
 """Output paths that are refused, and files that appear whole or not at all."""
 
+import ctypes
 import os
 import resource
 import stat
@@ -151,6 +152,14 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
     monkeypatch.undo()
     assert old.read_bytes() == b"old"
     assert os.listdir(old.parent) == ["old.onnx"]
+
+
+def test_an_array_of_several_dimensions_is_written_as_its_bytes(tmp_path: Path) -> None:
+    rows = ((ctypes.c_ubyte * 3) * 2)((1, 2, 3), (4, 5, 6))  # the form in which torch gives tensors
+    with NewFile(tmp_path / "new", hashed=True) as file:
+        assert file.write(rows) == file.size == 6
+        file.publish()
+    assert (tmp_path / "new").read_bytes() == bytes(range(1, 7))
 
 
 def test_of_two_writers_at_once_one_wins_whole(tmp_path: Path) -> None:
