@@ -41,7 +41,7 @@ from renorm_onnx.exporting.interface import (
 from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, uncompiled
 from renorm_onnx.exporting.options import check_options
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
-from renorm_onnx.exporting.training import WRAPPED, TrainingStep, open_statistics, set_defaults
+from renorm_onnx.exporting.training import WRAPPED, TrainingStep, name_results, open_statistics, set_defaults
 from renorm_onnx.exporting.verification import ExportReport, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops
 from renorm_onnx.onnx_function import (
@@ -284,7 +284,10 @@ def _export(
                 **options,
             )
             assert program is not None
-            defaults = open_statistics(program.model, live) if live is not None and stepping else {}
+            defaults = {}
+            if live is not None and stepping:
+                defaults = open_statistics(program.model, live)
+                name_results(program.model, len(options["output_names"] or ()))
             for call in calls_in(program.model):
                 name = module_of(call)
                 call.metadata_props[MODULE_KEY] = name.removeprefix(WRAPPED) if stepping else name

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from renorm_onnx.exporting.modules import layers_of
+from renorm_onnx.inlining import Names, names_in
+from renorm_onnx.onnx_function import INFERENCE, calls_in
 
 #: The buffers that one training step changes, in the order of the outputs; the last two only with `renorm_momentum`.
 STATE = ("running_mean", "running_var", "num_batches_tracked", "renorm_mean", "renorm_var")
@@ -82,6 +84,21 @@ def open_statistics(model: ir.Model, module: nn.Module) -> dict[str, ir.TensorPr
         defaults[name], value.const_value = value.const_value, None
         graph.inputs.append(value)
     return defaults
+
+
+def name_results(model: ir.Model, given: int) -> None:
+    """Call outputs that are a layer's own as the export for inference does, in place; torch says ``getitem`` of them.
+
+    Args:
+        model: Exported from a `TrainingStep`.
+        given: How many outputs, from the first on, have a name of the user's.
+    """
+    results = model.graph.outputs[given:]
+    names = Names(names_in(model))
+    for step in (call for call in calls_in(model) if call.op_type != INFERENCE):
+        name = names.unique("batch_renorm")
+        if step.outputs[0] in results:
+            step.outputs[0].name = name
 
 
 def set_defaults(model: ir.Model, defaults: Mapping[str, ir.TensorProtocol]) -> None:

@@ -1,6 +1,7 @@
 """Training steps in onnxruntime, the statistics fed back, follow Algorithm 1 written out in float64."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import onnx
@@ -304,3 +305,22 @@ def test_a_step_is_compared_with_its_inlined_form_counter_and_all() -> None:
     add = next(node for node in inlined.graph if node.outputs[0].name == counter)
     add.replace_input_with(1, add.inputs[0])
     assert counter in {row.output for row in verify(proto, inlined).rows if row.ok is False}
+
+
+def test_an_output_that_is_a_layers_own_is_called_as_at_inference() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = BatchRenorm2d(3), BatchRenorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = self.first(x)
+            return torch.relu(h), self.second(torch.relu(h))
+
+    def names(**options: Any) -> list[str]:
+        proto = to_onnx(Both().train(mode="mode" in options), torch.randn(4, 3, 8, 8), verify=False, **options)
+        return [value.name for value in proto.graph.output if not value.name.endswith(UPDATED)]
+
+    with pytest.warns(UserWarning, match="statistics of 0 and 1"):
+        assert names(mode="train") == names() == ["relu", "batch_renorm_1"]
+    assert names(mode="train", output_names=["y", "getitem"]) == ["y", "getitem"]
