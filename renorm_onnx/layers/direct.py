@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from renorm_onnx.layers import kernels, recomputation
-from renorm_onnx.layers.functional import BatchStatistics, observed_spread
+from renorm_onnx.layers.functional import ACCUMULATED_IN, BatchStatistics, observed_spread
 from renorm_onnx.layers.kernels import Corrected
 from renorm_onnx.layers.step import Layer
 
-_STATISTICS_OF = {
-    torch.float64: torch.float64,
-    torch.float32: torch.float32,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
 _ONE = torch.ones((), dtype=torch.int64, device="cpu")  # adding a Python number is slower
 
 
@@ -34,16 +28,17 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
     Raises:
         InputError: The schedule returns bounds that cannot be used. Nothing has changed then.
     """
-    buffers, parameters = layer._buffers, layer._parameters
+    if not kernels.available(x):
+        return None
+    buffers, parameters, shape = layer._buffers, layer._parameters, x.shape
     mean, var, step = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
     if (
-        not kernels.available(x)
-        or mean is None
+        mean is None
         or var is None
         or step is None
-        or var.dtype is not _STATISTICS_OF.get(x.dtype)
-        or x.dim() not in layer.ranks
-        or not x.size(1) == layer.num_features < x.numel()
+        or var.dtype is not ACCUMULATED_IN.get(x.dtype)
+        or len(shape) not in layer.ranks
+        or not shape[1] == layer.num_features < x.numel()
         or not layer.track_running_stats
         or layer.virtual_batch_size is not None
         or layer.renorm_momentum is not None

@@ -32,6 +32,14 @@ from renorm_onnx.layers.saving import save_for_backward
 Stat = Literal["sigma", "var", "var_unbiased"]
 STATS: tuple[str, ...] = get_args(Stat)
 
+# In which type statistics are computed, by the type of what they are taken of.
+ACCUMULATED_IN = {
+    torch.float64: torch.float64,
+    torch.float32: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+
 # Read by `eval_forward`; switched by `keep_ops` alone.
 _keep_ops = False
 
@@ -62,7 +70,7 @@ class BatchStatistics(NamedTuple):
 
 def accumulation_type(x: Tensor) -> torch.dtype:
     """Return the type in which statistics of `x` are computed: float32 for float16 and bfloat16, else its own."""
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    return ACCUMULATED_IN.get(x.dtype, x.dtype)
 
 
 def batch_statistics(x: Tensor) -> BatchStatistics:

@@ -80,7 +80,7 @@ def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
 
 def _check_lengths(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
     # The native kernel reads beyond the end of what is too short.
-    channels = x.size(1)
+    channels = x.shape[1]
     if (weight is not None and weight.numel() != channels) or (bias is not None and bias.numel() != channels):
         shapes = [None if given is None else tuple(given.shape) for given in (weight, bias)]
         raise InputError(
