@@ -33,6 +33,21 @@ def nodes_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Node]:
                 graphs.extend(bodies_of(node))
 
 
+def in_order(graph: ir.Graph) -> list[ir.Node]:
+    """The nodes of a graph and of every graph inside it, those inside right before the node that holds them."""
+    found: list[ir.Node] = []
+    left = [reversed(graph)]
+    while left:
+        node = next(left[-1], None)
+        if node is None:
+            left.pop()
+            continue
+        found.append(node)
+        if node.attributes.data:
+            left.extend(reversed(body) for body in bodies_of(node))
+    return found[::-1]
+
+
 def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
     """The graphs that a node holds, without those inside them."""
     for attribute in node.attributes.data.values():

@@ -24,10 +24,12 @@ from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.runtime.reference import evaluate
 from runtime_tests.pattern_models import Pattern, norms_left
 from runtime_tests.patterns_absorbing import absorbing
+from runtime_tests.patterns_bodies import bodies
 from runtime_tests.patterns_branches import branches
 from runtime_tests.patterns_networks import networks
 from runtime_tests.patterns_numbers import numbers
 from runtime_tests.patterns_passing import passing
+from runtime_tests.patterns_quantized import quantized
 from runtime_tests.patterns_structure import structure
 
 # Float64 on both sides: what differs is the rounding of parameters, at most a few hundred of them in one sum.
@@ -38,7 +40,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 def table() -> Iterator[Pattern]:
     """Every pattern; names are unique."""
-    for rows in (absorbing, passing, branches, structure, networks, numbers):
+    for rows in (absorbing, quantized, passing, branches, structure, bodies, networks, numbers):
         yield from rows()
 
 

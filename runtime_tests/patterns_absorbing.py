@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from onnx import helper
 
 from renorm_onnx.fusion.report import Reason
@@ -237,32 +236,6 @@ def _shift_before_layer_norm(n: Net) -> str:
     return str(n.op("LayerNormalization", n.chain("x", (), "Add"), n.rand(C), n.rand(C)))
 
 
-def quantized() -> Iterator[Pattern]:
-    """Integer weights behind DequantizeLinear stay integers."""
-    for axis, zero in ((0, False), (0, True), (None, False), (None, True)):
-        yield Pattern(
-            f"quantized weight, axis {axis}, zero point {zero}, norm",
-            IMAGE,
-            lambda n, a=axis, z=zero: n.bn(n.op("Conv", "x", _quantized_weight(n, a, zero=z), n.rand(C)), C),
-        )
-    yield Pattern("quantized gemm, norm", (3, 4), _quantized_gemm)
-
-
-def _quantized_weight(n: Net, axis: int | None, *, zero: bool) -> Any:
-    weight = n.k(n.rng.integers(-90, 90, (C, 4, 3, 3)).astype(np.int8))
-    shape = () if axis is None else (C,)
-    inputs = [weight, n.k(n.rng.uniform(0.005, 0.02, shape))]
-    if zero:
-        inputs.append(n.k(n.rng.integers(-3, 3, shape).astype(np.int8)))
-    return n.op("DequantizeLinear", *inputs, **({} if axis is None else {"axis": axis}))
-
-
-def _quantized_gemm(n: Net) -> Any:
-    weight = n.k(n.rng.integers(-90, 90, (C, 4)).astype(np.int8))
-    dequantized = n.op("DequantizeLinear", weight, n.k(n.rng.uniform(0.005, 0.02, C)), axis=0)
-    return n.bn(n.op("Gemm", "x", dequantized, n.rand(C), transB=1), C)
-
-
 def computed() -> Iterator[Pattern]:
     """Constants that are worked out in the graph."""
     yield Pattern("sigma from a variance", IMAGE, _sigma_chain)
@@ -382,5 +355,5 @@ def _mixed(n: Net) -> Any:
 
 def absorbing() -> Iterator[Pattern]:
     """All patterns of this file."""
-    for rows in (swept, chains, geometry, products, other_norms, quantized, computed, types):
+    for rows in (swept, chains, geometry, products, other_norms, computed, types):
         yield from rows()

@@ -1,4 +1,4 @@
-"""Patterns as whole networks write them: shuffles, heads, windows, old arithmetic, quantized and recurrent layers."""
+"""Patterns as whole networks write them: shuffles, heads, windows, old arithmetic, recurrent layers."""
 
 from __future__ import annotations
 
@@ -224,28 +224,8 @@ def _clip(n: Net, x: str, low: float | None, high: float | None) -> Any:
     return n.op("Clip", x, *bounds)
 
 
-def _integers(n: Net, shape: Sequence[int], kind: type, scale: Any, zero: Any, axis: int | None) -> Any:
-    inputs = [n.k(n.rng.integers(-90, 90, shape).astype(kind)), n.k(np.asarray(scale))]
-    inputs += [] if zero is None else [n.k(np.asarray(zero, kind))]
-    return n.op("DequantizeLinear", *inputs, **({} if axis is None else {"axis": axis}))
-
-
-def _whole_steps(n: Net, steps: float) -> Any:
-    weight = _integers(n, (5, C, 1, 1), np.int8, np.full(5, 2.0**-7), None, 0)
-    bias = _integers(n, (5,), np.int32, np.full(5, 2.0**-10), None, 0)
-    return n.op("Add", n.op("Conv", "x", weight, bias), n.k(np.arange(1.0, 6).reshape(5, 1, 1) * steps * 2.0**-10))
-
-
 def layers() -> Iterator[Pattern]:
-    """Quantized biases, zero points, and layers that read sequences."""
-    yield Pattern("quantized bias, whole steps", IMAGE, lambda n: _whole_steps(n, 3.0))
-    yield Pattern("quantized bias, broken steps", IMAGE, lambda n: _whole_steps(n, 3.5), 1)
-    for zero in (0, 3):
-        yield Pattern(
-            f"one scale, zero point {zero}, norm",
-            IMAGE,
-            lambda n, z=zero: n.bn(n.op("Conv", "x", _integers(n, (5, C, 1, 1), np.int8, 0.01, z, None)), 5),
-        )
+    """Layers that read sequences."""
     for operator, gates in (("LSTM", 4), ("GRU", 3), ("RNN", 1)):
         yield Pattern(
             f"constants, {operator}",
@@ -257,7 +237,7 @@ def layers() -> Iterator[Pattern]:
 
 
 def products() -> Iterator[Pattern]:
-    """Einsum, DeformConv, and quantized weights behind a norm."""
+    """Einsum and DeformConv."""
     sum_over_channels = {"equation": "bchw,oc->bohw"}
     yield Pattern("einsum, norm", IMAGE, lambda n: n.bn(n.op("Einsum", "x", n.rand(5, C), **sum_over_channels), 5))
     yield Pattern("norm, einsum", IMAGE, lambda n: n.op("Einsum", n.bn("x", C), n.rand(5, C), **sum_over_channels))
@@ -275,15 +255,6 @@ def products() -> Iterator[Pattern]:
         opset=19,
         runs=False,
     )
-    for axis, left in ((1, 0), (0, 1)):
-        scales = np.full(C if axis else 5, 2.0**-7)
-        yield Pattern(
-            f"norm, quantized weight with scales along axis {axis}",
-            IMAGE,
-            lambda n, a=axis, s=scales: n.op("Conv", n.bn("x", C), _integers(n, (5, C, 1, 1), np.int8, s, None, a)),
-            left,
-            None if axis else Reason.GRAPH_INPUT,
-        )
 
 
 def networks() -> Iterator[Pattern]:

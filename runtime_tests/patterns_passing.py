@@ -51,6 +51,7 @@ BETWEEN: dict[str, tuple[str, Any]] = {
     "GlobalAveragePool": ("all", lambda n, x: n.op("GlobalAveragePool", x)),
     "GlobalMaxPool": ("order", lambda n, x: n.op("GlobalMaxPool", x)),
     "ReverseSequence": ("all", lambda n, x: _reversed(n, x)),
+    "Where with an infinity": ("all", lambda n, x: n.op("Where", n.k(np.arange(8) % 3 == 0), n.scalar(-np.inf), x)),
     "Where with a constant": ("all", lambda n, x: n.op("Where", n.k(np.arange(8) % 3 == 0), n.scalar(0.5), x)),
     "GridSample of repeated borders": ("all", lambda n, x: _sampled(n, x, "border")),
     "GridSample of zeros": ("scale", lambda n, x: _sampled(n, x, "zeros")),

@@ -1,4 +1,4 @@
-"""Patterns of files: bodies, functions, shared and overridable values, names, old versions."""
+"""Patterns of files: functions, shared and overridable values, names, old versions."""
 
 from __future__ import annotations
 
@@ -12,108 +12,11 @@ from onnx import TensorProto, helper
 from renorm_onnx.fusion.engine import FuseOptions
 from renorm_onnx.fusion.report import Reason
 from runtime_tests.pattern_models import Net, Pattern
+from runtime_tests.patterns_bodies import body_of, info
 
 C = 4
 IMAGE = ("n", C, 8, 8)
 STATS = ("s", "b", "m", "v")
-
-
-def _info(name: str, kind: int = TensorProto.FLOAT, shape: Any = None) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, kind, shape)
-
-
-def _body(
-    n: Net, name: str, inputs: Sequence[onnx.ValueInfoProto], write: Callable[[], Sequence[Any]]
-) -> onnx.GraphProto:
-    """A subgraph of the nodes that `write` adds; its constants stay outside."""
-    outer, n.nodes = n.nodes, []
-    results = write()
-    nodes, n.nodes = n.nodes, outer
-    infos = [r if isinstance(r, onnx.ValueInfoProto) else _info(r) for r in results]
-    return helper.make_graph(nodes, name, list(inputs), infos)
-
-
-def _if(n: Net) -> Any:
-    bodies = [_body(n, f"branch{i}", [], lambda: [n.bn(n.conv("x", C, 5), 5)]) for i in range(2)]
-    return n.op("If", n.k(np.array(True)), then_branch=bodies[0], else_branch=bodies[1])
-
-
-def _if_inside(n: Net) -> Any:
-    def write() -> list[str]:
-        w = n.op("Constant", value=helper.make_tensor("w", 1, (5, C, 1, 1), n.rng.normal(size=5 * C)))
-        return [n.chain(n.op("Conv", "x", w), (5, 1, 1))]
-
-    bodies = [_body(n, f"branch{i}", [], write) for i in range(2)]
-    return n.op("If", n.k(np.array(False)), then_branch=bodies[0], else_branch=bodies[1])
-
-
-def _if_nested(n: Net) -> Any:
-    bodies = [_body(n, f"outer{i}", [], lambda: [_if(n)]) for i in range(2)]
-    return n.op("If", n.k(np.array(True)), then_branch=bodies[0], else_branch=bodies[1])
-
-
-def _loop(n: Net) -> Any:
-    given = [_info("i", TensorProto.INT64, []), _info("go", TensorProto.BOOL, []), _info("h", 1, None)]
-
-    def write() -> list[Any]:
-        go = n.op("Identity", "go")
-        return [_info(go, TensorProto.BOOL, []), n.op("Tanh", n.bn(n.conv("h", C, C, pads=[1] * 4), C))]
-
-    body = _body(n, "body", given, write)
-    return n.op("Loop", n.k(np.array(3)), n.k(np.array(True)), "x", body=body)
-
-
-def _scan(n: Net) -> Any:
-    body = _body(n, "body", [_info("row", 1, [C, 8])], lambda: [n.chain(n.op("MatMul", "row", n.rand(8, 6)), (6,))])
-    return n.op(
-        "Scan",
-        n.op("Squeeze", n.op("Slice", "x", n.ints(0), n.ints(1), n.ints(0)), n.ints(0)),
-        num_scan_inputs=1,
-        body=body,
-        scan_input_axes=[1],
-    )
-
-
-def _is_channels(n: Net, size: int) -> Any:
-    """Whether axis 1 of x is so long, as exporters ask that cannot tell."""
-    return n.op("Equal", n.op("Gather", n.op("Shape", "x"), n.k(np.array(1)), axis=0), n.k(np.array(size)))
-
-
-def _conv_outside_if(n: Net, condition: Callable[[Net], Any]) -> Any:
-    h = n.conv("x", C, 5)
-    bodies = [_body(n, f"branch{i}", [], lambda: [n.bn(h, 5)]) for i in range(2)]
-    return n.op("If", condition(n), then_branch=bodies[0], else_branch=bodies[1])
-
-
-def _norm_behind_if(n: Net, condition: Callable[[Net], Any]) -> Any:
-    h = n.conv("x", C, 5)
-    bodies = [_body(n, f"branch{i}", [], lambda i=i: [n.op("Reshape", h, n.ints(0, 5, -1, 6 + 6 * i))]) for i in (0, 1)]
-    return n.bn(n.op("If", condition(n), then_branch=bodies[0], else_branch=bodies[1]), 5)
-
-
-def _sequence(n: Net) -> list[Any]:
-    pieces = n.op("SplitToSequence", n.conv("x", C, 8), n.ints(3, 5), axis=1)
-    return [n.relu(n.bn(n.op("SequenceAt", pieces, n.k(np.array(i))), (3, 5)[i])) for i in (0, 1)]
-
-
-def _any(n: Net) -> Any:
-    return n.op("Greater", n.op("ReduceSum", "x", keepdims=0), n.scalar(0.5))
-
-
-def bodies() -> Iterator[Pattern]:
-    """If, Loop and Scan."""
-    yield Pattern("conv, norm in an If", IMAGE, _if)
-    yield Pattern("conv, chain in an If with weights inside", IMAGE, _if_inside)
-    yield Pattern("conv, norm in an If in an If", IMAGE, _if_nested)
-    yield Pattern("conv, norm in a Loop", IMAGE, _loop)
-    yield Pattern("matmul, chain in a Scan", IMAGE, _scan)
-    yield Pattern("conv outside, norms in an If", IMAGE, lambda n: _conv_outside_if(n, _any), 2)
-    yield Pattern("conv, sequence of pieces, norms", IMAGE, _sequence)
-    yield Pattern("conv, If, norm", IMAGE, lambda n: _norm_behind_if(n, _any), 1, Reason.OPERATOR)
-    for size in (C, C + 1):
-        ask = lambda n, size=size: _is_channels(n, size)  # noqa: E731
-        yield Pattern(f"conv outside, norms in an If of C == {size}", IMAGE, lambda n, a=ask: _conv_outside_if(n, a))
-        yield Pattern(f"conv, If of C == {size}, norm", IMAGE, lambda n, a=ask: _norm_behind_if(n, a))
 
 
 def _function(
@@ -225,7 +128,7 @@ def _unused_function(n: Net) -> Any:
 def _call_in_if(n: Net) -> Any:
     _norm_function(n)
     write = lambda: [n.op("Norm", n.conv("x", C, 5), *n.stats(5), domain="mine", eps=0.125)]  # noqa: E731
-    both = [_body(n, f"branch{i}", [], write) for i in range(2)]
+    both = [body_of(n, f"branch{i}", [], write) for i in range(2)]
     return n.op("If", n.k(np.array(True)), then_branch=both[0], else_branch=both[1])
 
 
@@ -272,7 +175,7 @@ def _scale_is_variance(n: Net) -> Any:
 def _overridable(n: Net, which: int) -> Any:
     names = [n.rand(5, C, 3, 3), *n.stats(5)]
     shape = [5, C, 3, 3] if which == 0 else [5]
-    n.more_inputs.append(_info(names[which], 1, shape))
+    n.more_inputs.append(info(names[which], 1, shape))
     return n.op("BatchNormalization", n.op("Conv", "x", names[0]), *names[1:])
 
 
@@ -280,7 +183,7 @@ def _old_ir(n: Net) -> Any:
     n.ir_version = 3
     h = n.bn(n.conv("x", C, 5, bias=True), 5)
     for tensor in n.initializers:
-        n.more_inputs.append(_info(tensor.name, 1, list(tensor.dims)))
+        n.more_inputs.append(info(tensor.name, 1, list(tensor.dims)))
     return h
 
 
@@ -288,7 +191,7 @@ def _old_ir_bias(n: Net) -> Any:
     n.ir_version = 3
     h = n.bn(n.conv("x", C, 5), 5)
     for tensor in n.initializers:
-        n.more_inputs.append(_info(tensor.name, 1, list(tensor.dims)))
+        n.more_inputs.append(info(tensor.name, 1, list(tensor.dims)))
     return h
 
 
@@ -304,7 +207,7 @@ def _colliding(n: Net) -> list[str]:
 def _stale(shape: Any, kind: int = 1) -> Callable[[Net], Any]:
     def write(n: Net) -> Any:
         h = n.conv("x", C, 5)
-        n.infos.append(_info(h, kind, shape))
+        n.infos.append(info(h, kind, shape))
         return n.bn(h, 5)
 
     return write
@@ -364,5 +267,5 @@ def files() -> Iterator[Pattern]:
 
 def structure() -> Iterator[Pattern]:
     """All patterns of this file."""
-    for rows in (bodies, functions, files):
+    for rows in (functions, files):
         yield from rows()

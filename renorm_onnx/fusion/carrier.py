@@ -63,11 +63,13 @@ class Step:
         edits: Applied only if the whole plan succeeds.
         onward: Backward: input index -> map demanded of that input. Forward: output index -> map it now lacks.
         demands: Forward: input index -> map demanded of that input, which did not change.
+        inside: Backward: value that a body inside the operator hands out -> map demanded of it.
     """
 
     edits: tuple[Edit, ...] = ()
     onward: Mapping[int, AffineMap] = field(default_factory=dict)
     demands: Mapping[int, AffineMap] = field(default_factory=dict)
+    inside: Mapping[ir.Value, AffineMap] = field(default_factory=dict)
 
 
 class Desk:

@@ -31,8 +31,9 @@ from renorm_onnx.fusion.plan import Limits, Plan, Planner
 from renorm_onnx.fusion.report import FusionReport, NormReport, Reason
 from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.fusion.sequences import open_sequences
+from renorm_onnx.fusion.shadowing import rename_shadowing
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
-from renorm_onnx.model_walk import graphs_of, nodes_of
+from renorm_onnx.model_walk import graphs_of, in_order, nodes_of
 from renorm_onnx.onnx_function import MODULE_KEY
 from renorm_onnx.onnx_layers import count_training_layers
 
@@ -113,13 +114,14 @@ def fuse_in_place(model: ir.Model, options: FuseOptions | None = None) -> Fusion
         options: What may be done; None for the defaults.
 
     Returns:
-        The report. Where its `changed` is false, nothing was folded, though function calls may have been inlined, and
-        an If or a sequence opened, in vain.
+        The report. Where its `changed` is false, nothing was folded, though function calls may have been inlined,
+        an If or a sequence opened, and inner values renamed, in vain.
 
     Raises:
         InputError: An option is unknown; the model's opset is too old for a function of ours that it calls and lacks.
     """
     define_calls(model)
+    rename_shadowing(model)
     return _Engine(model, options or FuseOptions()).run()
 
 
@@ -139,6 +141,8 @@ class _Engine:
         self._order: dict[ir.Node, float] = {}
         self._touched: set[ir.Node] = set()
         self._added: set[ir.Node] = set()
+        self._graphs = [model.graph]
+        self._across = False
 
     def run(self) -> FusionReport:
         with model_file.collection_paused(), np.errstate(all="ignore"):
@@ -156,7 +160,8 @@ class _Engine:
             return self._report
         open_norms(self._model)
         self._fold_all()
-        while self._open():
+        # What folds across an If that always goes one way would leave it there, so it is opened first.
+        while self._open() or self._cross():
             self._desk.facts.forget()
             self._fold_all()
         self._rewriter.write(self._desk.pending)
@@ -169,22 +174,26 @@ class _Engine:
         """Say of every norm that nobody here knows what its operators, and those around it, compute."""
         opset, newest = self._desk.opset, onnx.defs.onnx_opset_version()
         why = f"is of opset {opset}, and the newest that onnx {onnx.__version__} knows is {newest}; upgrade onnx"
-        for graph in graphs_of(self._model.graph):
-            for norm in find_norms(list(graph), self._desk):
-                for entry in self._entries_of(norm):
-                    entry.refusals = (refuse(Reason.UNKNOWN_OPSET, norm.nodes[0], why),)
+        self._graphs = list(graphs_of(self._model.graph))
+        for norm, entries in self._norms():
+            for entry in entries:
+                entry.refusals = (refuse(Reason.UNKNOWN_OPSET, norm.nodes[0], why),)
         self._report.operators_after = self._report.operators_before
 
     def _fold_all(self) -> None:
         self._rewriter.learn()
-        for graph in list(graphs_of(self._model.graph)):
-            self._fold(graph)
-            while self._options.merge_branches and self._merge_branches(graph):
-                self._fold(graph)
+        self._graphs = list(graphs_of(self._model.graph))
+        self._fold()
+        while self._options.merge_branches and self._merge_branches():
+            self._fold()
+
+    def _stays(self) -> bool:
+        """Whether any norm is left."""
+        return any(e.outcome == "kept" for e in self._report.entries)
 
     def _open(self) -> bool:
         """Open what may stand in the way of norms that stay: Ifs that always go one way, sequences, then functions."""
-        if all(e.outcome == "folded" for e in self._report.entries):
+        if not self._stays():
             return False
         known = (self._model, self._desk.facts, self._rewriter)
         gone = open_conditionals(*known) or open_sequences(*known)
@@ -195,20 +204,27 @@ class _Engine:
         self._rewriter.clean()
         return bool(gone) or (bool(self._model.functions) and open_absorbers(self._model, self._obstacles()) > 0)
 
+    def _cross(self) -> bool:
+        """Let maps enter and leave the bodies of If, Loop and Scan from now on, if that is new and may help."""
+        if self._across or not self._stays():
+            return False
+        self._across = len(self._graphs) > 1
+        return self._across
+
     def _obstacles(self) -> set[str]:
         """The names of the operators at which the way of a norm that stays has ended."""
         refusals = (r for e in self._report.entries if e.outcome == "kept" for r in e.refusals)
         return {r.obstacle for r in refusals if r.reason is Reason.OPERATOR}
 
-    def _fold(self, graph: ir.Graph) -> None:
+    def _fold(self) -> None:
         """Plan and apply until a whole round changes nothing; rounds alternate in direction."""
         forwards = True
         while True:
-            nodes = list(graph)
-            norms = [(norm, self._entries_of(norm)) for norm in list(find_norms(nodes, self._desk))]
+            norms = self._norms()
             self._touched.clear()
+            nodes = in_order(self._model.graph) if len(self._graphs) > 1 else self._model.graph
             self._order = {n: float(i) for i, n in enumerate(nodes)}
-            planner = Planner(self._order, self._desk, load_carriers(), self._limits)
+            planner = Planner(self._order, self._desk, load_carriers(), self._limits, across=self._across)
             count = len(self._added)
             # A norm before what is none: where one must stay, an Add stays rather than the norm that would absorb it.
             turn = sorted(norms if forwards else reversed(norms), key=lambda found: found[0].kind != "norm")
@@ -218,6 +234,11 @@ class _Engine:
                 return
             self._desk.facts.forget()
             forwards = not forwards
+
+    def _norms(self) -> list[tuple[Norm, list[NormReport]]]:
+        """The norms of all graphs, each with its entries in the report."""
+        found = [norm for graph in self._graphs for norm in find_norms(list(graph), self._desk)]
+        return [(norm, self._entries_of(norm)) for norm in found]
 
     def _entries_of(self, norm: Norm) -> list[NormReport]:
         """The entries of a norm's nodes: one, unless norms of the input model have become one chain."""
@@ -247,13 +268,14 @@ class _Engine:
             entry.fold(plan.way, plan.into)
         return True
 
-    def _merge_branches(self, graph: ir.Graph) -> int:
+    def _merge_branches(self) -> int:
         """Make one convolution of parallel ones wherever that is possible now; return how often it was."""
-        norms = {norm.output: norm for norm in find_norms(list(graph), self._desk)}
         count = 0
-        for merge in find_merges(graph, self._desk, norms):
-            self._apply_merge(merge)
-            count += 1
+        for graph in self._graphs:
+            norms = {norm.output: norm for norm in find_norms(list(graph), self._desk)}
+            for merge in find_merges(graph, self._desk, norms):
+                self._apply_merge(merge)
+                count += 1
         self._report.branches_merged += count
         self._desk.facts.forget()
         return count
@@ -291,11 +313,23 @@ class _Engine:
                 changed = [total if v is value else v for v in changed]
         for value in changed:
             value.name = self._rewriter.fresh(value.name or "value")
-        if plan.way == "backward":
-            self._rewriter.replace(plan.norm.output, source)
-        else:
-            self._rewriter.redirect(plan.norm.output, source)
+        self._leave_out(plan, source)
         self._rewriter.delete(plan.norm.nodes)
+
+    def _leave_out(self, plan: Plan, source: ir.Value) -> None:
+        """Let the readers of a norm's output take `source`, which holds what they need."""
+        output, last, maker = plan.norm.output, plan.norm.nodes[-1], source.producer()
+        if plan.way == "forward":
+            self._rewriter.redirect(output, source)
+            return
+        if maker is not None and maker.graph is not last.graph:
+            # A name inside a body may stand in a body beside it too, and a body hands out only what it computes.
+            source.name = self._rewriter.fresh(source.name or "value")
+            if not output.is_graph_output():
+                self._rewriter.redirect(output, source)
+                return
+            source = self._rewriter.copy_before(last, source, last.name or output.name)
+        self._rewriter.replace(output, source)
 
     def _add_behind(self, edit: AddAfter) -> ir.Value:
         node = self._rewriter.add_behind(edit.node, edit.parameter)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from renorm_onnx.model_walk import nodes_of
+from renorm_onnx.model_walk import bodies_of, graphs_of, nodes_of
 
 # Computed constants, not stored ones, stop here: a model of a few bytes can ask for 2**40 elements.
 MAX_COMPUTED_ELEMENTS = 1 << 25
@@ -161,8 +161,9 @@ class Facts:
             elif node is None:
                 self._known[stack.pop()] = self._leaf(current)
             else:
-                missing = [i for i in node.inputs if i is not None and i not in self._known]
-                if missing and node.op_type in self._rules:
+                reads = node.inputs if node.op_type not in _HOLDERS else (*node.inputs, *_handed_out(node))
+                missing = [i for i in reads if i is not None and i not in self._known]
+                if missing and (node.op_type in self._rules or node.op_type in _HOLDERS):
                     for i in missing:
                         self._known.setdefault(i, UNKNOWN) if i in node.outputs else stack.append(i)
                     continue
@@ -238,26 +239,30 @@ class Facts:
             self._known[value] = Fact(dtype=value.dtype)
 
     def _retract(self, graph: ir.Graph, known: int) -> None:
-        """Forget, of all but the first `known` facts, those about values of a body: no other rests on what it assumed.
+        """Forget, of all but the first `known` facts, those about a body: no other rests on what it assumed.
 
         Those about the bodies around it are kept, or each would be proven again in every round of each one inside.
         """
         kept: dict[ir.Value, Fact] = {}
+        inside = set(graphs_of(graph))
         while len(self._known) > known:
             value, fact = self._known.popitem()
-            if value.graph is not graph:
+            if value.graph not in inside:
                 kept[value] = fact
         self._known.update(kept)
 
     def _derive(self, node: ir.Node) -> None:
-        rule = self._rules.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        known = node.domain in ("", "ai.onnx")
+        rule = self._rules.get(node.op_type) if known else None
         found: Sequence[Fact] = ()
-        if rule is not None:
-            inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs]
-            try:
+        try:
+            if rule is not None:
+                inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs]
                 found = rule(node, inputs, self.opset)
-            except MALFORMED:
-                found = ()
+            elif known and node.op_type in _HOLDERS:
+                found = self._from_bodies(node)
+        except MALFORMED:
+            found = ()
         for index, output in enumerate(node.outputs):
             fact = found[index] if index < len(found) else UNKNOWN
             if fact.dtype is None and output.dtype is not None:
@@ -269,6 +274,42 @@ class Facts:
                 if self._remembered > MAX_REMEMBERED_ELEMENTS:
                     fact = fact._replace(content=None)
             self._known[output] = fact
+
+    def _from_bodies(self, node: ir.Node) -> list[Fact]:
+        """The facts about the outputs of If, in which both branches agree, and of Loop and Scan (from opset 9 on).
+
+        What is handed on from run to run has, behind the last run, the dimensions that it has before each; what is
+        stacked has one more. Sizes that a body leaves open are others outside.
+        """
+        if node.op_type == "If":
+            ways = [node.attributes[name].as_graph().outputs for name in ("then_branch", "else_branch")]
+            pairs = [[self._known.get(v, UNKNOWN) for v in pair] for pair in zip(*ways, strict=True)]
+            return [Fact(_common(one.dims, two.dims, set()), dtype=one.dtype) for one, two in pairs]
+        if node.op_type == "Scan" and self.opset < 9:
+            return []
+        graph = node.attributes["body"].as_graph()
+        begin, end = (2, 1) if node.op_type == "Loop" else (0, 0)
+        count = len(graph.inputs) - (begin or node.attributes["num_scan_inputs"].as_int())
+        axes = node.attributes["scan_output_axes"].as_ints() if "scan_output_axes" in node.attributes else None
+        found = []
+        for place, value in enumerate(graph.outputs[end:]):
+            dims = self[graph.inputs[begin + place] if place < count else value].dims
+            if dims is not None:
+                dims = tuple(d if isinstance(d, int) else Dimension() for d in dims)
+            if dims is not None and place >= count:
+                axis = 0 if axes is None else axes[place - count] % (len(dims) + 1)
+                dims = (*dims[:axis], Dimension(), *dims[axis:])
+            found.append(Fact(dims, dtype=value.dtype))
+        return found
+
+
+# Operators with bodies, of which the outputs are those of the bodies.
+_HOLDERS = frozenset({"If", "Loop", "Scan"})
+
+
+def _handed_out(node: ir.Node) -> list[ir.Value]:
+    """The outputs of the bodies inside a node."""
+    return [value for body in bodies_of(node) for value in body.outputs]
 
 
 def _common(one: Dims | None, two: Dims | None, opened: set[Dimension]) -> Dims | None:

@@ -149,3 +149,47 @@ def test_bodies_in_bodies_are_proven_once_each() -> None:
     assert isinstance(dims[0], Dimension)
     assert dims[1] == 3
     assert len(derived) <= 3 * 20
+
+
+@pytest.mark.parametrize(
+    ("then", "other", "want"),
+    [
+        ("t = Relu(x)", "e = Neg(x)", (None, 4)),
+        ("t = Concat<axis=0>(x, x)", "e = Neg(x)", (None, 4)),
+        ("t = Concat<axis=1>(x, x)", "e = Neg(x)", (None, None)),
+        ("t = Reshape(x, r)", "e = Neg(x)", None),
+    ],
+)
+def test_an_output_of_an_if_has_the_sizes_in_which_both_branches_agree(
+    then: str, other: str, want: tuple[int | None, ...] | None
+) -> None:
+    branches = f"then_branch = g () => (float t) {{ {then} }}, else_branch = h () => (float e) {{ {other} }}"
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 17]> g (float[N,4] x, bool c) => (float y) {{ y = If(c) <{branches}> }}'
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1]), "r"))
+    assert sizes(model, "y") == want
+
+
+def test_what_a_loop_hands_on_and_stacks_has_the_sizes_of_each_run() -> None:
+    model = looped("h, k", "x, x", "n = MatMul(h, w) m = Concat<axis=0>(k, k)", "n, m", "float[2,4] x", w=SQUARE)
+    assert sizes(model, "y0") == (2, 4)
+    assert sizes(model, "y1") == (None, 4)
+    stacked = looped("h", "x", "n = MatMul(h, w)", "n", "float[2,4] x", w=SQUARE)
+    stacked.graph.node[0].output.append("rows")
+    stacked.graph.node[0].attribute[0].g.output.append(stacked.graph.node[0].attribute[0].g.output[1])
+    assert sizes(stacked, "rows") == (None, 2, 4)
+
+
+def test_nothing_inside_a_body_in_a_body_rests_on_what_was_assumed_of_the_first_run() -> None:
+    branch = (
+        "then_branch = g () => (float t) { t = Concat<axis=1>(h, h) }, else_branch = h () => (float e) { e = Neg(h) }"
+    )
+    model = looped("h", "x", f"n = If(before) <{branch}>", "n", "float[2,4] x")
+    loaded = ir.from_proto(model)
+    facts = Facts(loaded, RULES, CONSTANT_OPERATORS)
+    [loop] = loaded.graph
+    body = loop.attributes["body"].as_graph()
+    inner = body[1].attributes["then_branch"].as_graph().outputs[0]
+    assert [isinstance(d, int) for d in facts[body.outputs[1]].dims or ()] == [True, False]
+    assert [isinstance(d, int) for d in facts[inner].dims or ()] == [True, False]

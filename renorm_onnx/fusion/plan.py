@@ -6,7 +6,8 @@ the inputs of the graph; forward, the norm's output is replaced by its input and
 What makes the walk sound, and linear in the nodes it visits:
 
 * one map for each value, not for each path: two demands on one value must be equal;
-* a value may change only if every one of its readers takes part: another reader, a subgraph or a graph output refuses;
+* a value may change only if every one of its readers takes part, in whatever graph: another reader or a graph output
+  refuses;
 * nodes are visited once, in topological order (backward in reverse), when all their maps have arrived;
 * all or nothing: edits are collected and applied only if every path ends in an absorber.
 """
@@ -25,6 +26,9 @@ from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.ranges import Ranges
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import Norm
+
+# Who reads a value: a node at one of its operands; or an operator that hands it out of a body, as that value.
+Reader = tuple[ir.Node, int] | ir.Value
 
 
 @dataclass(eq=False)
@@ -60,22 +64,30 @@ class Limits:
 
 
 class Planner:
-    """Makes plans on one graph as it stands now.
+    """Makes plans on one model as it stands now.
 
     Args:
-        order: Position of each node in its graph; readers come after what they read.
+        order: Position of each node; readers come after what they read, and an operator after the bodies inside it.
         desk: Facts and pending operands.
         carriers: Operator -> who answers for it.
         limits: Numerical guards.
+        across: Whether maps may enter and leave the bodies of operators.
     """
 
     def __init__(
-        self, order: Mapping[ir.Node, float], desk: Desk, carriers: Mapping[str, Carrier], limits: Limits
+        self,
+        order: Mapping[ir.Node, float],
+        desk: Desk,
+        carriers: Mapping[str, Carrier],
+        limits: Limits,
+        *,
+        across: bool,
     ) -> None:
         self._order = order
         self._desk = desk
         self._carriers = carriers
         self._limits = limits
+        self._across = across
         self._ranges = Ranges(desk, limits.max_weight)
         self._dead: dict[ir.Node, Refusal] = {}
         self._dead_forward: dict[ir.Node, Refusal] = {}
@@ -110,7 +122,7 @@ class Planner:
         if norm.input.producer() is None:
             return _no_producer(norm.input)
         demands: dict[ir.Value, AffineMap] = {norm.input: demand}
-        settled = {(norm.nodes[0], _index_of(norm.nodes[0], norm.input))}
+        settled: set[Reader] = {(norm.nodes[0], _index_of(norm.nodes[0], norm.input))}
         refusal = self._carry_back(plan, demands, settled, taken=())
         if refusal is not None:
             return refusal
@@ -121,7 +133,7 @@ class Planner:
         self,
         plan: Plan,
         demands: dict[ir.Value, AffineMap],
-        settled: set[tuple[ir.Node, int]],
+        settled: set[Reader],
         taken: Collection[ir.Node],
     ) -> Refusal | None:
         """Meet demands on values by what computes them, up to operators that absorb; extends all but `taken` in place.
@@ -154,14 +166,16 @@ class Planner:
             refusal = self._take(plan, node, step)
             if refusal is not None:
                 return refusal
-            for index, onward in step.onward.items():
-                refusal = self._demand(plan, node, index, onward, demands, settled)
+            asked: list[tuple[int | ir.Value, AffineMap]] = [*step.onward.items(), *step.inside.items()]
+            for place, onward in asked:
+                refusal = self._demand(plan, node, place, onward, demands, settled)
                 if refusal is not None:
                     return self._mark(trail, refusal) if refusal.structural else refusal
-                value = node.inputs[index] if index < len(node.inputs) else None
+                value = _value_at(node, place)
                 queue.add([value.producer()] if value in demands else [])
-        # An output that nobody reads follows the others (Split), so it needs another name too.
-        unread = (o for n, _ in trail for o in n.outputs if o.name and not o.uses() and not o.is_graph_output())
+        # An output that nobody reads follows the others (Split), so it needs another name too; not those of bodies.
+        outputs = (o for n, step in trail if not step.inside for o in n.outputs)
+        unread = (o for o in outputs if o.name and not o.uses() and not o.is_graph_output())
         plan.changed += [o for o in unread if o not in demands]
         return None
 
@@ -170,14 +184,14 @@ class Planner:
         node: ir.Node,
         norm: Norm,
         demands: Mapping[ir.Value, AffineMap],
-        settled: set[tuple[ir.Node, int]],
+        settled: set[Reader],
     ) -> Step | Refusal:
-        if node.graph is not norm.nodes[0].graph:
+        if not self._across and node.graph is not norm.nodes[0].graph:
             return _crosses(node)
         maps = {i: demands[o] for i, o in enumerate(node.outputs) if o in demands}
         for index in maps:
             value = node.outputs[index]
-            if value.is_graph_output():
+            if value.is_graph_output() and value not in settled:
                 return Refusal(Reason.GRAPH_OUTPUT, value.name or "", f"{value.name!r} is an output of the graph too")
             for user, position in value.uses():
                 if (user, position) in settled or reads_no_elements(user, position):
@@ -203,22 +217,22 @@ class Planner:
         self,
         plan: Plan,
         node: ir.Node,
-        index: int,
+        place: int | ir.Value,
         onward: AffineMap,
         demands: dict[ir.Value, AffineMap],
-        settled: set[tuple[ir.Node, int]],
+        settled: set[Reader],
     ) -> Refusal | None:
-        """Ask the operand `index` of `node` to become ``onward(operand)``: a constant at once, a value later."""
-        value = node.inputs[index] if index < len(node.inputs) else None
-        parameter = self._desk.parameter(node, index)
-        if parameter is not None:
+        """Ask what stands at a place to become ``onward(it)``: a constant operand at once, any other value later."""
+        value = _value_at(node, place)
+        parameter = self._desk.parameter(node, place) if isinstance(place, int) else None
+        if parameter is not None and isinstance(place, int):
             rank, shape = len(parameter.shape), dict(enumerate(parameter.shape))
             lengths = zip(onward.axes, onward.scale.shape, strict=False)
             if onward.periodic or any(shape.get(a) != n for a, n in lengths):
-                return refuse(Reason.SHAPE, node, f"has operand {index} of shape {parameter.shape}, not of the map's")
-            return self._take(plan, node, Step((SetInput(node, index, parameter.mapped(*onward.along(rank))),)))
+                return refuse(Reason.SHAPE, node, f"has operand {place} of shape {parameter.shape}, not of the map's")
+            return self._take(plan, node, Step((SetInput(node, place, parameter.mapped(*onward.along(rank))),)))
         if value is None:
-            return refuse(Reason.WEIGHT, node, f"has no operand {index}")
+            return refuse(Reason.WEIGHT, node, f"has no operand {place}")
         if value in demands and not demands[value].equals(onward):
             return Refusal(Reason.CONFLICT, value.name or "", f"{value.name!r} would have to become two things at once")
         if value.producer() is None:
@@ -228,7 +242,7 @@ class Planner:
                 else _no_producer(value)
             )
         demands[value] = onward
-        settled.add((node, index))
+        settled.add((node, place) if isinstance(place, int) else place)
         return None
 
     def _mark(self, trail: Iterable[tuple[ir.Node, Step]], refusal: Refusal) -> Refusal:
@@ -250,7 +264,7 @@ class Planner:
         plan = Plan(norm, "forward")
         arrivals: dict[ir.Value, AffineMap] = {norm.output: given}
         demands: dict[ir.Value, AffineMap] = {}
-        settled: set[tuple[ir.Node, int]] = set()
+        settled: set[Reader] = set()
         queue = _Queue(self._order, backward=False)
         trail: list[tuple[ir.Node, Step]] = []
         refusal = self._spread(norm.output, norm, queue)
@@ -296,7 +310,7 @@ class Planner:
         for user, position in value.uses():
             if reads_no_elements(user, position):
                 continue
-            if user.graph is not norm.nodes[0].graph:
+            if not self._across and user.graph is not norm.nodes[0].graph:
                 return _crosses(user)
             queue.add([user])
         return None
@@ -306,7 +320,7 @@ class Planner:
         for edit in step.edits:
             if isinstance(edit, SetInput) and (why := self._ranges.objection(edit)):
                 return refuse(why[0], node, why[1])
-        if step.edits or not step.onward:
+        if step.edits or not (step.onward or step.inside):
             plan.edits.extend(step.edits)
             if (name := label(node)) not in plan.into:
                 plan.into.append(name)
@@ -342,6 +356,12 @@ class _Queue:
     def pop(self) -> ir.Node:
         """The next one."""
         return heapq.heappop(self._heap)[2]
+
+
+def _value_at(node: ir.Node, place: int | ir.Value) -> ir.Value | None:
+    if isinstance(place, ir.Value):
+        return place
+    return node.inputs[place] if place < len(node.inputs) else None
 
 
 def _index_of(node: ir.Node, value: ir.Value) -> int:

@@ -9,7 +9,7 @@ float64 holds every folded parameter exactly.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -105,8 +105,16 @@ def feeds_for(model: onnx.ModelProto, seed: int = 7) -> dict[str, Array]:
 
 
 def operators(model: onnx.ModelProto) -> Counter[str]:
-    """How many nodes of each operator a model has."""
-    return Counter(node.op_type for node in model.graph.node)
+    """How many nodes of each operator a model has, bodies included."""
+    return Counter(node.op_type for node in nodes_of(model.graph))
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the bodies inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from nodes_of(attribute.g)
 
 
 def assert_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
@@ -114,7 +122,7 @@ def assert_same(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     feeds = feeds_for(before)
     want, got = evaluate(before, feeds), evaluate(after, feeds)
     assert [o.name for o in before.graph.output] == [o.name for o in after.graph.output]
-    computed = {name for node in before.graph.node for name in node.output}
+    computed = {name for node in nodes_of(before.graph) for name in node.output}
     for name in sorted(computed & set(got)):
         assert want[name].shape == got[name].shape, (name, want[name].shape, got[name].shape)
         differ = np.argwhere(want[name] != got[name])

@@ -19,6 +19,7 @@ import onnx.parser
 import onnx.reference
 from onnx import numpy_helper
 
+from renorm_onnx.fusion.carriers.exact_bodies_test import BODIES
 from renorm_onnx.fusion.carriers.exact_windows_test import (
     auto_pads,
     depth_to_space,
@@ -42,19 +43,30 @@ def exact(array: Any) -> Array:
 
 
 def evaluate(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Every value that the model computes."""
+    """Every value that the model computes; of those in a body that runs often, the last."""
     opset = next(o.version for o in model.opset_import if o.domain == "")
-    values = {i.name: exact(numpy_helper.to_array(i)) for i in model.graph.initializer}
-    values |= {name: exact(v) for name, v in feeds.items()}
-    for node in model.graph.node:
+    values = {name: exact(v) for name, v in feeds.items()}
+    _run(model.graph, values, opset)
+    return values
+
+
+def _run(graph: onnx.GraphProto, values: dict[str, Array], opset: int) -> list[Array]:
+    """Add what a graph computes to `values`, in place; return its outputs."""
+    values |= {i.name: exact(numpy_helper.to_array(i)) for i in graph.initializer}
+    for node in graph.node:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in attributes.items()}
         inputs = [values[name] if name else None for name in node.input]
-        outputs = OPERATORS[node.op_type](attributes, inputs, opset, len(node.output))
+        if node.op_type in BODIES:
+            outputs = BODIES[node.op_type](
+                attributes, inputs, values, functools.partial(_run, values=values, opset=opset)
+            )
+        else:
+            outputs = OPERATORS[node.op_type](attributes, inputs, opset, len(node.output))
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
         outputs = [np.asarray(o, object) if isinstance(o, Fraction) else o for o in outputs]
         values |= {name: v for name, v in zip(node.output, outputs, strict=False) if name}
-    return values
+    return [values[o.name] for o in graph.output]
 
 
 def _softmax(attributes: Mapping[str, Any], inputs: Sequence[Array], opset: int, count: int) -> Array:
