@@ -42,7 +42,7 @@ ORDER = [
     "fusion.parameters",
     "fusion.carrier fusion.operands",
     "fusion.rewriter",
-    "fusion.sources fusion.calls fusion.conditionals fusion.sequences",
+    "fusion.sources fusion.calls fusion.conditionals fusion.sequences fusion.shadowing",
     "fusion.carriers.*",
     "fusion.carriers",
     "fusion.branches fusion.ranges",
