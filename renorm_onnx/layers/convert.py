@@ -224,11 +224,11 @@ def _start_at_end(layer: _BatchRenorm, end: int | None) -> None:
 def to_batchnorm(module: nn.Module) -> nn.Module:
     """Turn every BatchRenorm of a model into torch's BatchNorm, in place but for the root.
 
-    For handing a trained model to code that knows torch's layers alone: evaluation is equal to the bit, parameters and
-    buffers stay the same tensors. Training is not: it normalizes by the batch without r and d from then on.
-    `SyncBatchRenorm`, and a layer adopted from a library whose layer takes any rank, become `torch.nn.SyncBatchNorm`,
-    which alone of torch's layers takes any rank and is ordinary batch norm where no process group is initialized. A
-    layer that was timm's becomes timm's again.
+    For handing a trained model to code that knows torch's layers alone, such as `torch.ao.quantization`, before its
+    `fuse_modules` or `prepare*`: evaluation is equal to the bit, parameters and buffers stay the same tensors. Training
+    is not: it normalizes by the batch without r and d from then on. `SyncBatchRenorm`, and a layer adopted from a
+    library whose layer takes any rank, become `torch.nn.SyncBatchNorm`, which alone of torch's layers takes any rank
+    and is ordinary batch norm where no process group is initialized. A layer that was timm's becomes timm's again.
 
     Left alone, and named in a logged warning: subclasses with a forward of their own.
 

@@ -197,7 +197,8 @@ class _BatchRenorm(_NormBase):
                 f"because num_features={self.num_features}"
             )
         if not input.is_floating_point():
-            raise InputError(f"{who}: x has dtype {input.dtype}, expected a floating-point type; convert it first")
+            advice = "apply to_batchnorm before quantizing the model" if input.is_quantized else "convert it first"
+            raise InputError(f"{who}: x has dtype {input.dtype}, expected a floating-point type; {advice}")
         taken = _TAKEN_BY_NARROW if input.dtype in _TAKEN_BY_NARROW[1:] else (input.dtype,)
         for name in ("running_mean", "weight"):
             state = getattr(self, name)
