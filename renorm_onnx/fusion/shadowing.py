@@ -25,11 +25,11 @@ def rename_shadowing(model: ir.Model) -> int:
     while pending:
         graph, around = pending.pop()
         bodies = [body for node in graph if node.attributes.data for body in bodies_of(node)]
-        for value in _defined_in(graph):
-            if value.name and any(value.name in outer for outer in around):
-                names = names or Names(names_in(model))
-                value.name = names.unique(value.name)
-                count += 1
+        defined = _defined_in(graph) if around else ()
+        for value in [v for v in defined if v.name and any(v.name in outer for outer in around)]:
+            names = names or Names(names_in(model))
+            value.name = names.unique(value.name or "")
+            count += 1
         if bodies:
             seen = frozenset(value.name for value in _defined_in(graph))
             pending += [(body, (*around, seen)) for body in bodies]
