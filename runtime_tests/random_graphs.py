@@ -338,9 +338,11 @@ def build(steps: list[Step], shape: Shape, outputs: int, *, open_batch: bool = F
 def check(steps: list[Step], shape: Shape, outputs: int, *, open_batch: bool = False) -> Counter[str]:
     """Build, fuse, compare; raise AssertionError with a readable model if they differ."""
     model = build(steps, shape, outputs, open_batch=open_batch)
-    counts: Counter[str] = Counter()
-    if model is None:
-        return counts
+    return Counter() if model is None else compare_fused(model, shape)
+
+
+def compare_fused(model: onnx.ModelProto, shape: Shape) -> Counter[str]:
+    """Fuse and compare; raise AssertionError with a readable model if they differ, else count the outcomes."""
     text = "\n".join(f"{n.op_type}({', '.join(n.input)}) -> {', '.join(n.output)}" for n in model.graph.node)
     fused, report = fuse(model, FuseOptions(allow_cancellation=True))
     onnx.checker.check_model(fused, full_check=True)
@@ -354,11 +356,22 @@ def check(steps: list[Step], shape: Shape, outputs: int, *, open_batch: bool = F
         assert error <= TOLERANCE * size, f"{name} is off by {error:.3g} of {size:.3g}\n{text}\n{report}"
     again, second = fuse(fused, FuseOptions(allow_cancellation=True))
     assert not second.changed, f"fusing twice folds more\n{text}\n{report}\n{second}\n{onnx.printer.to_text(again)}"
-    counts.update(e.outcome for e in report.entries)
-    return counts
+    return Counter(e.outcome for e in report.entries)
 
 
 SHAPES = st.sampled_from([(2, 4, 4, 4), (1, 2, 5, 4), (3, 3), (2, 4, 4), (4, 4)])
+
+
+def many(examples: int) -> settings:
+    """Other examples each time, as many as that."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+    )
 
 
 def main() -> int:
@@ -368,14 +381,7 @@ def main() -> int:
     examples = parser.parse_args().examples
     total: Counter[str] = Counter()
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=False,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-    )
+    @many(examples)
     @given(STEPS, SHAPES, st.integers(1, 3), st.booleans())
     def search(steps: list[Step], shape: Shape, outputs: int, open_batch: bool) -> None:
         total.update(check(steps, shape, outputs, open_batch=open_batch))
