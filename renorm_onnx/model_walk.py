@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
 
 def scopes_of(model: ir.Model) -> list[ir.Graph | ir.Function]:
     """Return the main graph and the functions: everything that has nodes and opset imports of its own."""
@@ -48,10 +50,11 @@ def in_order(graph: ir.Graph) -> list[ir.Node]:
     return found[::-1]
 
 
-def bodies_of(node: ir.Node) -> Iterator[ir.Graph]:
+def bodies_of(node: ir.Node) -> list[ir.Graph]:
     """The graphs that a node holds, without those inside them."""
+    found: list[ir.Graph] = []
     for attribute in node.attributes.data.values():
-        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-            yield attribute.as_graph()
-        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
-            yield from attribute.as_graphs()
+        if attribute.type in _GRAPHS and not attribute.is_ref():
+            one = attribute.type == ir.AttributeType.GRAPH
+            found += [attribute.as_graph()] if one else attribute.as_graphs()
+    return found
