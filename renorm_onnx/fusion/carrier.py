@@ -14,7 +14,9 @@ so an operator need not tell stored weights from computed or quantized ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -55,8 +57,7 @@ class AddAfter:
 Edit = SetInput | SetAttribute | AddAfter
 
 
-@dataclass(frozen=True, eq=False)
-class Step:
+class Step(NamedTuple):
     """One operator's answer: what changes in it, and the maps that go on.
 
     Args:
@@ -67,9 +68,9 @@ class Step:
     """
 
     edits: tuple[Edit, ...] = ()
-    onward: Mapping[int, AffineMap] = field(default_factory=dict)
-    demands: Mapping[int, AffineMap] = field(default_factory=dict)
-    inside: Mapping[ir.Value, AffineMap] = field(default_factory=dict)
+    onward: Mapping[int, AffineMap] = MappingProxyType({})
+    demands: Mapping[int, AffineMap] = MappingProxyType({})
+    inside: Mapping[ir.Value, AffineMap] = MappingProxyType({})
 
 
 class Desk:

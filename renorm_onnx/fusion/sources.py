@@ -141,12 +141,12 @@ def _batch_normalization_map(
         return refuse(Reason.NEGATIVE_VARIANCE, node, f"has a negative variance in channel {int(np.argmin(var))}")
     sigma = np.sqrt(var + epsilon)
     gain = scale / sigma
-    result = AffineMap.of(gain, bias - mean * gain, 1)
-    ratios = mean / sigma
-    if not result.is_finite:
-        channel = int(np.argmin(np.isfinite(result.scale) & np.isfinite(result.shift)))
+    shift = bias - mean * gain
+    finite = np.isfinite(shift)  # a gain that is not finite makes the shift so too: 0 * inf is no number
+    if not finite.all():
+        channel = int(np.argmin(finite))
         return refuse(Reason.NON_FINITE, node, f"has parameters that are not finite in channel {channel}")
-    return result, ratios, scale
+    return AffineMap.of(gain, shift, 1), mean / sigma, scale
 
 
 def _training(node: ir.Node, opset: int) -> str:
