@@ -68,7 +68,7 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
     mean.lerp_(batch_mean, share)
     if layer.stat == "sigma":
         sigma.lerp_(batch_sigma, share)
-        torch.addcmul(kernels.constant(-eps, var.dtype), sigma, sigma, out=var).relu_()  # below 0 by rounding alone
+        torch.sub(sigma.mul_(sigma), added, out=var).relu_()  # below 0 by rounding alone
     else:
         if batch_var is None:
             batch_var = batch_sigma.square().sub_(added).relu_()

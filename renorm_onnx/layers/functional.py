@@ -182,9 +182,7 @@ def update_statistics(
     else:
         sigma = deviation(running_var.to(kind), eps) if sigma is None else sigma
         _move(sigma, spread, momentum, native)
-        # One rounding less on the native path, as in the usual step.
-        var = torch.addcmul(-eps, sigma, sigma) if isinstance(eps, Tensor) else sigma.mul_(sigma).sub_(eps)
-        var.relu_()  # below 0 by rounding alone
+        var = sigma.mul_(sigma).sub_(eps).relu_()  # below 0 by rounding alone
     if running_var.dtype == kind:
         _move(running_mean, mean, momentum, native)
     else:

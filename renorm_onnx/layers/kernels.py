@@ -36,7 +36,10 @@ def available(x: Tensor) -> bool:
 
 @lru_cache(maxsize=64)
 def constant(value: float, dtype: torch.dtype) -> Tensor:
-    """Return a 0-d tensor on the CPU, which mixes with any device; adding a Python number to a vector is slower."""
+    """Return a 0-d tensor on the CPU, for which adding and subtracting is faster than for a Python number.
+
+    Operations of two operands mix it with a vector on any device; those of more refuse to, `addcmul` on CUDA for one.
+    """
     return torch.tensor(value, dtype=dtype, device="cpu")
 
 
@@ -144,7 +147,7 @@ class _Renormalize(torch.autograd.Function):
         # Constants of the gradient, not tensors on its way, and small.
         ctx.by, ctx.scale, ctx.eps = by, scale, eps
         if x.is_cuda:
-            # native_batch_norm may go through a contiguous copy there; this kernel keeps channels_last.
+            # native_batch_norm would copy the mean there, and compute the inverse once more.
             return torch.batch_norm_elemt(x, scale, shift, mean, inverse, eps)
         return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers import functional, kernels, modules
@@ -251,3 +252,30 @@ def test_parameters_of_another_length_are_refused_and_teach_nothing(bounds, name
         layer(torch.randn(4, 3, 5, 5))
     for key in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(layer.state_dict()[key], before[key], rtol=0, atol=0)
+
+
+class HostScalars(TorchDispatchMode):
+    """Notes the operations that get a vector together with a 0-d tensor of the host's."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        dimensions = {arg.dim() for arg in args if isinstance(arg, torch.Tensor)}
+        if len(dimensions) > 1 and 0 in dimensions:
+            self.found.add((str(function), [isinstance(arg, torch.Tensor) for arg in args].count(True)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"stat": "var"}, {"r_max": 1, "d_max": 0}, {"renorm_momentum": 0.2}], ids=str)
+@pytest.mark.parametrize("gradients", [True, False])  # the usual step, and the general one
+def test_constants_of_the_host_meet_vectors_in_operations_of_two_operands_alone(options, gradients):
+    """On CUDA others refuse them: "CPU Scalar support for self argument is not supported when calling addcmul"."""
+    layer = layer_for(4, **options)
+    with HostScalars() as mode, torch.set_grad_enabled(gradients):
+        y = layer(make_batch(4))
+        if gradients:
+            y.sum().backward()
+    assert mode.found
+    assert all(count == 2 for _, count in mode.found), mode.found
