@@ -121,6 +121,9 @@ class Facts:
         self._known: dict[ir.Value, Fact] = {}
         self._remembered = 0
         self._bodies: dict[ir.Graph, ir.Node] | None = None
+        # How many inductions are under way. Within one, no other is begun for what a body inside hands out: one in
+        # each round of each one around it would be more than there is time for.
+        self._proving = 0
         # Nodes of which an operand changes, but is not written into the graph yet: what they compute is not in it.
         self.changed: set[ir.Node] = set()
 
@@ -161,7 +164,7 @@ class Facts:
             elif node is None:
                 self._known[stack.pop()] = self._leaf(current)
             else:
-                reads = node.inputs if node.op_type not in _HOLDERS else (*node.inputs, *_handed_out(node))
+                reads = node.inputs if node.op_type not in _HOLDERS else (*node.inputs, *self._handed_out(node))
                 missing = [i for i in reads if i is not None and i not in self._known]
                 if missing and (node.op_type in self._rules or node.op_type in _HOLDERS):
                     for i in missing:
@@ -178,7 +181,11 @@ class Facts:
         if node is not None:
             row = self._row(node, value)
             if row is None:
-                self._carry(node)
+                self._proving += 1
+                try:
+                    self._carry(node)
+                finally:
+                    self._proving -= 1
             return row or self._known.get(value, Fact(dtype=value.dtype))
         declared = value.shape if value.is_graph_input() and value.graph is self._main else None
         if declared is None:
@@ -275,6 +282,12 @@ class Facts:
                     fact = fact._replace(content=None)
             self._known[output] = fact
 
+    def _handed_out(self, node: ir.Node) -> list[ir.Value]:
+        """The outputs of the bodies inside a node, if they are to prove something about its own."""
+        if self._proving and node.op_type != "If":
+            return []
+        return [value for body in bodies_of(node) for value in body.outputs]
+
     def _from_bodies(self, node: ir.Node) -> list[Fact]:
         """The facts about the outputs of If, in which both branches agree, and of Loop and Scan (from opset 9 on).
 
@@ -285,7 +298,7 @@ class Facts:
             ways = [node.attributes[name].as_graph().outputs for name in ("then_branch", "else_branch")]
             pairs = [[self._known.get(v, UNKNOWN) for v in pair] for pair in zip(*ways, strict=True)]
             return [Fact(_common(one.dims, two.dims, set()), dtype=one.dtype) for one, two in pairs]
-        if node.op_type == "Scan" and self.opset < 9:
+        if (node.op_type == "Scan" and self.opset < 9) or self._proving:
             return []
         graph = node.attributes["body"].as_graph()
         begin, end = (2, 1) if node.op_type == "Loop" else (0, 0)
@@ -305,11 +318,6 @@ class Facts:
 
 # Operators with bodies, of which the outputs are those of the bodies.
 _HOLDERS = frozenset({"If", "Loop", "Scan"})
-
-
-def _handed_out(node: ir.Node) -> list[ir.Value]:
-    """The outputs of the bodies inside a node."""
-    return [value for body in bodies_of(node) for value in body.outputs]
 
 
 def _common(one: Dims | None, two: Dims | None, opened: set[Dimension]) -> Dims | None:
