@@ -352,7 +352,7 @@ def test_with_a_limit_what_cannot_be_run_is_skipped_and_without_one_an_error(mon
     unknown = model_of("float[N] x", "float[N] y", "y = custom.Thing(x)")
     unknown.opset_import.append(oh.make_opsetid("custom", 1))
     limit = Cost(5e9, 5e8, complete=True)
-    with pytest.raises(InputError):
+    with pytest.raises(MachineError, match="is not a registered function"):
         verify(unknown, unknown)
     assert verify(unknown, unknown, limit=limit).outcome == "skipped"
 
