@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
-from renorm_onnx.files.model_tensors import all_tensors
+from renorm_onnx.files.model_tensors import all_tensors, external_among
 from renorm_onnx.fusion.calls import define_calls
 from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
 from renorm_onnx.fusion.report import METADATA_KEY, FusionReport
@@ -329,7 +329,7 @@ def _refuse_protected(path: str) -> None:
 
 def _data_files(model: ir.Model) -> set[str]:
     """The data files that a model reads its tensors from."""
-    return {os.path.realpath(tensor.path) for tensor in all_tensors(model) if isinstance(tensor, ir.ExternalTensor)}
+    return {os.path.realpath(tensor.path) for tensor in external_among(all_tensors(model))}
 
 
 def _unused(data_files: set[str], path: str) -> tuple[str, ...]:

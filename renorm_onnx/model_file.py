@@ -26,7 +26,14 @@ from renorm_onnx.errors import ModelFileError
 from renorm_onnx.files.external_data import BLOCK_BYTES, check_external, set_folder
 from renorm_onnx.files.file_writing import NewFile, check_output, explain
 from renorm_onnx.files.model_checks import check_model, check_size
-from renorm_onnx.files.model_tensors import all_tensors, in_memory, renamable, with_inner_tensors, with_tensors
+from renorm_onnx.files.model_tensors import (
+    all_tensors,
+    external_among,
+    in_memory,
+    renamable,
+    with_inner_tensors,
+    with_tensors,
+)
 from renorm_onnx.files.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
 from renorm_onnx.files.tensor_checks import quoted, tensor_bytes
 
@@ -158,9 +165,8 @@ def _judged(proto: onnx.ModelProto, who: str, *, folder: str | None, allow_symli
         raise ModelFileError(f"{who} cannot be represented: {_reason(error)}") from error
     if findings.external:
         model.meta[KEEP_EXTERNAL] = True
-        for tensor in all_tensors(model):
-            if isinstance(tensor, ir.ExternalTensor):
-                set_folder(tensor, folder or "")
+        for tensor in external_among(all_tensors(model)):
+            set_folder(tensor, folder or "")
     return model
 
 
@@ -175,9 +181,9 @@ def _reason(error: BaseException) -> str:
 def _check_data(model: ir.Model, *, allow_symlinks: bool) -> None:
     """Judge where the external tensors of a model in memory lie; onnx-ir checks nothing if it knows no folder."""
     folders: dict[str, list[onnx.TensorProto]] = {}
-    for tensor in all_tensors(model):
+    for tensor in external_among(all_tensors(model)):
         # A location is absolute only where somebody meant it: `load` followed a link, or the caller built the tensor.
-        if isinstance(tensor, ir.ExternalTensor) and not os.path.isabs(tensor.location):
+        if not os.path.isabs(tensor.location):
             folders.setdefault(os.fspath(tensor.base_dir), []).append(ir.serde.serialize_tensor(tensor))
     for folder, tensors in folders.items():
         try:
@@ -242,7 +248,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, force: bool = False) 
     """
     path = os.fspath(path)
     tensors = list(all_tensors(model))
-    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    external = external_among(tensors)
     check_output(path, inputs={tensor.path for tensor in external}, force=force)
     with collection_paused(), contextlib.ExitStack() as files:
         place, data = None, None

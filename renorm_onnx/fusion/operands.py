@@ -26,7 +26,7 @@ def set_content(value: ir.Value, parameter: Parameter, name: str) -> None:
     """Let `value` hold `parameter`, in place, in a tensor of that name."""
     value.const_value = parameter.tensor(name)
     value.type = ir.TensorType(parameter.dtype)
-    if value.shape != parameter.shape:
+    if value.shape is None or value.shape.dims != parameter.shape:
         value.shape = ir.Shape(parameter.shape)
 
 

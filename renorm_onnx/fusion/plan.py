@@ -359,7 +359,7 @@ class _Queue:
 
 
 def _value_at(node: ir.Node, place: int | ir.Value) -> ir.Value | None:
-    if isinstance(place, ir.Value):
+    if not isinstance(place, int):  # to ask whether it is a value takes longer than all the rest
         return place
     return node.inputs[place] if place < len(node.inputs) else None
 
