@@ -38,8 +38,9 @@ _FOREIGN = (
     "beta",
 )
 
-# Types of a layer's state that narrow input, of the second or third of them, may come to.
-_TAKEN_BY_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+# Types of a layer's state that narrow input may come to.
+_NARROW = (torch.float16, torch.bfloat16)
+_TAKEN_BY_NARROW = (torch.float32, *_NARROW)
 
 
 class _BatchRenorm(_NormBase):
@@ -187,26 +188,29 @@ class _BatchRenorm(_NormBase):
     def _check_input_dim(self, input: Tensor) -> None:
         if _is_tracing():
             return
-        who = type(self).__name__
-        if input.dim() not in self.ranks:
+        who, shape, kind = type(self).__name__, input.shape, input.dtype
+        if len(shape) not in self.ranks:
             wanted = " or ".join(f"{rank}D" for rank in self.ranks)
-            raise InputError(f"{who}: expected {wanted} input (got {input.dim()}D input of shape {tuple(input.shape)})")
-        if input.size(1) != self.num_features:
+            raise InputError(f"{who}: expected {wanted} input (got {len(shape)}D input of shape {tuple(shape)})")
+        if shape[1] != self.num_features:
             raise InputError(
-                f"{who}: x has shape {tuple(input.shape)}, expected {self.num_features} channels at axis 1 "
+                f"{who}: x has shape {tuple(shape)}, expected {self.num_features} channels at axis 1 "
                 f"because num_features={self.num_features}"
             )
-        if not input.is_floating_point():
+        if not kind.is_floating_point:
             advice = "apply to_batchnorm before quantizing the model" if input.is_quantized else "convert it first"
-            raise InputError(f"{who}: x has dtype {input.dtype}, expected a floating-point type; {advice}")
-        taken = _TAKEN_BY_NARROW if input.dtype in _TAKEN_BY_NARROW[1:] else (input.dtype,)
-        for name in ("running_mean", "weight"):
-            state = getattr(self, name)
-            if state is not None and state.dtype not in taken:
-                raise InputError(
-                    f"{who}: x has dtype {input.dtype}, expected {state.dtype} because {name} is of that type; convert "
-                    "x, or the layer"
-                )
+            raise InputError(f"{who}: x has dtype {kind}, expected a floating-point type; {advice}")
+        # Not by getattr, which is slow where a module has no such attribute of its own.
+        for name, state in (
+            ("running_mean", self._buffers["running_mean"]),
+            ("weight", self._parameters.get("weight")),
+        ):
+            if state is None or state.dtype is kind or (kind in _NARROW and state.dtype in _TAKEN_BY_NARROW):
+                continue
+            raise InputError(
+                f"{who}: x has dtype {kind}, expected {state.dtype} because {name} is of that type; convert x, or the "
+                "layer"
+            )
 
     def _check_values_per_channel(self, x: Tensor) -> None:
         if not _is_tracing() and x.numel() == x.size(1):
