@@ -199,7 +199,7 @@ def text_of(*names):
     return "\n".join((ROOT / name).read_text() for name in names)
 
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/gpu.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/gpu.md", "docs/json.md")
 
 
 def test_the_makefile_has_every_target_that_documents_name():
