@@ -16,7 +16,8 @@ Formula:
     ONNX DequantizeLinear-10, 13, 19, 21, 23, 24.
 Refuses when:
     the shift is no whole number of steps, or q is not constant; the map runs along another axis than the scales, or
-    changes within a block; one scale would have to become many before opset 13.
+    changes within a block; one scale would have to become many before opset 13; a channel is dead, and what reads the
+    weight reads codes too: onnxruntime then makes 32-bit integers of the bias, whose step is that of the weight.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from renorm_onnx.fusion.report import Reason, Refusal
 
 # Those that a shift can be added to; the others hold the codes of weights, which it never has to be.
 INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32)
+# A channel is dead where the map makes less of it than this part of the largest. A sum of 2**15 steps or so, as an
+# ordinary channel adds up to, would be 2**31 of its own, where 32 bits end.
+DEAD = 2.0**-16
 
 
 def weight_of(node: ir.Node, index: int, desk: Desk) -> Parameter | None:
@@ -115,6 +119,8 @@ class DequantizeLinear(Carrier):
         """Scale the scale, move the integers."""
         demand = maps[0]
         scale = desk.parameter(node, 1)
+        if _is_factor_of_codes(node) and (dead := _dead_channels(demand)):
+            return refuse(Reason.SCALE, node, f"would get {dead} of a step too small for a bias of 32-bit integers")
         if scale is None and desk.is_constant(node, 1):
             return refuse(Reason.DTYPE, node, "has scales of a type that holds powers of two only", structural=True)
         if scale is None:
@@ -153,6 +159,24 @@ class DequantizeLinear(Carrier):
                 return refuse(Reason.SCALE, node, "has one zero point for all channels, which is not known")
             edits.append(SetInput(node, 2, Parameter.new(np.full(demand.channels, zero.float64().flat[0]), zero.dtype)))
         return Step(tuple(edits))
+
+
+def _dead_channels(demand: AffineMap) -> str:
+    """The channels of which a map leaves nothing, or next to nothing, as a person counts them; empty if there are none.
+
+    onnxruntime (WeightBiasQuantization) divides a bias by the steps of input and weight: what a dead channel has left,
+    its shift, would be lost there.
+    """
+    size = np.abs(demand.scale)
+    count = int(np.count_nonzero(size <= DEAD * size.max(initial=0.0)))
+    return f"{count} channel{'s' if count > 1 else ''}" if count else ""
+
+
+def _is_factor_of_codes(node: ir.Node) -> bool:
+    """Whether what reads these numbers reads others that are dequantized, so that a runtime computes with the codes."""
+    number = node.outputs[0]
+    others = (i.producer() for user, _ in number.uses() for i in user.inputs[:2] if i is not None and i is not number)
+    return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in others)
 
 
 def _scaled_blocks(node: ir.Node, demand: AffineMap, axis: int, block: int) -> Step | Refusal:

@@ -8,6 +8,8 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, numpy_helper
 
@@ -24,6 +26,7 @@ from renorm_onnx.fusion.carriers.exact_folding_test import (
 )
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.report import Reason
+from renorm_onnx.runtime.session import open_session
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.integers(-9, 10, (4, 3, 1, 1)).astype(np.int8)
@@ -336,3 +339,45 @@ def test_scales_of_blocks_take_a_map_along_the_axis_that_has_one_for_each_channe
     blocks["s"] = quarters([6])
     text = "w = DequantizeLinear<axis=1, block_size=2>(q, qs) m = MatMul(x, w) y = Mul(m, s)"
     assert_fuses(build(text, "double[N,4] x", "y", opset=21, **blocks), [Reason.AXIS])
+
+
+# What onnxruntime computes with codes: both factors are made of them, and behind stands a norm of 4 channels.
+CODED = "u = Cast<to=3>(x) a = DequantizeLinear(u, us) w = DequantizeLinear<axis=0>(q, qs)"
+CODES_IN = {"us": np.array(0.25), "q": WEIGHT, "qs": SCALES["qs"]}
+
+
+@pytest.mark.parametrize("gain", [0.0, 2.0**-17])
+def test_a_dead_channel_stays_out_of_the_steps_of_a_product_of_codes(gain: float) -> None:
+    text = f"{CODED} c = Conv(a, w) y = {bn('c')}"
+    dead = norm(4) | {"bn_s": np.array([1.5, gain, -1, 0.5]), "bn_v": np.ones(4)}
+    model = build(text, IMAGE, "y", opset=21, **CODES_IN, **dead)
+    assert operators(assert_fuses(model, [Reason.SCALE]))["BatchNormalization"] == 1
+    assert "would get 1 channel of a step too small" in fuse(model)[1].kept[0].detail
+    weak = dead | {"bn_s": np.array([1.5, 2.0**-15, -1, 0.5])}
+    assert operators(assert_fuses(build(text, IMAGE, "y", opset=21, **CODES_IN, **weak)))["BatchNormalization"] == 0
+    read = "w = DequantizeLinear<axis=0>(q, qs) c = Conv(x, w)"
+    model = build(f"{read} y = {bn('c')}", IMAGE, "y", opset=21, q=WEIGHT, qs=SCALES["qs"], **dead)
+    assert operators(assert_fuses(model))["BatchNormalization"] == 0
+
+
+def test_onnxruntime_loses_the_bias_of_a_dead_channel() -> None:
+    """Seen in 1.31.1: WeightBiasQuantization divides the bias by the steps of both factors, be they zero."""
+    ends = {name: np.array(scale, np.float32) for name, scale in (("xs", 0.03), ("ys", 0.1))}
+    codes = {"z": np.array(128, np.uint8), "q": np.eye(4, dtype=np.int8) * 40, "qs": np.full(4, 0.02, np.float32)}
+    zero = {"bn_s": [0.0, 1, 2, 1], "bn_b": [1.0, -1, 0.5, 0], "bn_m": [0.25] * 4, "bn_v": [1.0] * 4}
+    constants = ends | codes | {name: np.array(numbers, np.float32) for name, numbers in zero.items()}
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,4] x) => (float[N,4] y) {'
+        "u = QuantizeLinear(x, xs, z) a = DequantizeLinear(u, xs, z) w = DequantizeLinear<axis=1>(q, qs)"
+        f"c = MatMul(a, w) n = {bn('c')} v = QuantizeLinear(n, ys, z) y = DequantizeLinear(v, ys, z) }}"
+    )
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    feeds = {"x": np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)}
+
+    def error(fused: onnx.ModelProto) -> float:
+        want, got = (open_session(m, "cpu", optimize=o).run(feeds)["y"] for m, o in ((model, "off"), (fused, "all")))
+        return float(np.abs(want - got).max())
+
+    assert error(fuse(model)[0]) < 1e-5
+    with mock.patch.object(quantized, "DEAD", -1.0):
+        assert error(fuse(model)[0]) > 0.9
