@@ -45,11 +45,23 @@ def _shifted(mean: float) -> Callable[[Net], Any]:
     return write
 
 
+def _chain(scale: float) -> Callable[[Net], Any]:
+    """Conv, Mul, Add, with one scale of the Mul replaced."""
+
+    def write(n: Net) -> Any:
+        scales = _at(scale)(n.rng.uniform(0.5, 2, 5)).reshape(5, 1, 1)
+        return n.op("Add", n.op("Mul", n.conv("x", C, 5), n.k(scales)), n.rand(5, 1, 1))
+
+    return write
+
+
 def numbers() -> Iterator[Pattern]:
     """Values at which folding must stop, or need not."""
     far = {"runs": False}
     yield Pattern("NaN in a mean", IMAGE, _special(m=_at(np.nan)), 1, Reason.NON_FINITE, **far)
     yield Pattern("infinite scale", IMAGE, _special(s=_at(np.inf)), 1, Reason.NON_FINITE, **far)
+    yield Pattern("infinite scale in a chain", IMAGE, _chain(np.inf), 2, Reason.NON_FINITE, **far)
+    yield Pattern("NaN in a chain", IMAGE, _chain(np.nan), 2, Reason.NON_FINITE, **far)
     yield Pattern("infinite variance", IMAGE, _special(v=_at(np.inf)), 0, **far)
     yield Pattern("negative variance", IMAGE, _special(v=_at(-1e-3)), 1, Reason.NEGATIVE_VARIANCE, **far)
     yield Pattern("variance zero", IMAGE, _special(v=_at(0.0)))
