@@ -10,7 +10,7 @@ Formula:
     half of which is Wb. G is 4 for LSTM, 3 for GRU, 1 for RNN. Source: ONNX LSTM-7, 14, 22, GRU, RNN.
 Refuses when:
     anything arrives at an output, which the next step of the sequence reads too; the map runs along another axis than
-    the last, or reaches another operand than x; W or B is not constant.
+    the last, or reaches another operand than x; W is not constant.
 """
 
 from __future__ import annotations
@@ -45,16 +45,14 @@ class Recurrent(Carrier):
         full = given.spread(columns, 2)
         if full.channels != columns:
             return refuse(Reason.AXIS, node, f"reads {columns} features, the map has {full.channels}")
-        shift, edits = full.along(3)[1], []
         demands = {1: given.without_shift()} if full.has_scale else {}
-        if full.has_shift:
-            bias = desk.parameter(node, 3)
-            if bias is None and desk.has_input(node, 3):
-                return refuse(Reason.WEIGHT, node, "has a bias that is not constant", structural=True)
-            total = np.zeros((directions, 2 * rows)) if bias is None else bias.float64().copy()
-            total[:, :rows] += np.concatenate([(block * shift).sum(axis=2) for _, block in weight.blocks()])
-            edits.append(SetInput(node, 3, Parameter.new(total, weight.dtype if bias is None else bias.dtype)))
-        return Step(tuple(edits), {}, demands)
+        if not full.has_shift:
+            return Step((), {}, demands)
+        added, shift = np.zeros((directions, 2 * rows)), full.along(3)[1]
+        added[:, :rows] = np.concatenate([(block * shift).sum(axis=2) for _, block in weight.blocks()])
+        if desk.has_input(node, 3):
+            return Step((), {}, demands | {3: AffineMap(np.ones(added.shape), added, (0, 1))})
+        return Step((SetInput(node, 3, Parameter.new(added, weight.dtype)),), {}, demands)
 
 
 CARRIERS = (Recurrent(),)

@@ -76,8 +76,14 @@ def test_a_shift_added_to_the_wrong_half_of_the_bias_or_no_shift_is_seen():
         assert largest_difference(model, wrong, t=4) > 1e-3
 
 
-@pytest.mark.parametrize(("place", "name"), [(1, "weight"), (3, "bias")])
-def test_a_weight_or_a_bias_that_is_computed_is_refused(place, name):
+@pytest.mark.parametrize(
+    ("place", "refusal"),
+    [
+        (1, (Reason.WEIGHT, "RNN 'rnn_y' has a weight that is not constant")),
+        (3, (Reason.GRAPH_INPUT, "'w' is an input of the graph")),
+    ],
+)
+def test_a_weight_or_a_bias_that_is_an_input_is_refused(place, refusal):
     b = Builder()
     h = b.node("Add", b.node("Mul", "x", b.normal(C)), b.normal(C))
     weights = {1: b.normal(1, HIDDEN, C), 2: b.normal(1, HIDDEN, HIDDEN), 3: b.normal(1, 2 * HIDDEN)}
@@ -85,6 +91,15 @@ def test_a_weight_or_a_bias_that_is_computed_is_refused(place, name):
     weights[place] = "w"
     b.node("RNN", h, *weights.values(), hidden_size=HIDDEN, out="y")
     _, report = fuse(b.model({"x": ["t", 2, C], "w": shape}, ["y"]))
-    assert [(r.reason, r.detail) for r in report.entries[0].refusals[1:]] == [
-        (Reason.WEIGHT, f"RNN 'rnn_y' has a {name} that is not constant")
-    ]
+    assert [(r.reason, r.detail) for r in report.entries[0].refusals[1:]] == [refusal]
+
+
+def test_what_computes_a_bias_is_asked_for_the_shift():
+    b = Builder()
+    h = b.node("Add", b.node("Mul", "x", b.normal(C)), b.normal(C))
+    bias = b.node("Add", "w", b.normal(1, 2 * HIDDEN))
+    b.node("RNN", h, b.normal(1, HIDDEN, C), b.normal(1, HIDDEN, HIDDEN), bias, hidden_size=HIDDEN, out="y")
+    model = b.model({"x": ["t", 2, C], "w": [1, 2 * HIDDEN]}, ["y"])
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Add", "RNN"]
+    assert_same(model, fused, t=4)
