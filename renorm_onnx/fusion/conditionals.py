@@ -41,14 +41,14 @@ def open_conditionals(model: ir.Model, facts: Facts, rewriter: Rewriter) -> list
     # An outer If first: one that lies in a branch which is not taken needs no opening.
     for node, taken in proven:
         if node not in gone:
-            gone.update(dict.fromkeys(_open(node, model, rewriter, borne, taken=taken)))
+            gone.update(dict.fromkeys(_open(node, rewriter, borne, taken=taken)))
     return list(gone)
 
 
 def _named(graphs: Iterable[ir.Graph]) -> Iterator[ir.Value | ir.Node]:
     """The nodes of some graphs, and the values that they give names to."""
     for graph in graphs:
-        yield from {*graph.inputs, *graph.initializers.values()}
+        yield from dict.fromkeys((*graph.inputs, *graph.initializers.values()))
         for node in graph:
             yield node
             yield from node.outputs
@@ -83,9 +83,7 @@ def _is_discrete(value: ir.Value | None, facts: Facts) -> bool:
     return True
 
 
-def _open(
-    node: ir.Node, model: ir.Model, rewriter: Rewriter, borne: Counter[tuple[type, str | None]], *, taken: bool
-) -> list[ir.Node]:
+def _open(node: ir.Node, rewriter: Rewriter, borne: Counter[tuple[type, str | None]], *, taken: bool) -> list[ir.Node]:
     """Put the nodes of one branch in the place of an If, keeping `borne`, in place too; return what is to go."""
     outer = node.graph
     assert isinstance(outer, ir.Graph), "an If that is gone is not opened"
@@ -104,10 +102,11 @@ def _open(
         if named.name and borne[_key(named)] > 1:
             borne[_key(named)] -= 1
             named.name = rewriter.names.unique(named.name)
+    home, as_input = rewriter.home(outer)
     for value in stored:
-        outer.register_initializer(value)
-        if model.ir_version < 4:
-            outer.inputs.append(value)
+        home.register_initializer(value)
+        if as_input:
+            home.inputs.append(value)
     outer.insert_before(node, nodes)
     made = {v for inner in nodes for v in inner.outputs}
     for old, new in zip(node.outputs, results, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from renorm_onnx.fusion.conftest import Builder, assert_same, largest_difference, operators
 from renorm_onnx.fusion.engine import fuse
@@ -238,3 +238,76 @@ def test_what_only_an_if_without_readers_reads_goes_with_it():
         assert [n.outcome for n in report.norms] == ["kept", "folded"]
         assert operators(fused) == ["Relu" if flag else "Neg", "Sigmoid", "BatchNormalization"]
         assert_same(model, fused)
+
+
+def test_a_norm_that_only_the_branch_never_taken_read_is_reported_as_gone():
+    b = Builder()
+    seen = b.norm("x", 4)
+    yes = lambda: [b.node("Relu", "x")]  # noqa: E731
+    taken = choose(b, b.constant(np.array(True)), yes, lambda: [b.node("Softmax", seen)])
+    fused, report = fuse(b.model(IMAGE, [b.norm(b.node("Tanh", taken), 4)]))
+    assert operators(fused) == ["Relu", "Tanh", "BatchNormalization"]
+    assert [n.outcome for n in report.norms] == ["folded", "kept"]
+    assert report.kept[0].refusals
+
+
+def test_an_output_of_the_model_that_declares_no_shape_gets_none_from_the_branch():
+    b = Builder()
+    taken = choose(b, b.constant(np.array(True)), lambda: [b.node("Relu", "x")], lambda: [b.node("Neg", "x")])
+    model = b.model(IMAGE, [taken, b.norm(b.node("Tanh", "x"), 4)])
+    for attribute in model.graph.node[0].attribute:
+        attribute.g.output[0].type.CopyFrom(model.graph.input[0].type)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Relu", "Tanh", "BatchNormalization"]
+    assert list(fused.graph.output) == list(model.graph.output)
+
+
+def stored_in_branches(b: Builder, condition: str, constants: Sequence[onnx.TensorProto]) -> str:
+    """An If, both branches of which store the same constants, under the same names, and add them to x."""
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        branches[name] = branch(b, name, lambda: [b.node("Sum", "x", *(c.name for c in constants))])
+        branches[name].initializer.extend(constants)
+    return b.node("If", condition, **branches)
+
+
+def numbered(count: int) -> list[onnx.TensorProto]:
+    return [helper.make_tensor(f"c{i}", TensorProto.FLOAT, [], [i + 1.0]) for i in range(count)]
+
+
+def test_what_inner_branches_store_keeps_its_order_whatever_names_it_gets():
+    b = Builder()
+    asks = b.node("Greater", b.node("ReduceSum", "x", keepdims=0), b.constant(np.array(0.5)))
+    constants = numbered(60)  # in memory, a few may happen to lie in their order
+    inner = lambda: [stored_in_branches(b, asks, constants)]  # noqa: E731
+    taken = choose(b, b.constant(np.array(True)), inner, lambda: [b.node("Relu", "x")])
+    model = b.model(IMAGE, [b.norm(b.node("Tanh", taken), 4)])
+    fused, _ = fuse(model)
+    [still] = [n for n in fused.graph.node if n.op_type == "If"]
+    for attribute in still.attribute:
+        assert [float(numpy_helper.to_array(t)) for t in attribute.g.initializer] == [i + 1.0 for i in range(60)]
+    assert_same(model, fused)
+
+
+def test_what_a_branch_stored_inside_a_loop_becomes_no_input_of_the_body_before_ir_4():
+    b = Builder()
+    inputs = [("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("s", TensorProto.FLOAT, IMAGE["x"])]
+    outer, b.nodes = b.nodes, []
+    on = b.node("Identity", "go")
+    taken = stored_in_branches(b, b.constant(np.array(True)), numbered(2))
+    state = b.norm(b.node("Tanh", b.node("Add", "s", taken)), 4)
+    outputs = [(on, TensorProto.BOOL, []), (state, TensorProto.FLOAT, IMAGE["x"])]
+    infos = [[helper.make_tensor_value_info(*v) for v in values] for values in (inputs, outputs)]
+    body = helper.make_graph(b.nodes, "body", *infos)
+    b.nodes = outer
+    b.node("Loop", b.constant(np.array(2)), "", "x", body=body, out="y")
+    model = b.model(IMAGE, ["y"], ir_version=3)
+    model.graph.output[0].type.CopyFrom(model.graph.input[0].type)
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    fused, _ = fuse(model)
+    [loop] = fused.graph.node
+    assert "If" not in [n.op_type for n in loop.attribute[0].g.node]
+    assert len(loop.attribute[0].g.input) == 3
+    assert_same(model, fused)

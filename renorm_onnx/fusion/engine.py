@@ -165,6 +165,7 @@ class _Engine:
             self._desk.facts.forget()
             self._fold_all()
         self._rewriter.write(self._desk.pending)
+        self._clean()
         self._desk.pending.clear()
         self._report.operators_after = count_operators(self._model)
         logger.info("%s", self._report)
@@ -201,7 +202,7 @@ class _Engine:
             if (entry := self._entries.get(node)) is not None and entry.outcome == "kept":
                 entry.fold("unreachable", ())
         self._rewriter.delete(gone)
-        self._rewriter.clean()
+        self._clean()
         return bool(gone) or (bool(self._model.functions) and open_absorbers(self._model, self._obstacles()) > 0)
 
     def _cross(self) -> bool:
@@ -216,6 +217,12 @@ class _Engine:
         refusals = (r for e in self._report.entries if e.outcome == "kept" for r in e.refusals)
         return {r.obstacle for r in refusals if r.reason is Reason.OPERATOR}
 
+    def _clean(self) -> None:
+        """Take out what nobody reads any more; a norm among it is as one that nobody read before."""
+        for node in self._rewriter.clean():
+            if (entry := self._entries.get(node)) is not None and entry.outcome == "kept":
+                entry.fold("forward", ())
+
     def _fold(self) -> None:
         """Plan and apply until a whole round changes nothing; rounds alternate in direction."""
         forwards = True
@@ -229,7 +236,7 @@ class _Engine:
             # A norm before what is none: where one must stay, an Add stays rather than the norm that would absorb it.
             turn = sorted(norms if forwards else reversed(norms), key=lambda found: found[0].kind != "norm")
             folded = sum([self._try(*found, planner) for found in turn])
-            self._rewriter.clean()
+            self._clean()
             if not folded or (folded == len(norms) and len(self._added) == count):
                 return
             self._desk.facts.forget()
@@ -292,7 +299,7 @@ class _Engine:
         keep.attributes.pop("auto_pad", None)
         self._rewriter.replace(merge.add.outputs[0], keep.outputs[0])
         self._rewriter.delete([merge.add])
-        self._rewriter.clean()
+        self._clean()
         if merge.norm is not None:
             for entry in self._entries_of(merge.norm):
                 entry.fold("branches", [label(keep)])

@@ -45,9 +45,9 @@ def store(graph: ir.Graph, parameter: Parameter, name: str, *, as_input: bool) -
 
 
 def store_expanded(
-    reader: ir.Node, parameter: Parameter, name: str, names: Names, opset: int, *, as_input: bool
+    reader: ir.Node, home: ir.Graph, parameter: Parameter, name: str, names: Names, opset: int, *, as_input: bool
 ) -> ir.Value | None:
-    """Add, in place, a large computed operand of `reader` as the Expand of what does not repeat itself.
+    """Add, in place, a large computed operand of `reader` as the Expand of what does not repeat itself, kept in `home`.
 
     A model of a few bytes may compute constants of a hundred megabytes, and must not become as large as they are.
 
@@ -60,12 +60,12 @@ def store_expanded(
         return None
     if math.prod(parameter.shape) <= WRITTEN_WHOLE or (narrow := parameter.narrowed()).shape == parameter.shape:
         return None
-    data = store(graph, narrow, names.unique(f"{name}_data"), as_input=as_input)
+    data = store(home, narrow, names.unique(f"{name}_data"), as_input=as_input)
     shape = ir.tensor(parameter.shape, ir.DataType.INT64, name=names.unique(f"{name}_shape"))
     sizes = ir.Value(
         name=shape.name, type=ir.TensorType(shape.dtype), shape=ir.Shape(shape.shape.numpy()), const_value=shape
     )
-    _registered(graph, sizes, as_input=as_input)
+    _registered(home, sizes, as_input=as_input)
     value = ir.Value(name=name, type=ir.TensorType(parameter.dtype), shape=ir.Shape(parameter.shape))
     graph.insert_before(reader, ir.Node("", "Expand", [data, sizes], outputs=[value], name=name))
     return value

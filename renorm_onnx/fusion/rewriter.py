@@ -58,8 +58,8 @@ class Rewriter:
         new.name, new.type, new.shape = name, old.type or new.type, old.shape
 
     def take_over(self, old: ir.Value, new: ir.Value) -> None:
-        """As `replace`, where `new` is what it was before, so that a shape declared for it alone holds too."""
-        shape = old.shape or new.shape
+        """As `replace`, where `new` is what it was before, so that a shape declared for it alone holds within too."""
+        shape = old.shape or (None if old.is_graph_output() else new.shape)
         self.replace(old, new)
         new.shape, old.name = shape, None
 
@@ -85,6 +85,13 @@ class Rewriter:
             places.setdefault(new, []).extend(moved)
         old.replace_all_uses_with(new)
 
+    def home(self, graph: ir.Graph) -> tuple[ir.Graph, bool]:
+        """Where a constant that is read in `graph` is stored, and whether it is listed as an input there.
+
+        Before IR version 4 every constant was (IR specification, Graphs); a body has no inputs but those it is given.
+        """
+        return (self._model.graph, True) if self._model.ir_version < 4 else (graph, False)
+
     def add_behind(self, node: ir.Node, parameter: Parameter) -> ir.Node:
         """Insert ``Add(output, constant)`` behind a node and let it take over the output's readers and name."""
         value, graph = node.outputs[0], node.graph
@@ -94,7 +101,8 @@ class Rewriter:
         self.redirect(value, total)
         value.name = self.fresh(value.name or "value")
         broadcast = [ir.AttrInt64("broadcast", 1)] if self._opset < 7 else []
-        shift = self._store(graph, parameter, name)
+        home, as_input = self.home(graph)
+        shift = store(home, parameter, name, as_input=as_input)
         added = ir.Node("", "Add", [value, shift], attributes=broadcast, outputs=[total], name=name)
         graph.insert_after(node, added)
         return added
@@ -108,6 +116,7 @@ class Rewriter:
             for graph in (g for body in bodies_of(node) for g in graphs_of(body)):
                 graph.outputs.clear()
                 for inner in graph:
+                    self._gone[inner] = graph
                     self._blind(inner)
 
     def _blind(self, node: ir.Node) -> None:
@@ -116,8 +125,12 @@ class Rewriter:
                 self._unread[value] = None
         node.resize_inputs(0)
 
-    def clean(self) -> None:
-        """Remove deleted nodes, constants that nobody reads any more, and operators that computed nothing else."""
+    def clean(self) -> list[ir.Node]:
+        """Remove deleted nodes, constants that nobody reads any more, and operators that computed nothing else.
+
+        Returns:
+            The nodes that were removed, and those within them.
+        """
         dropped: dict[ir.Graph, set[ir.Value]] = {}
         while self._unread:
             value = self._unread.popitem()[0]
@@ -138,10 +151,12 @@ class Rewriter:
             removed.setdefault(graph, []).append(node)
         for graph, nodes in removed.items():
             graph.remove(nodes, safe=True)
+        gone = list(self._gone)
         self._gone.clear()
+        return gone
 
     def write(self, operands: Mapping[tuple[ir.Node, int], Parameter]) -> None:
-        """Give every changed operand its new constant, each number rounded once."""
+        """Give every changed operand its new constant, each number rounded once; leaves those before to `clean`."""
         for (node, index), parameter in operands.items():
             graph = node.graph
             if not isinstance(graph, ir.Graph):
@@ -153,18 +168,14 @@ class Rewriter:
                 set_content(old, parameter, name)
                 old.name = name
                 continue
-            as_input = self._model.ir_version < 4
-            value = store_expanded(node, parameter, name, self.names, self._opset, as_input=as_input)
-            value = value or self._store(graph, parameter, name)
+            home, as_input = self.home(graph)
+            value = store_expanded(node, home, parameter, name, self.names, self._opset, as_input=as_input)
+            value = value or store(home, parameter, name, as_input=as_input)
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
             node.replace_input_with(index, value)
             if old is not None:
                 self._unread[old] = None
-        self.clean()
 
     def _is_interface(self, value: ir.Value) -> bool:
         return value.is_graph_input() and self._model.ir_version >= 4
-
-    def _store(self, graph: ir.Graph, parameter: Parameter, name: str) -> ir.Value:
-        return store(graph, parameter, name, as_input=self._model.ir_version < 4)

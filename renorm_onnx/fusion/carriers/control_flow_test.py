@@ -12,7 +12,15 @@ import pytest
 from renorm_onnx.fusion import engine
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carriers import control_flow
-from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.carriers.exact_folding_test import (
+    assert_fuses,
+    assert_same,
+    bn,
+    build,
+    norm,
+    operators,
+    quarters,
+)
 from renorm_onnx.fusion.report import Reason
 
 INPUTS = "double[N,4,H,W] x, double[1] z"
@@ -172,3 +180,30 @@ def test_the_body_of_a_scan_absorbs_a_norm_along_another_axis_than_it_stacks(axi
 
 def test_a_norm_along_the_axis_that_a_scan_stacks_stays() -> None:
     assert_fuses(scanned(1, f"y = {bn('l')}", **norm(3)), [Reason.AXIS])
+
+
+def test_before_ir_4_constants_of_bodies_are_stored_around_them_where_they_can_be_inputs() -> None:
+    model = repeated(f"g = Conv(s, V) n = {bn('g')} a = Relu(n) d = Identity(a)", "y = Identity(l)", **norm(4))
+    old = onnx.ModelProto.FromString(model.SerializeToString())
+    old.ir_version = 3
+    for tensor in old.graph.initializer:
+        old.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.checker.check_model(old)
+    fused, report = engine.fuse(old)
+    onnx.checker.check_model(fused)
+    assert not report.kept
+    assert operators(fused) == {"Loop": 1, "Conv": 1, "Relu": 1, "Identity": 3}
+    assert [len(n.attribute[0].g.input) for n in fused.graph.node if n.op_type == "Loop"] == [3]
+    assert {i.name for i in fused.graph.input} == {t.name for t in fused.graph.initializer} | {"x"}
+    del fused.graph.input[1:]
+    assert_same(model, fused)
+
+
+def test_a_norm_that_only_a_dead_value_of_a_body_read_is_reported_as_gone() -> None:
+    body = f"a = Relu(s) d = Identity(a) dead = {bn('h', 'last')}"
+    before = f"g = {bn('x', 'first')} h = {bn('g')}"
+    model = repeated(body, "y = Identity(l)", before, **norm(4), **norm(4, "first", 3), **norm(4, "last", 5))
+    fused, report = engine.fuse(model)
+    assert operators(fused)["BatchNormalization"] == 0
+    assert not report.kept
+    assert_same(model, fused)
