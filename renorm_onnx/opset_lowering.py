@@ -17,7 +17,6 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.model_walk import nodes_of
 
 FROM = 18
-OLDEST = 15
 NEWEST = 25
 
 #: 16 to 18 only added element types (bfloat16, optionals); the checker finds a model that uses one.

@@ -116,10 +116,6 @@ class AffineMap(NamedTuple):
         """The same scale with a zero shift."""
         return AffineMap(self.scale, np.zeros(self.shift.shape), self.axes, self.periodic)
 
-    def without_scale(self) -> AffineMap:
-        """The same shift with a scale of one."""
-        return self._replace(scale=np.ones(self.scale.shape))
-
     def with_shift(self, shift: Vector) -> AffineMap:
         """The same scale with another shift, of the same shape."""
         return self._replace(shift=shift)

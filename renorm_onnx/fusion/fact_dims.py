@@ -32,11 +32,6 @@ REDUCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def same_pads(size: int, kernel: int, stride: int) -> int:
-    """The total padding of auto_pad SAME_*: what makes the output ceil(size / stride) long."""
-    return max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-
-
 def _window(node: ir.Node, sizes: Dims, kernel: Sequence[int]) -> list[int | Dimension]:
     """Output sizes of a sliding window, one for each spatial size."""
     n = len(kernel)
