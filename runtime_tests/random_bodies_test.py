@@ -11,17 +11,17 @@ from runtime_tests.random_graphs import SHAPES, STEPS, Step
 
 pytestmark = pytest.mark.usefixtures("bugs_raise")
 
-folded: Counter[str] = Counter()
 
+def test_random_graphs_in_bodies_fold_and_compute_the_same_after_that():
+    counts: Counter[str] = Counter()
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(STEPS, SHAPES, st.integers(1, 3), STRETCHES, st.booleans())
-def test_random_graphs_in_bodies_compute_the_same_after_fusing(steps, shape, outputs, stretches, open_batch):
-    folded.update(check(steps, shape, outputs, stretches, open_batch=open_batch))
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(STEPS, SHAPES, st.integers(1, 3), STRETCHES, st.booleans())
+    def search(steps, shape, outputs, stretches, open_batch):
+        counts.update(check(steps, shape, outputs, stretches, open_batch=open_batch))
 
-
-def test_random_graphs_in_bodies_do_fold():
-    assert folded["folded"] > 80
+    search()
+    assert counts["folded"] > 80
 
 
 def test_a_map_that_reaches_one_branch_only_is_seen(monkeypatch):

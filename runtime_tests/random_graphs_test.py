@@ -9,17 +9,17 @@ from runtime_tests.random_graphs import SHAPES, STEPS, Step, check
 
 pytestmark = pytest.mark.usefixtures("bugs_raise")
 
-folded: Counter[str] = Counter()
 
+def test_random_graphs_fold_and_compute_the_same_after_that():
+    counts: Counter[str] = Counter()
 
-@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(STEPS, SHAPES, st.integers(1, 3), st.booleans())
-def test_random_graphs_compute_the_same_after_fusing(steps, shape, outputs, open_batch):
-    folded.update(check(steps, shape, outputs, open_batch=open_batch))
+    @settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(STEPS, SHAPES, st.integers(1, 3), st.booleans())
+    def search(steps, shape, outputs, open_batch):
+        counts.update(check(steps, shape, outputs, open_batch=open_batch))
 
-
-def test_random_graphs_do_fold():
-    assert folded["folded"] > 200
+    search()
+    assert counts["folded"] > 200
 
 
 def test_a_map_that_loses_its_shift_is_seen(monkeypatch):
