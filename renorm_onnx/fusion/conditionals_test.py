@@ -263,6 +263,18 @@ def test_an_output_of_the_model_that_declares_no_shape_gets_none_from_the_branch
     assert list(fused.graph.output) == list(model.graph.output)
 
 
+def test_an_output_of_the_model_that_is_declared_a_scalar_stays_one():
+    b = Builder()
+    total = lambda: [b.node("ReduceSum", "x", keepdims=0)]  # noqa: E731
+    taken = choose(b, b.constant(np.array(True)), total, total)
+    model = b.model(IMAGE, [taken, b.norm(b.node("Tanh", "x"), 4)])
+    model.graph.output[0].type.tensor_type.shape.SetInParent()
+    fused, _ = fuse(model)
+    assert "If" not in operators(fused)
+    assert list(fused.graph.output) == list(model.graph.output)
+    assert_same(model, fused)
+
+
 def stored_in_branches(b: Builder, condition: str, constants: Sequence[onnx.TensorProto]) -> str:
     """An If, both branches of which store the same constants, under the same names, and add them to x."""
     branches = {}

@@ -28,7 +28,7 @@ from renorm_onnx.fusion.conditionals import open_conditionals
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.plan import Limits, Plan, Planner
-from renorm_onnx.fusion.report import FusionReport, NormReport, Reason
+from renorm_onnx.fusion.report import FusionReport, NormReport, Reason, Refusal
 from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.fusion.sequences import open_sequences
 from renorm_onnx.fusion.shadowing import rename_shadowing
@@ -166,6 +166,10 @@ class _Engine:
             self._fold_all()
         self._rewriter.write(self._desk.pending)
         self._clean()
+        for entry in self._report.entries:
+            if entry.outcome == "kept" and not entry.refusals:
+                why = f"{entry.name!r} took up another norm, and varies along several axes since"
+                entry.refusals = (Refusal(Reason.AXIS, entry.name, why),)
         self._desk.pending.clear()
         self._report.operators_after = count_operators(self._model)
         logger.info("%s", self._report)

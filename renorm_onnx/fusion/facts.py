@@ -131,6 +131,7 @@ class Facts:
         """Drop what was derived, after the graph changed."""
         self._known.clear()
         self._remembered = 0
+        self._bodies = None
 
     def is_overridable(self, value: ir.Value) -> bool:
         """Whether `value` is an initializer that the caller of the model may replace."""

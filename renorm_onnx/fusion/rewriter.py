@@ -59,7 +59,7 @@ class Rewriter:
 
     def take_over(self, old: ir.Value, new: ir.Value) -> None:
         """As `replace`, where `new` is what it was before, so that a shape declared for it alone holds within too."""
-        shape = old.shape or (None if old.is_graph_output() else new.shape)
+        shape = new.shape if old.shape is None and not old.is_graph_output() else old.shape
         self.replace(old, new)
         new.shape, old.name = shape, None
 

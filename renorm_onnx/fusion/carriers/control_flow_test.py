@@ -7,6 +7,7 @@ from unittest import mock
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 from renorm_onnx.fusion import engine
@@ -207,3 +208,19 @@ def test_a_norm_that_only_a_dead_value_of_a_body_read_is_reported_as_gone() -> N
     assert operators(fused)["BatchNormalization"] == 0
     assert not report.kept
     assert_same(model, fused)
+
+
+def test_the_loop_of_a_function_that_was_opened_late_is_known_as_any_other() -> None:
+    run = "Loop(three, , x) <body = r (int64 turn, bool go, double[2,4] s) => (bool on, double[2,4] a)"
+    run += " { on = Identity(go) h = Mul(s, k) t = Add(h, k) a = MatMul(t, M) }>"
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["" : 20, "own" : 1]> g (double[2,4] x) => (double[2,4] c, double[2,4] y) {{'
+        f" c = {run} d = own.Run(x, three, k, M) y = {bn('d')} }}"
+        f' <domain: "own", opset_import: ["" : 20]> Run (x, three, k, M) => (y) {{ e = {run} y = MatMul(e, M) }}'
+    )
+    stored = {"three": np.array(3), "k": quarters([4]), "M": quarters([4, 4])} | norm(4)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in stored.items())
+    fused, report = engine.fuse(model)
+    assert not report.kept
+    assert operators(fused) == {"Loop": 2, "Identity": 2, "Add": 3, "MatMul": 3}
+    assert not engine.fuse(fused)[1].changed

@@ -107,3 +107,13 @@ def test_a_map_goes_forward_past_a_constant_that_goes_no_further_itself() -> Non
     text = f"c = {bn('x')} {lines} y = Conv(d, W)"
     fused = assert_fuses(build(text, "double[N,4,H,W] x", "y", W=quarters([3, 4, 1, 1]), **constants), [Reason.SIGN])
     assert operators(fused) == {"MaxPool": 2, "Mul": 1, "Conv": 1}
+
+
+def test_a_chain_that_took_up_a_norm_along_another_axis_says_why_it_stays() -> None:
+    body = (
+        f"b = Conv(x, W) i = Identity(b) c = Add(q, i) n = {bn('c')} h = Mul(n, k) a = Sub(q, h) y = {bn('a', 'last')}"
+    )
+    constants = {"W": quarters([4, 4, 1, 1]), "k": quarters([5, 1]), "q": quarters([5, 1], 2)}
+    model = build(body, "double[N,4,5,2] x", "y", **constants, **norm(4), **norm(4, "last", 3))
+    fused = assert_fuses(model, [Reason.AXIS, Reason.AXIS])
+    assert operators(fused) == {"Conv": 1, "Identity": 1, "Add": 1, "Mul": 1, "Sub": 1}
