@@ -135,9 +135,8 @@ def name_sizes(model: ir.Model, arguments: Mapping[str, Any], dynamic_shapes: An
         return
     asked = [shape for leaf, shape in zip(leaves, shapes, strict=True) if isinstance(leaf, torch.Tensor)]
     names: dict[str, str] = {}
-    for value, axes in zip(
-        model.graph.inputs, asked, strict=False
-    ):  # behind them come the statistics of a training step
+    # Behind these inputs come the statistics of a training step.
+    for value, axes in zip(model.graph.inputs, asked, strict=False):
         for axis, size in (axes or {}).items() if isinstance(axes, Mapping | None) else enumerate(axes):
             old = value.shape[axis] if value.shape is not None else None
             new = size if isinstance(size, str) else size.__name__ if isinstance(size, torch.export.Dim) else None
