@@ -165,7 +165,7 @@ class Facts:
             elif node is None:
                 self._known[stack.pop()] = self._leaf(current)
             else:
-                reads = node.inputs if node.op_type not in _HOLDERS else (*node.inputs, *self._handed_out(node))
+                reads = node.inputs if node.op_type not in _HOLDERS else (*self._handed_out(node), *node.inputs)
                 missing = [i for i in reads if i is not None and i not in self._known]
                 if missing and (node.op_type in self._rules or node.op_type in _HOLDERS):
                     for i in missing:
@@ -182,6 +182,8 @@ class Facts:
         if node is not None:
             row = self._row(node, value)
             if row is None:
+                for given in node.inputs:  # which is outside the body, and would not be proven within the induction
+                    self[given]
                 self._proving += 1
                 try:
                     self._carry(node)

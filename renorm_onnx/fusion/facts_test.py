@@ -193,3 +193,18 @@ def test_nothing_inside_a_body_in_a_body_rests_on_what_was_assumed_of_the_first_
     inner = body[1].attributes["then_branch"].as_graph().outputs[0]
     assert [isinstance(d, int) for d in facts[body.outputs[1]].dims or ()] == [True, False]
     assert [isinstance(d, int) for d in facts[inner].dims or ()] == [True, False]
+
+
+def test_a_chain_of_a_thousand_loops_has_the_sizes_of_its_first_value_wherever_one_asks_first() -> None:
+    heading = "(int64 i, bool c, float s) => (bool g, float r)"
+    lines = [
+        f"v{i + 1} = Loop<body = b {heading} {{ g = Identity(c) r = Relu(s) }}>(count, , v{i})" for i in range(1000)
+    ]
+    inputs = "float[2,3] v0, int64 count"
+    text = f'<ir_version: 10, opset_import: ["" : 17]> g ({inputs}) => (float v1000) {{ {" ".join(lines)} }}'
+    loaded = ir.from_proto(onnx.parser.parse_model(text))
+    inside = [node.attributes["body"].as_graph().inputs[2] for node in loaded.graph]
+    for asked in (*inside[-1:], loaded.graph.outputs[0], inside[500]):
+        facts = Facts(loaded, RULES, CONSTANT_OPERATORS)
+        assert facts[asked].dims == (2, 3)
+        assert facts[inside[999]].dims == (2, 3)
