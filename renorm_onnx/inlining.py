@@ -192,7 +192,7 @@ def _take_over(old: ir.Value, new: ir.Value, names: Names) -> None:
     """Give `new` the name, type, shape and users of `old`; users that are graph outputs are left to the caller."""
     name, old.name = old.name, None
     new.name = name or new.name or names.unique("unused")
-    new.type, new.shape = old.type or new.type, old.shape or new.shape
+    new.type, new.shape = old.type or new.type, new.shape if old.shape is None else old.shape  # a scalar's is falsy
     new.metadata_props.update(old.metadata_props)
     for user, index in tuple(old.uses()):
         user.replace_input_with(index, new)

@@ -105,3 +105,16 @@ def test_a_norm_that_a_function_spells_out_is_opened_and_other_arithmetic_is_not
     assert report.changed
     assert operators(fused) == ["Conv", "Sum", "Tanh", "Product", "Tanh", "Gate", "Tanh", "Conv"]
     assert_same(model, fused)
+
+
+def test_an_output_that_a_function_makes_a_scalar_stays_declared_as_one():
+    b = Builder()
+    total = [helper.make_node("Conv", ["X", "w"], ["t"]), helper.make_node("ReduceSum", ["t"], ["Y"], keepdims=0)]
+    add_function(b, "Total", total)
+    h = b.node("Total", b.norm(b.node("Tanh", "x"), 4), b.normal(4, 4, 1, 1), domain="mine")
+    model = b.model(IMAGE, [h])
+    model.graph.output[0].type.tensor_type.shape.SetInParent()
+    fused, _ = fuse(model)
+    assert operators(fused)[-1] == "ReduceSum"
+    assert list(fused.graph.output) == list(model.graph.output)
+    assert_same(model, fused)
