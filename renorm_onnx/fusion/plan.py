@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
-from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
+from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
 from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.ranges import Ranges
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -318,7 +318,7 @@ class Planner:
     def _take(self, plan: Plan, node: ir.Node, step: Step) -> Refusal | None:
         """Add a step's edits to the plan, unless a number would leave its type."""
         for edit in step.edits:
-            if isinstance(edit, SetInput) and (why := self._ranges.objection(edit)):
+            if isinstance(edit, SetInput | AddAfter) and (why := self._ranges.objection(edit)):
                 return refuse(why[0], node, why[1])
         if step.edits or not (step.onward or step.inside):
             plan.edits.extend(step.edits)

@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from renorm_onnx.fusion.carrier import Desk, SetInput
+from renorm_onnx.fusion.carrier import AddAfter, Desk, SetInput
 from renorm_onnx.fusion.parameters import FLOATS, Array, Parameter, largest, smallest_normal
 from renorm_onnx.fusion.report import Reason
 
@@ -30,7 +30,7 @@ class Ranges:
         self._max_weight = max_weight
         self._magnitudes: dict[tuple[int, tuple[int, ...]], tuple[object, Array]] = {}
 
-    def objection(self, edit: SetInput) -> tuple[Reason, str] | None:
+    def objection(self, edit: SetInput | AddAfter) -> tuple[Reason, str] | None:
         """Whether rounding to the type would overflow, or leave a whole row of a weight without its digits.
 
         Returns:
@@ -44,7 +44,9 @@ class Ranges:
             base = parameter.base
             if not isinstance(base, np.ndarray) or np.abs(base).max(initial=0.0) <= limit:
                 return None
-            return _beyond(base, self._desk.parameter(edit.node, edit.index), limit)
+            return _beyond(
+                base, self._desk.parameter(edit.node, edit.index) if isinstance(edit, SetInput) else None, limit
+            )
         factor = np.abs(functools.reduce(np.multiply, parameter.factors))
         keep = tuple(i for i, size in enumerate(factor.shape) if i == 0 or size > 1)
         before = self._magnitudes_of(parameter, keep)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
+from renorm_onnx.fusion import engine
 from renorm_onnx.fusion.carriers.exact_folding_test import SIZES, assert_fuses, bn, build, norm, operators, quarters
 from renorm_onnx.fusion.report import Reason
 
@@ -167,3 +169,17 @@ def test_numbers_that_repeat_along_an_open_axis_are_counted_by_the_weight() -> N
     rows = 4 * SIZES["N"]
     fused = assert_fuses(build(body, "double[N,4,3] x", "y", B=quarters([rows, 6]), shape=np.array([-1, 3]), **norm(4)))
     assert operators(fused) == {"Reshape": 1, "Transpose": 1, "MatMul": 1, "Add": 1}
+
+
+def test_a_shift_before_a_weight_that_holds_an_infinity_stays() -> None:
+    """The sign of ``(x + t) * inf`` is that of the sum; ``x * inf + t * inf`` may be no number."""
+    weight = quarters([4, 3])
+    weight[1, 2] = -np.inf
+    _, report = engine.fuse(
+        build(f"c = {bn('x')} y = MatMul(c, W)", "double[N,4] x", "y", W=quarters([4, 3]), **norm(4))
+    )
+    assert not report.kept
+    model = build(f"c = {bn('x')} y = MatMul(c, W)", "double[N,4] x", "y", W=quarters([4, 3]), **norm(4))
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "W"))
+    _, report = engine.fuse(model)
+    assert [r.reason for r in report.kept[0].refusals] == [Reason.GRAPH_INPUT, Reason.OVERFLOW]
