@@ -92,6 +92,10 @@ def verify(
         MachineError: onnxruntime or a provider is missing here, or has no kernel for the reference.
     """
     started = time.perf_counter()
+    if isinstance(providers, str):
+        raise InputError(
+            f"verify: providers={providers!r} given, expected a sequence of names: providers=({providers!r},)"
+        )
     if not providers:
         raise InputError("verify: providers is empty, so there is nothing to compare on")
     if seed < 0:

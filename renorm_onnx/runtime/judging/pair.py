@@ -20,7 +20,8 @@ from renorm_onnx.runtime.sessions.sources import runnable, source_of
 
 Array = npt.NDArray[Any]
 
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+# What rounds to few bits while it runs. DequantizeLinear does not: behind stored codes it is a weight like any other.
+_QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
 
 
 class Pair:
