@@ -355,6 +355,8 @@ def as_schedule(given: "str | Schedule | Callable[[int], Bounds] | None", who: s
         return given
     if given == "paper":
         return PAPER
+    if isinstance(given, type):
+        raise InputError(f"{who}: schedule={given.__name__}, a class; expected a Schedule: {given.__name__}(…)")
     if not callable(given):
         raise InputError(f"{who}: schedule={given!r}, expected 'paper', None, a Schedule or a function of the step")
     return FromFunction(given)

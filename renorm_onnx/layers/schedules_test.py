@@ -151,6 +151,10 @@ def test_bounds_that_cannot_be_used_are_refused_and_change_nothing(bounds, messa
         (lambda: Sigmoid(0), "Sigmoid: t_delta=0, expected a finite number > 0"),
         (lambda: stretched(0), "stretched: total_steps=0, expected a finite number > 0"),
         (
+            lambda: as_schedule(Sigmoid, "layer"),
+            "layer: schedule=Sigmoid, a class; expected a Schedule: Sigmoid",
+        ),
+        (
             lambda: as_schedule(3, "layer"),
             "layer: schedule=3, expected 'paper', None, a Schedule or a function of the step",
         ),
