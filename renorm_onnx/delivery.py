@@ -98,7 +98,7 @@ class FusedFile:
         if self.verdict is not None:
             lines = str(self.verdict).splitlines()
             if self.verdict.ok:  # the rows interest only who doubts it: `renorm-onnx verify` prints them all
-                lines = [lines[0], *self.verdict.left_out()]
+                lines = [lines[0], *self.verdict.left_out(), *self.verdict.notes()]
         elif self.unchecked:
             lines.append(f"not verified: {self.unchecked}")
         if not self.written:

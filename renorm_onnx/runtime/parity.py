@@ -334,7 +334,14 @@ class _Comparison:
         for name, array in tensors_of(unfused).items():
             if name in want and name in given:
                 judge.add(trial, name, errors_of(want[name], array, given[name]))
-        return [replace(row, optimize="all", decides=False) for row in judge.rows() if row.inputs == trial.label]
+        rows = [row for row in judge.rows() if row.inputs == trial.label]
+        self._remarks += [
+            f"with all of onnxruntime's optimizations, which a session has by default, the models part on "
+            f"{row.provider} in output {row.output!r}: {row.note}; run the fused one without them, or keep the other"
+            for row in rows
+            if row.ok is False
+        ]
+        return [replace(row, optimize="all", decides=False) for row in rows]
 
 
 def _skipped(base: Verdict, why: str) -> Verdict:

@@ -6,6 +6,8 @@ import pytest
 
 from renorm_onnx.delivery import fuse_file
 from renorm_onnx.errors import InputError
+from renorm_onnx.fusion.carriers import quantized
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.runtime.judging.verdict import POOLED
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.parity_networks_test import build
@@ -153,3 +155,47 @@ def test_many_inputs_of_one_kind_are_one_line_of_the_answer():
     labels = [(row.optimize, row.output, row.inputs) for row in verdict.rows]
     assert len(set(labels)) == len(labels)
     assert "large: worst of 64" in str(verdict)
+
+
+def test_models_that_part_when_onnxruntime_optimizes_them_are_named(monkeypatch):
+    """WeightBiasQuantization of onnxruntime 1.31 divides the bias of a dead channel by a step of zero."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N,4] x) => (float[N,4] y) {'
+        "u = QuantizeLinear(x, xs, z) a = DequantizeLinear(u, xs, z) w = DequantizeLinear<axis=1>(q, qs)"
+        "c = MatMul(a, w) n = BatchNormalization(c, s, b, m, v) o = QuantizeLinear(n, ys, z)"
+        "y = DequantizeLinear(o, ys, z) }"
+    )
+    codes = {"z": np.array(128, np.uint8), "q": np.eye(4, dtype=np.int8) * 40}
+    floats = {
+        "xs": 0.03,
+        "ys": 0.1,
+        "qs": [0.02] * 4,
+        "s": [0, 1, 2, 1],
+        "b": [1, -1, 0.5, 0],
+        "m": [0.2] * 4,
+        "v": [1] * 4,
+    }
+    arrays = codes | {name: np.array(value, np.float32) for name, value in floats.items()}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in arrays.items())
+    assert not any("the models part" in text for text in verify(model, fuse(model)[0]).remarks)
+    monkeypatch.setattr(quantized, "DEAD", -1.0)
+    verdict = verify(model, fuse(model)[0])
+    assert verdict.ok
+    assert any("the models part on cpu in output 'y': RMS error is" in text for text in verdict.remarks)
+    assert "note: with all of onnxruntime's optimizations" in str(verdict)
+
+
+def test_stored_codes_are_weights_like_any_other():
+    """Nothing is rounded while the model runs, so an error of a thousandth is one, as in float32."""
+    body = "w = DequantizeLinear(q, s) a = MatMul(x, w) y = Mul(a, k)"
+    models = []
+    for factor in (1.5, 1.5015):
+        model = model_of("float[N,8] x", "float[N,8] y", body)
+        codes = np.random.default_rng(0).integers(-99, 99, (8, 8)).astype(np.int8)
+        for name, value in (("q", codes), ("s", np.float32(0.01)), ("k", np.float32(factor))):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+        models.append(model)
+    verdict = verify(models[0], models[0])
+    assert verdict.ok
+    assert verdict.precision == "float32"
+    assert verify(*models).outcome == "no"

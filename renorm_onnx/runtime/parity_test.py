@@ -200,22 +200,6 @@ def test_half_precision_hides_no_gross_error(wrong, name, monkeypatch):
     assert verify(half(name), wrong(name)).outcome == "no"
 
 
-def test_stored_codes_are_weights_like_any_other():
-    """Nothing is rounded while the model runs, so an error of a thousandth is one, as in float32."""
-    body = "w = DequantizeLinear(q, s) a = MatMul(x, w) y = Mul(a, k)"
-    models = []
-    for factor in (1.5, 1.5015):
-        model = model_of("float[N,8] x", "float[N,8] y", body)
-        codes = np.random.default_rng(0).integers(-99, 99, (8, 8)).astype(np.int8)
-        for name, value in (("q", codes), ("s", np.float32(0.01)), ("k", np.float32(factor))):
-            model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
-        models.append(model)
-    verdict = verify(models[0], models[0])
-    assert verdict.ok
-    assert verdict.precision == "float32"
-    assert verify(*models).outcome == "no"
-
-
 def test_integer_outputs_must_be_equal():
     plain = model_of("float[N,8] x", "int64[N] y", "y = ArgMax<axis=1, keepdims=0>(x)")
     other = model_of("float[N,8] x", "int64[N] y", "y = ArgMin<axis=1, keepdims=0>(x)")

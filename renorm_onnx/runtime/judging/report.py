@@ -53,7 +53,8 @@ class Verdict:
         rows: The comparison, one row per provider, output and set of inputs; see `verdict`.
         problems: What differs before any value is looked at.
         skipped: What was not checked, and why.
-        remarks: What else a reader should know: data that were cast, limits that came from neighbours.
+        remarks: What else a reader should know: data that were cast, limits that came from neighbours, models that part
+            when onnxruntime optimizes them.
         repeats: Repeatability, per provider.
         sites: The check of each rewritten place by itself (`sites.SiteReport`), if made.
         layers: The comparisons layer by layer (`layerwise.LayerReport`), one per provider, if asked for.
@@ -127,7 +128,7 @@ class Verdict:
         lines += [str(self.sites)] if self.sites is not None else []
         lines += [f"\n{layer}" for layer in self.layers]
         lines += self.left_out()
-        lines += [f"note: {text}" for text in self.remarks]
+        lines += self.notes()
         if self.rows:
             lines.append(
                 f"seed {self.seed}, {self.precision}, {self.environment.get('onnxruntime', '')}, {self.seconds:.2f} s"
@@ -137,6 +138,10 @@ class Verdict:
     def left_out(self) -> list[str]:
         """Return a line for each thing that was not checked and that `reason` does not name."""
         return [f"not checked: {text}" for text in self.skipped if text not in self.reason]
+
+    def notes(self) -> list[str]:
+        """Return a line for each thing that a reader should know besides."""
+        return [f"note: {text}" for text in self.remarks]
 
     def _proviso(self) -> str:
         """What a yes leaves open: such a place was only run with the whole, where a dead Relu may hide it."""
