@@ -97,7 +97,7 @@ class Conv(Carrier):
         full = given.spread(per_group * group, 1)
         if full.channels != per_group * group:
             return refuse(Reason.AXIS, node, f"reads {per_group * group} channels, the map has {full.channels}")
-        demands = {1: _of_filters(given, out, per_group, group)} if full.has_scale else {}
+        demands = {1: scale_of_filters(given, out, per_group, group)} if full.has_scale else {}
         if not full.has_shift:
             return Step((), {}, demands)
         if why := padding_sees_shift(node, tuple(kernel)):
@@ -109,13 +109,16 @@ class Conv(Carrier):
         return bias if isinstance(bias, Refusal) else Step(tuple(bias[0]), {}, demands | bias[1])
 
 
-def _of_filters(given: AffineMap, out: int, per_group: int, group: int) -> AffineMap:
-    """The scale of filters of shape (C_out, C_in/group, *k) that a map of the input's channels comes to."""
+def scale_of_filters(given: AffineMap, rows: int, per_group: int, group: int) -> AffineMap:
+    """The scale of filters of shape (rows, per_group, *k) that a map of per_group channels for each group comes to.
+
+    The channels are those of a Conv's input, or of a ConvTranspose's output; row i is of group i // (rows / group).
+    """
     scale = given.without_shift()
     if group == 1 or given.is_uniform:
         return scale
-    rows = np.repeat(given.scale.reshape(group, per_group), out // group, axis=0)
-    return AffineMap(rows, np.zeros(rows.shape), (0, 1)).reduced()
+    scales = np.repeat(given.scale.reshape(group, per_group), rows // group, axis=0)
+    return AffineMap(scales, np.zeros(scales.shape), (0, 1)).reduced()
 
 
 CARRIERS = (Conv(),)

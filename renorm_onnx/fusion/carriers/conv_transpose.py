@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Step, refuse
-from renorm_onnx.fusion.carriers.conv import bias_demand
+from renorm_onnx.fusion.carriers.conv import bias_demand, scale_of_filters
 from renorm_onnx.fusion.carriers.quantized import no_weight, weight_of
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -52,12 +52,7 @@ class ConvTranspose(Carrier):
         edits, onward = bias
         if not full.has_scale:
             return Step(tuple(edits), onward)
-        if group == 1:
-            onward[1] = full.without_shift()
-            return Step(tuple(edits), onward)
-        # (C_out,) -> (C_in, C_out/group): row i belongs to group i // (C_in/group).
-        rows = np.repeat(full.scale.reshape(group, dims[1]), dims[0] // group, axis=0)
-        onward[1] = AffineMap(rows, np.zeros(rows.shape), (0, 1)).reduced()
+        onward[1] = scale_of_filters(full, dims[0], dims[1], group)
         return Step(tuple(edits), onward)
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
