@@ -8,17 +8,15 @@ under names of their own, and each turn of the Loop computes the same. So maps m
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
 
 import numpy as np
 import onnx
-from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime_tests.random_graphs import SHAPES, STEPS, Shape, Step, build, compare_fused, many
+from runtime_tests.random_graphs import SHAPES, STEPS, Shape, Step, build, compare_fused, search
 
 # Where the stretch begins, how long it is, and what holds it; a second one may hold the first.
 STRETCHES = st.lists(
@@ -119,7 +117,7 @@ def _repetition(
 
 
 def check(
-    steps: list[Step], shape: Shape, outputs: int, stretches: list[tuple[int, int, str]], *, open_batch: bool = False
+    steps: list[Step], shape: Shape, outputs: int, stretches: list[tuple[int, int, str]], open_batch: bool = False
 ) -> Counter[str]:
     """Build, enclose, fuse, compare; raise AssertionError with a readable model if they differ."""
     model = build(steps, shape, outputs, open_batch=open_batch)
@@ -131,25 +129,5 @@ def check(
     return compare_fused(model, shape)
 
 
-def main() -> int:
-    """Try many random graphs; exit 1 at the first that differs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=3_000)
-    examples = parser.parse_args().examples
-    total: Counter[str] = Counter()
-
-    @many(examples)
-    @given(STEPS, SHAPES, st.integers(1, 3), STRETCHES, st.booleans())
-    def search(
-        steps: list[Step], shape: Shape, outputs: int, stretches: list[tuple[int, int, str]], open_batch: bool
-    ) -> None:
-        total.update(check(steps, shape, outputs, stretches, open_batch=open_batch))
-        total["models"] += 1
-
-    search()
-    print(f"{total['models']} models, {total['folded']} maps folded, {total['kept']} kept, none wrong")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(search(__doc__, 3_000, check, STEPS, SHAPES, st.integers(1, 3), STRETCHES, st.booleans()))

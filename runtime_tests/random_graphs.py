@@ -335,7 +335,7 @@ def build(steps: list[Step], shape: Shape, outputs: int, *, open_batch: bool = F
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def check(steps: list[Step], shape: Shape, outputs: int, *, open_batch: bool = False) -> Counter[str]:
+def check(steps: list[Step], shape: Shape, outputs: int, open_batch: bool = False) -> Counter[str]:
     """Build, fuse, compare; raise AssertionError with a readable model if they differ."""
     model = build(steps, shape, outputs, open_batch=open_batch)
     return Counter() if model is None else compare_fused(model, shape)
@@ -362,35 +362,39 @@ def compare_fused(model: onnx.ModelProto, shape: Shape) -> Counter[str]:
 SHAPES = st.sampled_from([(2, 4, 4, 4), (1, 2, 5, 4), (3, 3), (2, 4, 4), (4, 4)])
 
 
-def many(examples: int) -> settings:
-    """Other examples each time, as many as that."""
-    return settings(
-        max_examples=examples,
+def search(about: str | None, examples: int, check: Callable[..., Counter[str]], *strategies: st.SearchStrategy) -> int:
+    """Check many drawn examples, others each time, as many as the command line says; raises at the first that differs.
+
+    Args:
+        about: What the command's help says.
+        examples: How many, unless the command line says another number.
+        check: Called with what is drawn; counts outcomes.
+        strategies: One for each argument of `check`.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--examples", type=int, default=examples)
+    total: Counter[str] = Counter()
+
+    @settings(
+        max_examples=parser.parse_args().examples,
         deadline=None,
         database=None,
         derandomize=False,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
-
-
-def main() -> int:
-    """Try many random graphs; exit 1 at the first that differs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=10_000)
-    examples = parser.parse_args().examples
-    total: Counter[str] = Counter()
-
-    @many(examples)
-    @given(STEPS, SHAPES, st.integers(1, 3), st.booleans())
-    def search(steps: list[Step], shape: Shape, outputs: int, open_batch: bool) -> None:
-        total.update(check(steps, shape, outputs, open_batch=open_batch))
+    @given(st.tuples(*strategies))
+    def tried(drawn: tuple[Any, ...]) -> None:
+        total.update(check(*drawn))
         total["models"] += 1
 
-    search()
+    tried()
     print(f"{total['models']} models, {total['folded']} maps folded, {total['kept']} kept, none wrong")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(search(__doc__, 10_000, check, STEPS, SHAPES, st.integers(1, 3), st.booleans()))
