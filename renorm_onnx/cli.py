@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from renorm_onnx.arguments import UsageError, parse
+from renorm_onnx.deferral import defer_imports
 from renorm_onnx.interrupts import interrupts_held
 
 YES, NO, BAD_INPUT, BAD_MACHINE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         return _run(argv)
     gc.disable()
+    defer_imports()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name is no reason to fail
     status = _run(sys.argv[1:])

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 import renorm_onnx
+from renorm_onnx.version import __version__
 
 ROOT = Path(renorm_onnx.__file__).parent
 
 # Reading order, top first. Modules that match one line may import each other's lines above, and each other as long as
 # no cycle arises (another test). A module that matches no line fails: give it a place.
 ORDER = [
-    "version errors interrupts arguments model_walk",
+    "version errors interrupts deferral arguments model_walk",
     "layers.schedules layers.clock layers.kernels layers.saving layers.recomputation",
     "layers.functional",
     "layers.masked layers.operators",
@@ -150,6 +151,22 @@ def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, renorm_onnx; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "onnx", "onnx_ir", "onnxruntime", "numpy"}
+
+
+def test_a_command_loads_no_module_that_a_dependency_alone_asks_for_until_it_is_used():
+    frozen = Path(__file__).parents[1] / "models" / "frozen" / __version__ / "mlp.onnx"
+    code = f"""
+import sys
+from renorm_onnx.cli import main
+sys.argv[1:] = ["fuse", "--check", {str(frozen)!r}]
+main()
+print("loaded:", "sympy.core" in sys.modules)
+import onnx_ir, sympy
+print("counted:", (onnx_ir.SymbolicDim("n") * 2 + onnx_ir.SymbolicDim("n")).value, sympy.Integer(7) // 2)
+print("loaded:", "sympy.core" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-3:] == ["loaded: False", "counted: 3*n 3", "loaded: True"]
 
 
 def test_every_public_name_resolves_and_is_documented():
