@@ -6,9 +6,12 @@
     python -m runtime_tests.bench_fusion --sizes "" --light        networks of the onnx package with random weights
     python -m runtime_tests.bench_fusion --sizes "" --models a.onnx b.onnx
 
+    python -m runtime_tests.bench_fusion --sizes 8000 --rounds 7     medians of runs in turn
+
 A chain is N times Conv 16->16 3x3, BatchNormalization, Relu, with an Add after every second. Each tool runs in a
 process of its own: start, import, load, fuse and save all count. What is compared is CPU time, since other load on the
-machine disturbs it least; the row "load and save" is what the onnx package needs to copy the file. Peers run with the
+machine disturbs it least; the row "load and save" is what the onnx package needs to copy the file. A run on a small
+model comes first and is not counted: it leaves the bytecode that an installation has. Peers run with the
 interpreter given by --python, so that they need not be installed beside this project; an absent one says so.
 Norms left are counted in the file that was written. Small models are also run in float64, before and after: the error
 is the root mean square of the difference of the outputs over that of the output.
@@ -18,12 +21,14 @@ Exit status 1 if ours failed, left a norm that can be folded, or changed an outp
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -96,6 +101,51 @@ class Cost:
     failure: str
 
 
+class Tool(NamedTuple):
+    """A program that reads the model named by its first argument and writes the one named by its second."""
+
+    name: str
+    python: str
+    program: str
+
+
+class Row(NamedTuple):
+    """What a tool took and did: medians, its ratio to a copy of the same round, the norms it left and its error."""
+
+    name: str
+    cost: Cost
+    ratio: float
+    left: int | None
+    error: float | str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Which tools run, how often, and as what.
+
+    Args:
+        peers: The interpreter that has the other tools; None to leave them out.
+        rounds: How often each tool runs.
+        environment: That of each process.
+    """
+
+    peers: str | None
+    rounds: int
+    environment: Mapping[str, str]
+
+    def tools(self) -> list[Tool]:
+        """The copy first, then ours, then the others."""
+        own = [Tool(name, sys.executable, program) for name, program in PROGRAMS.items()]
+        return own + [Tool(name, self.peers, program) for name, program in PEERS.items() if self.peers]
+
+    def warm_up(self, folder: Path) -> None:
+        """Run each tool once on a small model, so that none compiles its own source while it is measured."""
+        source = folder / "small.onnx"
+        write_chain(source, 2)
+        for index, tool in enumerate(self.tools()):
+            measure(tool, source, folder / f"small.{index}.onnx", environment=self.environment)
+
+
 def write_chain(path: Path, pairs: int) -> None:
     """Write a model of so many Conv, BatchNormalization and Relu, with an Add after every second."""
     rng = np.random.default_rng(0)
@@ -164,10 +214,11 @@ print(json.dumps([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_s
 """
 
 
-def measure(python: str, program: str, source: Path, target: Path, *, external: bool) -> Cost:
-    """Run `program` on `source` in a process of its own, on one thread, and say what it took."""
-    command = [python, "-c", program, str(source), str(target), *(["external"] if external else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def measure(
+    tool: Tool, source: Path, target: Path, *, external: bool = False, environment: Mapping[str, str] = os.environ
+) -> Cost:
+    """Run `tool` on `source` in a process of its own and say what it took."""
+    command = [tool.python, "-c", tool.program, str(source), str(target), *(["external"] if external else [])]
     with tempfile.TemporaryFile("w+") as said:
         limited = ["timeout", str(LIMIT_SECONDS), *command]
         watched = [sys.executable, "-S", "-c", WATCHER, *limited]
@@ -221,38 +272,51 @@ def _feeds(model: ir.Model, size: int) -> dict[str, np.ndarray]:
     return feeds
 
 
-def rows(source: Path, *, peers: str | None, external: bool) -> Iterator[tuple[str, Cost, int | None, float | str]]:
-    """Run every tool on one model; give its name, its cost, the norms it left, and its error or why there is none."""
-    tools = [(name, sys.executable, program) for name, program in PROGRAMS.items()]
-    tools += [(name, peers, program) for name, program in PEERS.items()] if peers else []
+def as_installed(folder: Path) -> dict[str, str]:
+    """The environment of a measured process: one thread, and bytecode kept in `folder`, as an installation keeps it."""
+    known = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**known, "OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": str(folder)}
+
+
+def rows(source: Path, tools: Sequence[Tool], bench: Bench, *, external: bool = False) -> Iterator[Row]:
+    """Run every tool on one model, in turn and as often as asked, and say of each what it took and did."""
     small = len(onnx.load(source, load_external_data=False).graph.node) <= CHECKED_NODES and not external
-    for name, python, program in tools:
-        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-            target = Path(folder) / "out.onnx"
-            cost = measure(python, program, source, target, external=external)
-            if cost.failure or not target.exists():
-                yield name, cost, None, ""
+    costs: dict[Tool, list[Cost]] = {tool: [] for tool in tools}
+    done: dict[Tool, tuple[int, float | str]] = {}
+    for _ in range(bench.rounds):
+        for tool in tools:
+            if any(cost.failure for cost in costs[tool]):
                 continue
-            error: float | str
-            try:
-                error = error_of(source, target) if small else "not run"
-            except ValueError as reason:
-                error = f"cannot run: {reason}"
-            yield name, cost, norms_left(target), error
+            with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+                target = Path(folder) / "out.onnx"
+                costs[tool].append(measure(tool, source, target, external=external, environment=bench.environment))
+                if tool not in done and not costs[tool][-1].failure and target.exists():
+                    done[tool] = norms_left(target), _error_or_reason(source, target) if small else "not run"
+    for tool, found in costs.items():
+        left, error = done.get(tool, (None, ""))
+        failure = next((cost.failure for cost in found if cost.failure), "")
+        seconds = statistics.median(cost.seconds for cost in found)
+        ratio = statistics.median(one.seconds / two.seconds for one, two in zip(found, costs[tools[0]], strict=False))
+        yield Row(tool.name, Cost(seconds, max(cost.megabytes for cost in found), failure), ratio, left, error)
 
 
-def show(title: str, source: Path, *, peers: str | None, external: bool = False, expected: int | None = 0) -> bool:
+def _error_or_reason(source: Path, target: Path) -> float | str:
+    try:
+        return error_of(source, target)
+    except ValueError as reason:
+        return f"cannot run: {reason}"
+
+
+def show(title: str, source: Path, bench: Bench, *, external: bool = False, expected: int | None = 0) -> bool:
     """Print one table; say whether ours is right and left `expected` norms, or any number where that is None."""
     print(f"\n{title}: {norms_left(source)} norms, {sum(f.stat().st_size for f in _files(source)) / 1e6:,.0f} MB")
     print(f"{'':<15}{'CPU s':>8}{'of copy':>9}{'peak MB':>9}{'norms left':>12}  error")
-    copied, right = 0.0, False
-    for name, cost, left, error in rows(source, peers=peers, external=external):
-        copied = copied or cost.seconds
-        if left is None:
+    right = False
+    for name, cost, ratio, left, error in rows(source, bench.tools(), bench, external=external):
+        if left is None or cost.failure:
             print(f"{name:<15}{cost.seconds:8.2f}{'':>9}{cost.megabytes:9.0f}  {cost.failure[:90] or 'wrote nothing'}")
             continue
         shown = f"{error:.1e}" if isinstance(error, float) else str(error)[:90]
-        ratio = cost.seconds / copied
         print(f"{name:<15}{cost.seconds:8.2f}{ratio:8.1f}x{cost.megabytes:9.0f}{left:12d}  {shown}", flush=True)
         if name == OURS:
             exact = error <= MAX_ERROR if isinstance(error, float) else error == "not run"
@@ -273,27 +337,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="also these files")
     parser.add_argument("--peers", action="store_true", help="run the other tools as well")
     parser.add_argument("--python", default=sys.executable, help="the interpreter that has the other tools")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each tool runs, in turn; medians are printed")
     parser.add_argument("--folder", help="where to put the models for the time of the run")
     given = parser.parse_args(arguments)
-    peers = given.python if given.peers else None
     right = True
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        bench = Bench(given.python if given.peers else None, given.rounds, as_installed(Path(folder) / "bytecode"))
+        bench.warm_up(Path(folder))
         for pairs in (int(size) for size in given.sizes.split(",") if size):
             source = Path(folder) / f"chain{pairs}.onnx"
             write_chain(source, pairs)
-            right &= show(f"chain of {pairs:,}", source, peers=peers)
+            right &= show(f"chain of {pairs:,}", source, bench)
             source.unlink()
         if given.external_gb:
             source = Path(folder) / "external.onnx"
             write_external(source, given.external_gb)
             title = f"external data of {given.external_gb:g} GB"
-            right &= show(title, source, peers=peers, external=True)
+            right &= show(title, source, bench, external=True)
         for name, left in NORMS_LEFT.items() if given.light else ():
             source = Path(folder) / f"{name}.onnx"
             onnx.save(drawn(name), source)
-            right &= show(name, source, peers=peers, expected=left)
+            right &= show(name, source, bench, expected=left)
         for source in given.models:
-            right &= show(str(source), source, peers=peers, expected=None)
+            right &= show(str(source), source, bench, expected=None)
     return 0 if right else 1
 
 

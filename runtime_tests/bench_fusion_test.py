@@ -1,5 +1,6 @@
 """The fusion benchmark measures what it says, and notices a tool that does it wrong."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,31 @@ def test_the_error_is_that_of_the_outputs(tmp_path: Path) -> None:
 
 def test_memory_and_time_are_those_of_the_tool(tmp_path: Path) -> None:
     program = "x = bytearray(300_000_000); x[::4096] = b'1' * len(x[::4096]); sum(range(3_000_000))"
-    cost = bench_fusion.measure(bench_fusion.sys.executable, program, tmp_path, tmp_path, external=False)
+    cost = bench_fusion.measure(bench_fusion.Tool("it", sys.executable, program), tmp_path, tmp_path)
     assert cost.failure == ""
     assert 280 < cost.megabytes < 400
     assert cost.seconds > 0.02
+
+
+def test_what_is_measured_is_what_an_installation_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # else a run compiles this project, as no installed one does
+    bench = bench_fusion.Bench(None, 1, bench_fusion.as_installed(tmp_path / "bytecode"))
+    bench.warm_up(tmp_path)
+    compiled = {file.name.partition(".")[0] for file in (tmp_path / "bytecode").rglob("*.pyc")}
+    assert {"delivery", "engine", "conv", "protobuf_writing"} <= compiled
+
+
+def test_several_rounds_give_medians_of_runs_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "a.onnx"
+    bench_fusion.write_chain(source, 2)
+    seconds = iter([1.0, 5.0, 2.0, 12.0, 1.0, 3.0])
+
+    def copied(tool: bench_fusion.Tool, source: Path, target: Path, **_: object) -> bench_fusion.Cost:
+        target.write_bytes(source.read_bytes())
+        return bench_fusion.Cost(next(seconds), 1.0, "")
+
+    monkeypatch.setattr(bench_fusion, "measure", copied)
+    bench = bench_fusion.Bench(None, 3, {})
+    one, two = bench_fusion.rows(source, bench.tools(), bench)
+    assert (one.cost.seconds, one.ratio, one.left) == (1.0, 1.0, 2)
+    assert (two.cost.seconds, two.ratio) == (5.0, 5.0)  # of 5, 6 and 3
