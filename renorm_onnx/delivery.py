@@ -329,7 +329,8 @@ def _refuse_protected(path: str) -> None:
 
 def _data_files(model: ir.Model) -> set[str]:
     """The data files that a model reads its tensors from."""
-    return {os.path.realpath(tensor.path) for tensor in external_among(all_tensors(model))}
+    known = all_tensors(model) if model.meta.get(model_file.KEEP_EXTERNAL) else ()
+    return {os.path.realpath(tensor.path) for tensor in external_among(known)}
 
 
 def _unused(data_files: set[str], path: str) -> tuple[str, ...]:

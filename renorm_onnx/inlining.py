@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.model_walk import graphs_of, nodes_of, scopes_of
+from renorm_onnx.model_walk import bodies_of, graphs_of, nodes_of, scopes_of
 
 Predicate = Callable[[ir.Function], bool]
 
@@ -303,13 +303,15 @@ def names_in(model: ir.Model) -> set[str]:
     """Return every name of a value or node in the graph, its subgraphs and the functions."""
     names = {""}
     for scope in scopes_of(model):
-        for graph in graphs_of(scope):
+        graphs = [scope.graph if isinstance(scope, ir.Function) else scope]
+        for graph in graphs:  # grows while it runs
             names.update(v.name for v in graph.inputs if v.name)
             names.update(graph.initializers)
             for node in graph:
                 names.add(node.name or "")
-                for value in node.outputs:
-                    names.add(value.name or "")
+                names.update(value.name or "" for value in node.outputs)
+                if node.attributes.data:
+                    graphs.extend(bodies_of(node))
     return names
 
 

@@ -49,10 +49,12 @@ def define(scope: Scope) -> None:
     else:
         for info in proto.input:
             _add(names, info.name, f"an input of {scope.label}")
-        initializers: set[str] = set()
-        what = f"an initializer of {scope.label}"
-        for tensor in proto.initializer:
-            _add(initializers, tensor.name, what)
+        stored = [tensor.name for tensor in proto.initializer]
+        initializers = set(stored)
+        if len(initializers) < len(stored) or "" in initializers or any(isinstance(name, bytes) for name in stored):
+            initializers.clear()
+            for name in stored:  # up to the one that is wrong
+                _add(initializers, name, f"an initializer of {scope.label}")
         # An initializer may give an input its default value (the rule up to IR version 3, optional since).
         names |= initializers
     scope.given = names.copy()

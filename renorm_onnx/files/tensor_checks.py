@@ -51,7 +51,7 @@ def tensor_bytes(tensor: TensorProto) -> int:
     dims: tuple[int, ...] = tuple(tensor.dims[:])  # a list first: a tuple alone takes twice the time
     bits = _BITS.get(tensor.data_type, 0)
     size = math.prod(dims) * bits
-    if bits and len(dims) < 8 and 0 < size <= _MAX_BITS and min(dims, default=0) >= 0:
+    if 0 < size <= _MAX_BITS and len(dims) < 8 and (not dims or min(dims) > 0):
         return (size + 7) // 8
     if not bits and tensor.data_type != TensorProto.STRING:
         raise ModelFileError(

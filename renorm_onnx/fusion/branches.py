@@ -16,8 +16,9 @@ Refuses when:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +30,12 @@ from renorm_onnx.fusion.carrier import Desk
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import Array, Parameter, largest
-from renorm_onnx.fusion.sources import Norm
+from renorm_onnx.fusion.sources import Norm, find_norms
 
 # The joint kernel may hold this many times the elements of the kernels it replaces: 3x1 + 1x3 yes, 7x1 + 1x7 no.
 MAX_GROWTH = 1.5
+# Output -> norm, of the norms that are in the graph; found when first asked for.
+Norms = Callable[[], Mapping[ir.Value, Norm]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,15 +103,20 @@ class Merge:
     geometry: Geometry
 
 
-def find_merges(graph: ir.Graph, desk: Desk, norms: Mapping[ir.Value, Norm]) -> Iterator[Merge]:
+def find_merges(graph: ir.Graph, desk: Desk) -> Iterator[Merge]:
     """Every Add of `graph` whose operands are convolutions of one value, as the graph stands when it is reached.
 
     Args:
         graph: May be changed between two results, as the results say.
         desk: Facts and pending operands.
-        norms: Output -> norm, of the norms that are still in the graph.
     """
-    for node in list(graph):
+    nodes = list(graph)
+
+    @functools.cache
+    def norms() -> dict[ir.Value, Norm]:
+        return {norm.output: norm for norm in find_norms([n for n in nodes if n.graph is not None], desk)}
+
+    for node in nodes:
         if node.op_type not in ("Add", "Sum") or node.domain not in ("", "ai.onnx") or len(node.inputs) != 2:
             continue
         try:
@@ -119,9 +127,9 @@ def find_merges(graph: ir.Graph, desk: Desk, norms: Mapping[ir.Value, Norm]) -> 
             yield merge
 
 
-def _merge(add: ir.Node, desk: Desk, norms: Mapping[ir.Value, Norm]) -> Merge | None:
+def _merge(add: ir.Node, desk: Desk, norms: Norms) -> Merge | None:
     left, right = add.inputs
-    if left is None or right is None or left is right:
+    if left is None or right is None or left is right or not (_is_convolved(left) or _is_convolved(right)):
         return None
     lefts, rights = list(_branches(left, add, desk, norms)), list(_branches(right, add, desk, norms))
     for first, second in [(a, b) for a in lefts for b in rights if a.source is b.source]:
@@ -136,15 +144,19 @@ def _merge(add: ir.Node, desk: Desk, norms: Mapping[ir.Value, Norm]) -> Merge | 
     return None
 
 
-def _branches(value: ir.Value, add: ir.Node, desk: Desk, norms: Mapping[ir.Value, Norm]) -> Iterator[Branch]:
+def _is_convolved(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Conv"
+
+
+def _branches(value: ir.Value, add: ir.Node, desk: Desk, norms: Norms) -> Iterator[Branch]:
     """What an operand of the Add may be: the convolution or norm that computes it, or the value itself."""
     node = value.producer()
     alone = len(value.uses()) == 1 and not value.is_graph_output()
     if node is not None and alone and node.graph is add.graph and node.domain in ("", "ai.onnx"):
-        norm = norms.get(value)
         if node.op_type == "Conv":
             yield from _convolution(node, desk)
-        elif norm is not None and isinstance(norm.map, AffineMap):
+        elif (norm := norms().get(value)) is not None and isinstance(norm.map, AffineMap):
             yield Branch(None, norm.input, norm, norm.map, None, None)
     yield Branch(None, value, None, IDENTITY, None, None)
 

@@ -29,7 +29,7 @@ from renorm_onnx.fusion.report import Reason, Refusal
 BROADCASTING = ("Add", "Sub", "Mul", "Div")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class SetInput:
     """Give `node` the constant `parameter` as input `index`; inputs in between that were absent stay absent."""
 
@@ -108,8 +108,10 @@ class Desk:
         value = inputs[index] if index < len(inputs) else None
         if value is None:
             return None
-        fact = None if value.producer() is None else self.unexpanded(node, index)
-        return Parameter.of(self.facts[value] if fact is None else fact)
+        if value.producer() is None:
+            tensor = self.facts.tensor(value)
+            return None if tensor is None else Parameter.stored(tensor)
+        return Parameter.of(self.unexpanded(node, index) or self.facts[value])
 
     def is_constant(self, node: ir.Node, index: int) -> bool:
         """Whether the operand at `index` is constant, or is but for an Expand that changes nothing for `node`."""

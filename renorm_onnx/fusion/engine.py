@@ -283,8 +283,7 @@ class _Engine:
         """Make one convolution of parallel ones wherever that is possible now; return how often it was."""
         count = 0
         for graph in self._graphs:
-            norms = {norm.output: norm for norm in find_norms(list(graph), self._desk)}
-            for merge in find_merges(graph, self._desk, norms):
+            for merge in find_merges(graph, self._desk):
                 self._apply_merge(merge)
                 count += 1
         self._report.branches_merged += count

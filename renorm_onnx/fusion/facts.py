@@ -137,6 +137,11 @@ class Facts:
         """Whether `value` is an initializer that the caller of the model may replace."""
         return value.is_initializer() and value.is_graph_input() and not self._all_constant
 
+    def tensor(self, value: ir.Value) -> ir.TensorProtocol | None:
+        """What is stored for `value`, unless the caller of the model may replace it."""
+        fixed = value.is_initializer() and (self._all_constant or not value.is_graph_input())
+        return value.const_value if fixed else None
+
     def is_constant(self, value: ir.Value | None) -> bool:
         """Whether the elements of `value` are known; does not derive facts where the answer is plainly no."""
         if value is None:
@@ -176,8 +181,9 @@ class Facts:
         return self._known[value]
 
     def _leaf(self, value: ir.Value) -> Fact:
-        if value.is_initializer() and value.const_value is not None and not self.is_overridable(value):
-            return stored(value.const_value)
+        tensor = self.tensor(value)
+        if tensor is not None:
+            return stored(tensor)
         node = self._repeater(value)
         if node is not None:
             row = self._row(node, value)
@@ -335,11 +341,17 @@ def _common(one: Dims | None, two: Dims | None, opened: set[Dimension]) -> Dims 
 
 def stored(tensor: ir.TensorProtocol) -> Fact:
     """The fact about a value that is stored in the file."""
+    dims, dtype = layout(tensor)
+    return Fact(dims, None, tensor, dtype)
+
+
+def layout(tensor: ir.TensorProtocol) -> tuple[tuple[int, ...], ir.DataType]:
+    """The dimensions and the element type of a stored tensor."""
     # onnx-ir builds a new shape each time it is asked for that of a tensor in a message.
     if isinstance(tensor, ir.serde.TensorProtoTensor):
         proto = tensor.raw
-        return Fact(tuple(proto.dims[:]), None, tensor, _TYPES[proto.data_type])
-    return Fact(tuple(tensor.shape.numpy()), None, tensor, tensor.dtype)
+        return tuple(proto.dims[:]), _TYPES[proto.data_type]
+    return tuple(tensor.shape.numpy()), tensor.dtype
 
 
 def computed(content: Content, dtype: ir.DataType | None) -> Fact:

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from renorm_onnx.files.external_data import read_rows
-from renorm_onnx.fusion.facts import Fact, to_float64
+from renorm_onnx.fusion.facts import Fact, layout, to_float64
 
 Array = npt.NDArray[np.float64]
 # Some rows of an operand, or all of it.
@@ -56,13 +56,17 @@ class Parameter(NamedTuple):
     factors: tuple[Array, ...] = ()
 
     @classmethod
+    def stored(cls, tensor: ir.TensorProtocol) -> Parameter | None:
+        """The operand that is stored as `tensor`; None unless its type is a float type."""
+        dims, dtype = layout(tensor)
+        return cls(tensor, dtype, dims) if dtype in FLOATS else None
+
+    @classmethod
     def of(cls, fact: Fact) -> Parameter | None:
         """The operand that `fact` describes; None unless it is a constant of a float type."""
-        if fact.dtype not in FLOATS:
-            return None
         if fact.tensor is not None:
-            return cls(fact.tensor, fact.dtype, fact.dims)  # type: ignore[arg-type]  # of a stored tensor: all are fixed
-        if fact.content is None or fact.content.dtype.kind != "f":
+            return cls.stored(fact.tensor)
+        if fact.dtype not in FLOATS or fact.content is None or fact.content.dtype.kind != "f":
             return None
         return cls(to_float64(fact.content), fact.dtype, fact.content.shape)
 

@@ -149,7 +149,7 @@ class Planner:
         """
         queue = _Queue(self._order, backward=True)
         trail: list[tuple[ir.Node, Step]] = []
-        queue.add(v.producer() for v in demands)
+        queue.add([v.producer() for v in demands])
         while queue:
             node = queue.pop()
             if node in self._dead:

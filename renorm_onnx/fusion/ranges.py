@@ -52,7 +52,7 @@ class Ranges:
         before = self._magnitudes_of(parameter, keep)
         after = before * factor.reshape([factor.shape[i] for i in keep])
         tiny = smallest_normal(parameter.dtype)
-        if after.size and after.min() >= tiny and after.max() <= limit:
+        if np.count_nonzero((after >= tiny) & (after <= limit)) == after.size > 0:
             return None
         if not (after <= limit).all() and (after[np.isfinite(before)] > limit).any():
             return Reason.OVERFLOW, _too_large(float(after[np.isfinite(before)].max()), limit)
@@ -66,13 +66,14 @@ class Ranges:
         return None
 
     def _magnitudes_of(self, parameter: Parameter, keep: tuple[int, ...]) -> Array:
-        base = Parameter(parameter.base, parameter.dtype, parameter.shape)
+        base = parameter._replace(factors=())
         if isinstance(parameter.base, np.ndarray):
             return base.magnitudes(keep)
         key = (id(parameter.base), keep)
-        if key not in self._magnitudes:
-            self._magnitudes[key] = (parameter.base, base.magnitudes(keep))
-        return self._magnitudes[key][1]
+        known = self._magnitudes.get(key)
+        if known is None:
+            known = self._magnitudes[key] = (parameter.base, base.magnitudes(keep))
+        return known[1]
 
 
 def _beyond(array: Array, old: Parameter | None, limit: float) -> tuple[Reason, str] | None:

@@ -33,12 +33,13 @@ from renorm_onnx.fusion.report import Reason, Refusal
 CONSTANT_OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg")
 _STARTS = frozenset({"BatchNormalization", *CONSTANT_OPERATORS})
 _ZERO = np.zeros(1)
+_STATISTICS = ((1, "scale"), (2, "B"), (3, "mean"), (4, "var"))
 # A constant as large as the data is read to see whether it varies along one axis only; larger ones are not.
 MAX_SEARCHED_ELEMENTS = 1 << 22
 OLDEST_OPSET = 6  # BatchNormalization-1 to -5 have consumed_inputs and other defaults.
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Norm:
     """A run of nodes that computes one affine map.
 
@@ -122,10 +123,10 @@ def _batch_normalization_map(
         return refuse(Reason.OPSET, node, f"is of opset {desk.opset}; folding starts at opset {OLDEST_OPSET}")
     if why := _training(node, desk.opset):
         return refuse(Reason.TRAINING, node, why)
-    if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+    if len(node.outputs) > 1 and any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         return refuse(Reason.OUTPUTS, node, "has further outputs that are used")
     numbers = []
-    for index, name in enumerate(("scale", "B", "mean", "var"), 1):
+    for index, name in _STATISTICS:
         parameter = desk.parameter(node, index)
         if parameter is not None:
             numbers.append(parameter.float64())
@@ -137,13 +138,13 @@ def _batch_normalization_map(
     if scale.ndim > 1 and not attribute(node, "spatial", 1):
         return refuse(Reason.AXIS, node, "normalizes every position by itself (spatial=0)")
     epsilon = float(attribute(node, "epsilon", np.float32(1e-5)))
-    if var.size and var.min() < 0:
-        return refuse(Reason.NEGATIVE_VARIANCE, node, f"has a negative variance in channel {int(np.argmin(var))}")
+    if np.count_nonzero(var < 0):
+        return refuse(Reason.NEGATIVE_VARIANCE, node, f"has a negative variance in channel {int(np.argmax(var < 0))}")
     sigma = np.sqrt(var + epsilon)
     gain = scale / sigma
     shift = bias - mean * gain
     finite = np.isfinite(shift)  # a gain that is not finite makes the shift so too: 0 * inf is no number
-    if not finite.all():
+    if np.count_nonzero(finite) < finite.size:
         channel = int(np.argmin(finite))
         return refuse(Reason.NON_FINITE, node, f"has parameters that are not finite in channel {channel}")
     return AffineMap.of(gain, shift, 1), mean / sigma, scale
