@@ -4,6 +4,8 @@ Usual is one batch of an eager tensor, all of it valid, with one set of running 
 no checkpoint around. On small layers a step costs as much as the calls it makes, so there are few here.
 """
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
         or "bias" not in parameters
         or not layer._statistics_are_its_own()
         or recomputation.may_be_repeated()
-        or (layer._memory.runs and recomputation.is_repeated())
+        or (layer._memory.used and recomputation.is_repeated())
         or (now := layer._clock.read(step)) is None
     ):
         return None
@@ -65,15 +67,19 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
         y = kernels.renormalize(x, weight, bias, eps, by)
     # Only now: what fails above, as for want of memory, leaves the layer as it was.
     share = 1 / (now + 1) if layer.momentum is None else layer.momentum
-    mean.lerp_(batch_mean, share)
-    if layer.stat == "sigma":
-        sigma.lerp_(batch_sigma, share)
-        torch.sub(sigma.mul_(sigma), added, out=var).relu_()  # below 0 by rounding alone
-    else:
+    spread, tracked = batch_sigma, sigma
+    if layer.stat != "sigma":
         if batch_var is None:
             batch_var = batch_sigma.square().sub_(added).relu_()
         batch = BatchStatistics(batch_mean, batch_var, x.numel() // layer.num_features)
-        var.lerp_(observed_spread(batch, batch_sigma, layer.stat), share)
+        spread, tracked = observed_spread(batch, batch_sigma, layer.stat), var
+    if not (spread.is_cpu and spread.max().item() < inf):  # the host must not wait for a device to tell
+        finite = spread < inf
+        batch_mean, spread = torch.where(finite, batch_mean, mean), torch.where(finite, spread, tracked)
+    mean.lerp_(batch_mean, share)
+    tracked.lerp_(spread, share)
+    if tracked is sigma:
+        torch.sub(sigma.mul_(sigma), added, out=var).relu_()  # below 0 by rounding alone
     step.add_(_ONE)
     layer._clock.advanced(step)
     return y

@@ -141,7 +141,7 @@ def observed_spread(batch: BatchStatistics, batch_sigma: Tensor, stat: str) -> T
         return batch_sigma
     if stat == "var":
         return batch.var
-    size = batch.size
+    size = batch.size.to(batch.var.dtype) if isinstance(batch.size, Tensor) else batch.size
     return batch.var * (size / (size - 1).clamp(min=1) if isinstance(size, Tensor) else size / max(size - 1, 1))
 
 
@@ -164,6 +164,9 @@ def update_statistics(
         "sigma":                s = sqrt(var + eps);  s += momentum * (spread - s);  var = max(s^2 - eps, 0)
         "var", "var_unbiased":  var += momentum * (spread - var)
 
+    A channel whose spread is not finite teaches nothing: one infinite number in one batch would else stay in the
+    statistics for ever, and with it in every later r and d.
+
     Args:
         running_mean: Shape (C,). Written.
         running_var: Shape (C,). Written.
@@ -177,18 +180,22 @@ def update_statistics(
     kind, native = mean.dtype, isinstance(eps, Tensor)
     if isinstance(momentum, Tensor):
         momentum = momentum.to(kind)
+    finite = spread < inf  # neither is NaN, which the spread is wherever the mean is not finite
     if stat != "sigma":
-        var = _move(running_var.to(kind, copy=True), spread, momentum, native)
+        var = running_var.to(kind, copy=True)
+        _move(var, torch.where(finite, spread, var), momentum, native)
     else:
         sigma = deviation(running_var.to(kind), eps) if sigma is None else sigma
-        _move(sigma, spread, momentum, native)
+        _move(sigma, torch.where(finite, spread, sigma), momentum, native)
         var = sigma.mul_(sigma).sub_(eps).relu_()  # below 0 by rounding alone
+    mu = running_mean.to(kind)
+    mean = torch.where(finite, mean, mu)
     if running_var.dtype == kind:
         _move(running_mean, mean, momentum, native)
     else:
         # A module converted to half: better the largest number than infinity.
         var.clamp_(max=torch.finfo(running_var.dtype).max)
-        running_mean.copy_(_move(running_mean.to(kind), mean, momentum, native))
+        running_mean.copy_(_move(mu, mean, momentum, native))
     running_var.copy_(var)
 
 

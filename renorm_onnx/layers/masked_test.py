@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -159,3 +161,12 @@ def test_lengths_are_not_looked_at_where_that_would_break_a_graph():
     for mask in (compiled, torch.export.export(Mask(), (lengths,)).module()):
         assert torch.equal(mask(lengths), Mask()(lengths))
     assert length_mask(torch.zeros(0, dtype=torch.int8), 4).shape == (0, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"stat": "var_unbiased"}, {"virtual_batch_size": 3}], ids=str)
+def test_statistics_of_float64_are_computed_in_float64(options):
+    layer, x = layer_for(3, **options), make_batch(3)
+    unmasked = copy.deepcopy(layer)
+    layer(x, torch.ones(x.size(0), x.size(2), dtype=torch.bool))
+    unmasked(x)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(unmasked.named_buffers()), rtol=1e-14, atol=1e-14)

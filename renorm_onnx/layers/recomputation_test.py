@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from renorm_onnx.layers.conftest import NaiveBatchRenorm, make_batch, shaken, weights_like, worst
 from renorm_onnx.layers.masked import length_mask
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
-from renorm_onnx.layers.recomputation import Corrections, Memory
+from renorm_onnx.layers.recomputation import CAPACITY, Corrections, Memory
 from renorm_onnx.layers.schedules import HardSwitch
 
 OPTIONS = [
@@ -110,26 +110,181 @@ def test_masked_runs_are_repeated_exactly(reentrant):
     assert worst(got, backward(plain, x, lambda x: plain(x, mask).tanh())) < (1e-12, "")
 
 
+def twice_the_same(call):
+    return lambda x: call(x) + 2 * call(x).sin()
+
+
+class Twice(nn.Module):
+    """A network that runs twice on the same batch within one checkpoint."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 2 * self.inner(x).sin()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_runs_on_the_same_batch_are_told_apart(reentrant):
+    """By where they stand: their means are the same, and the statistics have moved between them."""
+    plain = net()
+    for model, around in ((copy.deepcopy(plain), twice_the_same), (Twice(copy.deepcopy(plain)), lambda call: call)):
+        fresh = copy.deepcopy(model)
+        x = make_batch(4)
+        got = backward(model, x, around(checkpointed(model, reentrant)))
+        assert worst(got, backward(fresh, x, around(fresh))) < (1e-12, "")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_by_their_means_alone_runs_on_the_same_batch_are_mistaken(reentrant, monkeypatch):
+    """The negative control."""
+    monkeypatch.setattr(Memory, "repeated", lambda self: None)
+    plain = Twice(net())
+    model = copy.deepcopy(plain)
+    x = make_batch(4)
+    got = backward(model, x, checkpointed(model, reentrant))
+    assert worst(got, backward(plain, x, plain)) > (0.01, "")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_training_pass_without_gradients_is_not_taken_for_the_first_run(reentrant):
+    """As targets of a teacher, or the first pass of a cached gradient, on the batch that is trained on."""
+    plain = net()
+    model = copy.deepcopy(plain)
+    for seed in range(3):
+        x = make_batch(4, seed=seed)
+        with torch.no_grad():
+            model(x)
+            plain(x)
+        assert worst(backward(model, x, checkpointed(model, reentrant)), backward(plain, x, plain)) < (1e-12, "")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_graph_that_is_kept_may_be_repeated_often_and_late(reentrant):
+    plain = net()
+    model = copy.deepcopy(plain)
+    xs = [make_batch(4, seed=seed).requires_grad_() for seed in range(3)]
+
+    def gradients(call):
+        one, two = call(xs[0]), call(xs[1])
+        found = []
+        for y in (one, one):
+            y.square().sum().backward(retain_graph=True)
+        call(xs[2])
+        two.square().sum().backward()
+        for x in xs[:2]:
+            found.append(x.grad.clone())
+            x.grad = None
+        return dict(enumerate(found))
+
+    assert worst(gradients(checkpointed(model, reentrant)), gradients(plain)) < (1e-12, "")
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the inner one, while the outer runs first
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("inner", [False, True])
+def test_checkpoints_within_checkpoints_change_nothing(outer, inner):
+    plain = net()
+    model = copy.deepcopy(plain)
+
+    def nested(call):
+        return lambda x: call(call(x).sin()) + call(x * 2)
+
+    for seed in range(2):
+        x = make_batch(4, seed=seed)
+        around = nested(checkpointed(model, inner))
+        got = backward(model, x, lambda x: checkpoint(around, x, use_reentrant=outer).tanh())  # noqa: B023
+        assert worst(got, backward(plain, x, lambda x: nested(plain)(x).tanh())) < (1e-10, "")
+
+
+class StopsEarly(Twice):
+    """Its second run saves nothing, so that a repetition ends before it."""
+
+    def forward(self, x):
+        y = self.inner(x).sin()
+        with torch.no_grad():
+            self.inner(2 * x)
+        return y
+
+
+def test_each_backward_pass_repeats_from_the_first_run_on():
+    plain = StopsEarly(net())
+    model = copy.deepcopy(plain)
+
+    def gradients(call):
+        x = make_batch(4).requires_grad_()
+        y = call(x).square().sum()
+        for _ in range(2):
+            y.backward(retain_graph=True)
+        return {"x.grad": x.grad}
+
+    assert worst(gradients(checkpointed(model, False)), gradients(plain)) < (1e-12, "")
+
+
+class OfOtherMakers(torch.autograd.Function):
+    """A reentrant checkpoint that nothing on the stack gives away."""
+
+    @staticmethod
+    def forward(state, call, x):
+        state.call = call
+        state.save_for_backward(x)
+        with torch.no_grad():
+            return call(x)
+
+    @staticmethod
+    def backward(state, grad):
+        x = state.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = state.call(x)
+        torch.autograd.backward(y, grad)
+        return None, x.grad
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_checkpoint_that_is_not_recognized_is_told_by_the_means(options):
+    plain = net(**options)
+    model = copy.deepcopy(plain)
+    for seed in range(3):
+        x = make_batch(4, seed=seed)
+        got = backward(model, x, lambda x: OfOtherMakers.apply(model, x))
+        assert worst(got, backward(plain, x, plain)) < (1e-10, "")
+
+
+def test_a_new_batch_within_a_backward_pass_is_a_step_of_its_own():
+    model = net()
+    with torch.no_grad():
+        model(make_batch(4))  # leaves runs behind that nothing will repeat
+    plain, x, other = copy.deepcopy(model), make_batch(4, seed=1).requires_grad_(), make_batch(4, seed=2)
+    y = model(x)
+    outputs = []
+    y.register_hook(lambda _: outputs.append(model(5 * other)))
+    y.sum().backward()
+    plain(x)
+    assert torch.equal(outputs[0], plain(5 * other))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_empty_batch_is_repeated_as_any_other(reentrant):
+    layers = [BatchRenorm2d(3, dtype=torch.float64, schedule=None) for _ in range(2)]
+    xs = [make_batch(4)[:0], make_batch(4)]
+    for layer, call in zip(layers, (layers[0], checkpointed(layers[1], reentrant)), strict=True):
+        torch.cat([call(x.clone().requires_grad_()) for x in xs]).square().sum().backward()
+        assert layer.num_batches_tracked == 2
+    torch.testing.assert_close(layers[1].weight.grad, layers[0].weight.grad, rtol=1e-12, atol=1e-12)
+
+
 def test_a_constant_channel_and_a_nan_do_not_confuse_the_runs():
     memory = Memory()
     for value in (1.0, 2.0):
         mean = torch.tensor([value, float("nan")])
         memory.keep(Corrections(mean, torch.full((2,), value), torch.full((2,), -value)))
-    run = memory.find(torch.tensor([2.0, float("nan")]))
+    run = memory.nearest(torch.tensor([2.0, float("nan")]))
     assert (run.r[0].item(), run.d[0].item()) == (2.0, -2.0)
-
-
-def test_runs_are_kept_until_all_of_them_have_been_repeated():
-    memory, means = Memory(), [torch.full((2,), float(n)) for n in range(3)]
-    for mean in means[:2]:
-        memory.keep(Corrections(mean, mean + 1, -mean))
-    memory.find(means[1])
-    memory.keep(Corrections(means[2], means[2] + 1, -means[2]))
-    assert torch.equal(memory.find(means[0]).r, means[0] + 1)
-    memory.passed()
-    assert len(memory) == 3
-    memory.keep(Corrections(means[1], means[1] + 1, -means[1]))
-    assert len(memory) == 1
+    assert memory.nearest(torch.tensor([3.0, 1.0])) is None
+    assert memory.nearest(torch.tensor([2.0, float("nan")], device="meta")) is None  # of another device: of no use
 
 
 def test_nothing_is_kept_where_nothing_can_be_repeated():
@@ -139,16 +294,53 @@ def test_nothing_is_kept_where_nothing_can_be_repeated():
     assert len(model[1]._memory) == 0
 
 
-def test_what_is_kept_is_bounded_and_forgotten():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_kept_lives_as_long_as_the_graph_that_may_repeat_it(reentrant):
     model = net()
-    for seed in range(3):
-        backward(model, make_batch(4, seed=seed), checkpointed(model, False))
-        assert len(model[1]._memory) == 1
+    memory = model[1]._memory
+    ys = [checkpointed(model, reentrant)(make_batch(4, seed=seed).requires_grad_()) for seed in range(3)]
+    assert len(memory) == 3
+    del ys[0]  # never repeated
+    assert len(memory) == 2
+    ys.pop().sum().backward()
+    assert len(memory) == 1
+    ys.pop().sum().backward()
+    assert len(memory) == 0
+
+
+def pack_nothing(x):
+    return x
+
+
+def test_what_nothing_is_known_to_repeat_is_bounded():
+    wide = Corrections(torch.zeros(CAPACITY // 3 // 4), None, None)
     memory = Memory()
-    wide = Corrections(torch.zeros(Memory.CAPACITY // 3 // 4), None, None)
-    for _ in range(9):
-        memory.keep(wide)
-    assert len(memory) == 4
+    with torch.no_grad():
+        for _ in range(9):
+            memory.keep(wide)
+    assert len(memory) == 1  # one run, kept four times
+    assert len(memory._others.kept) == 4
+    endless = Memory()
+    with torch.autograd.graph.saved_tensors_hooks(pack_nothing, pack_nothing):
+        for _ in range(9):
+            endless.keep(wide)
+    assert len(endless._others.kept) == 4
+
+
+def test_a_hook_that_outlives_its_use_keeps_a_bounded_number_of_runs():
+    wide = Corrections(torch.zeros(CAPACITY // 3 // 4), None, None)
+    memory, seen = Memory(), []
+
+    def unpack(x):
+        seen.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(unpack, unpack):
+        for _ in range(9):
+            memory.keep(wide)
+    [runs] = memory._owned.values()
+    assert len(runs.kept) == 4
+    assert runs.next() is None  # their order is lost
 
 
 def test_what_is_kept_is_not_copied_with_the_layer():

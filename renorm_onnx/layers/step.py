@@ -4,8 +4,9 @@ The order is Algorithm 1's: r and d come from the running statistics as the prev
 statistics move, once.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -93,22 +94,32 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
     assert step is not None
     eager = kernels.available(step)
     parts = split(layer, x, mask)
-    if eager:
-        if len(layer._memory) and recomputation.is_repeated():
-            return _joined([_repeat(layer, *part) for part in parts])
-        if x.numel() == 0 and layer._statistics_are_its_own():
-            step.add_(1)
-            return F.batch_norm(x, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
-    now = layer._clock.read(step) if eager else None
-    reference = _reference(layer, x, step, now)
-    done = [_run(layer, x_part, mask_part, reference) for x_part, mask_part in parts]
-    if eager and recomputation.may_be_repeated():
-        for part in done:
+    if eager and layer._memory.used and recomputation.is_repeated():
+        runs = _repeated_runs(layer, parts)
+        if runs:
+            return _joined([_repeat(layer, *part, run) for part, run in zip(parts, runs, strict=True)])
+    kept = eager and recomputation.may_be_repeated()
+    unseen = recomputation.unseen if kept else nullcontext
+    if (eager or torch.compiler.is_compiling()) and x.numel() == 0 and layer._statistics_are_its_own():
+        if kept:
+            layer._memory.keep(recomputation.NOTHING)
+        step.add_(1)
+        return _of_nothing(layer, x)
+    with unseen():
+        now = layer._clock.read(step) if eager else None
+        reference = _reference(layer, x, step, now)
+    done = [_run(layer, x_part, mask_part, reference, unseen) for x_part, mask_part in parts]
+    with unseen():
+        for part in done if kept else ():
             layer._memory.keep(part.run)
-    step.add_(1)
-    layer._clock.advanced(step)
-    _learn(layer, done, reference, _momentum(layer, step, now), masked=mask is not None)
+        step.add_(1)
+        layer._clock.advanced(step)
+        _learn(layer, done, reference, _momentum(layer, step, now), masked=mask is not None)
     return _joined([part.y for part in done])
+
+
+def _of_nothing(layer: Layer, x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
 
 
 def _momentum(layer: Layer, step: Tensor, now: int | None) -> float | Tensor:
@@ -164,21 +175,33 @@ def _reference(layer: Layer, x: Tensor, step: Tensor, now: int | None) -> Refere
     return Reference(mean, functional.deviation(var, eps), bounds[0], bounds[1], eps)
 
 
-def _run(layer: Layer, x: Tensor, mask: Tensor | None, reference: Reference) -> Part:
+def _run(
+    layer: Layer,
+    x: Tensor,
+    mask: Tensor | None,
+    reference: Reference,
+    unseen: Callable[[], AbstractContextManager[Any]],
+) -> Part:
     if mask is None and _is_plain(reference) and layer._statistics_are_its_own() and kernels.available(x):
         y, mean, inverse = kernels.plain(x, layer.weight, layer.bias, layer.eps)
-        sigma = inverse.reciprocal()
-        size = x.numel() // x.size(1)
-        if layer.stat == "sigma":
-            return Part(y, Corrections(mean, None, None), sigma, size)
-        batch = BatchStatistics(mean, sigma.square().sub_(reference.eps).relu_(), size)
-        return Part(y, Corrections(mean, None, None), functional.observed_spread(batch, sigma, layer.stat), size)
-    batch = layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
-    sigma = functional.deviation(batch.var, reference.eps)
-    r, d = functional.corrections(batch.mean, sigma, *reference[:4])
+        with unseen():
+            sigma = inverse.reciprocal()
+            size = x.numel() // x.size(1)
+            if layer.stat == "sigma":
+                return Part(y, Corrections(mean, None, None), sigma, size)
+            batch = BatchStatistics(mean, sigma.square().sub_(reference.eps).relu_(), size)
+            return Part(y, Corrections(mean, None, None), functional.observed_spread(batch, sigma, layer.stat), size)
+    batch = _statistics(layer, x, mask)
+    with unseen():
+        sigma = functional.deviation(batch.var, reference.eps)
+        r, d = functional.corrections(batch.mean, sigma, *reference[:4])
+        spread = functional.observed_spread(batch, sigma, layer.stat)
     y = _normalized(layer, x, mask, batch, r, d)
-    spread = functional.observed_spread(batch, sigma, layer.stat)
     return Part(y, Corrections(batch.mean, r, d), spread, batch.size)
+
+
+def _statistics(layer: Layer, x: Tensor, mask: Tensor | None) -> BatchStatistics:
+    return layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
 
 
 def _is_plain(reference: Reference) -> bool:
@@ -186,17 +209,26 @@ def _is_plain(reference: Reference) -> bool:
     return isinstance(reference.r_max, float) and (reference.r_max, reference.d_max) == _PLAIN
 
 
-def _repeat(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+def _repeated_runs(layer: Layer, parts: Sequence[tuple[Tensor, Tensor | None]]) -> list[Corrections]:
+    """What the runs that the present call repeats applied to each part; nothing where it repeats none."""
+    found = []
+    for x, mask in parts:
+        run = layer._memory.repeated()
+        if run is None and x.numel():
+            run = layer._memory.nearest(_statistics(layer, x, mask).mean)
+        if run is None:
+            return []
+        found.append(run)
+    return found
+
+
+def _repeat(layer: Layer, x: Tensor, mask: Tensor | None, run: Corrections) -> Tensor:
     """Apply again what the run under repetition applied; learn nothing."""
-    own = mask is None and layer._statistics_are_its_own()
-    if own and layer._memory.plain():
-        layer._memory.passed()
-        return kernels.plain(x, layer.weight, layer.bias, layer.eps)[0]
-    batch = layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
-    run = layer._memory.find(batch.mean)
+    if run is recomputation.NOTHING:
+        return _of_nothing(layer, x)
     if run.r is None or run.d is None:
         return kernels.plain(x, layer.weight, layer.bias, layer.eps)[0]
-    return _normalized(layer, x, mask, batch, run.r, run.d)
+    return _normalized(layer, x, mask, _statistics(layer, x, mask), run.r, run.d)
 
 
 def _normalized(layer: Layer, x: Tensor, mask: Tensor | None, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
@@ -216,11 +248,12 @@ def _learn(
     renorm_momentum: float | Tensor | None = layer.renorm_momentum
     if masked:
         # One valid position says nothing about a spread; such a part teaches nothing.
-        counts = torch.stack([torch.as_tensor(part.size) for part in parts]) >= 2  # (parts,)
+        # In the type of the statistics: a product of a bool with a Python number would be in torch's default type.
+        counts = (torch.stack([torch.as_tensor(part.size) for part in parts]) >= 2).to(mean.dtype)  # (parts,)
         share = counts / counts.sum().clamp(min=1)
         mean, spread = (_weighted(share, values) for values in _columns(parts))
-        momentum = counts.any() * momentum
-        renorm_momentum = None if renorm_momentum is None else counts.any() * renorm_momentum
+        momentum = counts.amax() * momentum
+        renorm_momentum = None if renorm_momentum is None else counts.amax() * renorm_momentum
     elif len(parts) > 1:
         mean, spread = (torch.stack(values).mean(0) for values in _columns(parts))
     eps, stat = reference.eps, layer.stat

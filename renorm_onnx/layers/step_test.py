@@ -265,3 +265,60 @@ def test_a_step_known_to_the_device_alone_is_the_same_step(monkeypatch):
             patch.setattr(HostClock, "read", lambda self, counter: None)
             torch.testing.assert_close(layers[1](x), want)
     torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+
+
+def no_gradients(layer):
+    def call(x):
+        with torch.no_grad():
+            return layer(x)
+
+    return call
+
+
+WAYS = {
+    "the usual step": lambda layer: layer,
+    "the general step": no_gradients,
+    "compiled": lambda layer: torch.compile(layer, backend="aot_eager"),
+    "masked": lambda layer: lambda x: layer(x, torch.ones(x.size(0), *x.shape[2:], dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("schedule", [None, "paper"])
+@pytest.mark.parametrize("options", [{}, {"stat": "var"}, {"stat": "var_unbiased"}, {"renorm_momentum": 0.3}], ids=str)
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_number_that_is_not_finite_spoils_one_channel_of_one_step(way, number, options, schedule):
+    layer = layer_with(**options, schedule=schedule)
+    before, sound = {k: v.clone() for k, v in layer.named_buffers()}, copy.deepcopy(layer)
+    x = make_batch(4)
+    sound(x)
+    x[1, 1, 2, 0] = number
+    y = way(layer)(x)
+    assert [bool(y[:, channel].isfinite().all()) for channel in range(3)] == [True, False, True]
+    for name, value in layer.named_buffers():
+        want = sound.get_buffer(name).clone()
+        if want.dim():
+            want[1] = before[name][1]
+        torch.testing.assert_close(value, want, rtol=1e-12, atol=1e-12)
+    assert layer(make_batch(4, seed=2)).isfinite().all()
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_variance_that_overflows_teaches_nothing(way):
+    layer = BatchRenorm1d(2, schedule=None)
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    way(layer)(x * torch.tensor([1.0, 1e25]))
+    assert layer.running_var[0] != 1
+    assert layer.running_var[1] == 1
+
+
+@pytest.mark.parametrize("schedule", [None, "paper"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_an_empty_batch_teaches_nothing_in_a_compiled_graph_either(schedule, dynamic):
+    layer = layer_with(schedule=schedule)
+    compiled = torch.compile(layer, backend="aot_eager", dynamic=dynamic)
+    compiled(make_batch(4))
+    before = {k: v.clone() for k, v in layer.named_buffers()}
+    assert compiled(make_batch(4)[:0]).shape == (0, 3, 3, 5)
+    for name, value in layer.named_buffers():
+        assert torch.equal(value, before[name] + (name == "num_batches_tracked")), name

@@ -59,6 +59,17 @@ def save_norms(context, operator, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if "batch_norm" in str(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def save_arithmetic(context, operator, *args, **kwargs):
+    """Of a residual network, say; among it is what a step does besides normalizing."""
+    saved = ("add", "sub", "mul", "div", "sqrt", "lerp", "clamp", "reciprocal", "where", "lt", "relu", "stack")
+    named = any(f"aten.{name}." in str(operator) for name in saved)
+    return CheckpointPolicy.MUST_SAVE if named else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_everything(context, operator, *args, **kwargs):
+    return CheckpointPolicy.PREFER_SAVE
+
+
 def selectively(policy):
     def call(model, x):
         def contexts():
@@ -86,6 +97,8 @@ def functionally(model, x):
 CALLS = {
     "checkpoint, convolutions saved": selectively(save_convolutions),
     "checkpoint, norms saved": selectively(save_norms),
+    "checkpoint, arithmetic saved": selectively(save_arithmetic),
+    "checkpoint, everything saved": selectively(save_everything),
     "checkpoint without early stop": to_the_end,
     "checkpoint_sequential": lambda model, x: checkpoint_sequential(model, 2, x, use_reentrant=False),
     "checkpoint_sequential, reentrant": lambda model, x: checkpoint_sequential(model, 2, x, use_reentrant=True),
