@@ -139,7 +139,9 @@ def work(rank, folder):
         found["plain ddp"].append((grads, {k: v.clone() for k, v in plain.module.named_buffers()}))
 
     apart = nn.Sequential(
-        layer(BatchRenorm2d), nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3, track_running_stats=False)
+        layer(BatchRenorm2d, renorm_momentum=0.3),
+        nn.BatchNorm2d(3).double(),
+        nn.BatchNorm2d(3, track_running_stats=False),
     )
     for step in range(rank + 2):
         apart[:2](parts(whole_batch(step), 4)[rank])
@@ -334,14 +336,14 @@ def test_pooled_running_statistics_obey_the_law_of_total_variance(found):
     for each in found:
         _, count, after = each["pooled"]
         assert count == 2
-        for name in ("0", "1"):
-            means = torch.stack([b[f"{name}.running_mean"] for b in before]).double()
-            seconds = torch.stack([b[f"{name}.running_var"] for b in before]).double() + means**2
-            torch.testing.assert_close(after[f"{name}.running_mean"], means.mean(0), rtol=1e-12, atol=1e-12)
+        for name in ("0.running", "0.renorm", "1.running"):
+            means = torch.stack([b[f"{name}_mean"] for b in before]).double()
+            seconds = torch.stack([b[f"{name}_var"] for b in before]).double() + means**2
+            torch.testing.assert_close(after[f"{name}_mean"], means.mean(0), rtol=1e-12, atol=1e-12)
             want = seconds.mean(0) - means.mean(0) ** 2
-            torch.testing.assert_close(after[f"{name}.running_var"], want, rtol=1e-10, atol=1e-10)
-            assert after[f"{name}.num_batches_tracked"].item() == 3
-            averaged = torch.stack([b[f"{name}.running_var"] for b in before]).mean(0)
+            torch.testing.assert_close(after[f"{name}_var"], want, rtol=1e-10, atol=1e-10)
+            assert after[f"{name[0]}.num_batches_tracked"].item() == 3
+            averaged = torch.stack([b[f"{name}_var"] for b in before]).mean(0)
             assert (want - averaged).abs().max() > 0.01  # control: an average of variances would not do
 
 

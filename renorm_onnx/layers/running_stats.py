@@ -19,16 +19,20 @@ from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.schedules import CONSTANT
 from renorm_onnx.layers.swap import check_module
 
+# The sets of statistics that a layer may keep.
+_SETS = ("running", "renorm")
 # What a pass over data changes on a layer and puts back.
 _OPTIONS = ("momentum", "schedule", "r_max", "d_max")
 
 
 class _Tracked(NamedTuple):
-    """A norm layer that keeps running statistics, and the buffers it keeps them in."""
+    """A norm layer that keeps running statistics, and the buffers it keeps them in.
+
+    The first set is that of evaluation; a layer with a `renorm_momentum` has another, for r and d.
+    """
 
     layer: _BatchRenorm | _BatchNorm
-    mean: Tensor
-    var: Tensor
+    sets: tuple[tuple[Tensor, Tensor], ...]  # (mean, var)
     steps: Tensor
 
 
@@ -36,9 +40,10 @@ def _tracked(module: nn.Module) -> list[_Tracked]:
     found = []
     for layer in module.modules():
         if isinstance(layer, _BatchRenorm | _BatchNorm) and layer.track_running_stats:
-            mean, var, steps = layer.running_mean, layer.running_var, layer.num_batches_tracked
-            if mean is not None and var is not None and steps is not None:
-                found.append(_Tracked(layer, mean, var, steps))
+            kept = [[layer._buffers.get(f"{which}_{name}") for name in ("mean", "var")] for which in _SETS]
+            sets = tuple((mean, var) for mean, var in kept if mean is not None and var is not None)
+            if sets and layer.num_batches_tracked is not None:
+                found.append(_Tracked(layer, sets, layer.num_batches_tracked))
     return found
 
 
@@ -50,7 +55,8 @@ def _averaging_anew(module: nn.Module, tracked: list[_Tracked]) -> Iterator[None
     """
     training = [(each, each.training) for each in module.modules()]
     options = [{key: vars(each.layer)[key] for key in _OPTIONS if key in vars(each.layer)} for each in tracked]
-    saved = [(each.mean.clone(), each.var.clone(), each.steps.clone()) for each in tracked]
+    saved = [[(mean.clone(), var.clone()) for mean, var in each.sets] for each in tracked]
+    steps = [each.steps.clone() for each in tracked]
     module.train()
     for layer, *_ in tracked:
         layer.reset_running_stats()
@@ -59,15 +65,15 @@ def _averaging_anew(module: nn.Module, tracked: list[_Tracked]) -> Iterator[None
             layer.schedule, layer.r_max, layer.d_max = CONSTANT, 1.0, 0.0
     try:
         yield
-    except BaseException:
-        for each, (mean, var, _) in zip(tracked, saved, strict=True):
-            each.mean.copy_(mean)
-            each.var.copy_(var)
-        raise
+        # The second set, an average with a memory, has forgotten nothing of where it started from.
+        saved = [[each.sets[0]] * len(each.sets) for each in tracked]
     finally:
-        for each, before, (_, _, steps) in zip(tracked, options, saved, strict=True):
+        for each, before, statistics, count in zip(tracked, options, saved, steps, strict=True):
             vars(each.layer).update(before)
-            each.steps.copy_(steps)
+            each.steps.copy_(count)
+            for (mean, var), (old_mean, old_var) in zip(each.sets, statistics, strict=True):
+                mean.copy_(old_mean)
+                var.copy_(old_var)
         for module_, mode in training:
             module_.training = mode
 
@@ -84,7 +90,8 @@ def update_stats(
     For averaged weights (SWA, EMA), pruned or otherwise edited networks, whose statistics no longer belong to their
     weights. `torch.optim.swa_utils.update_bn` does this for torch's BatchNorm and skips every other type.
 
-    Each layer starts from nothing and averages over the batches with equal weight. During the pass layers normalize by
+    Each layer starts from nothing and averages over the batches with equal weight; a second set of statistics
+    (`renorm_momentum`) becomes the same. During the pass layers normalize by
     the batch alone (r = 1, d = 0): corrections towards statistics that are only being collected would distort the input
     of every layer behind. Afterwards the training flags of all modules, the layers' options and `num_batches_tracked`
     are as before, so a schedule goes on where it was. On several processes, follow with `sync_running_stats`.
@@ -148,10 +155,11 @@ def sync_running_stats(module: nn.Module, process_group: "dist.ProcessGroup | No
         return 0
     tracked = _tracked(module)
     with torch.no_grad():
-        for _, mean, var, steps in tracked:
-            kind = accumulation_type(mean)
-            pooled = pooled_statistics(BatchStatistics(mean.to(kind), var.to(kind), 1), process_group)
-            mean.copy_(pooled.mean)
-            var.copy_(pooled.var)
+        for _, sets, steps in tracked:
+            for mean, var in sets:
+                kind = accumulation_type(mean)
+                pooled = pooled_statistics(BatchStatistics(mean.to(kind), var.to(kind), 1), process_group)
+                mean.copy_(pooled.mean)
+                var.copy_(pooled.var)
             dist.all_reduce(steps, dist.ReduceOp.MAX, group=process_group)
     return len(tracked)

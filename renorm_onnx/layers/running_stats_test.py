@@ -127,3 +127,19 @@ def test_arguments_in_the_order_of_update_bn_are_refused_with_the_right_order():
         update_stats(batches(), network())
     with pytest.raises(InputError, match=r"sync_running_stats: module is a dict, expected a torch\.nn\.Module"):
         sync_running_stats(dict(network().state_dict()))
+
+
+def test_a_second_set_of_statistics_becomes_the_same_and_survives_a_failing_pass():
+    model = network(renorm_momentum=0.1)
+    model[1].renorm_mean.fill_(5)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(InputError, match="batches is empty"):
+        update_stats(model, [])
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    single = network()
+    assert update_stats(model, batches()) == update_stats(single, batches())
+    for which in ("running", "renorm"):
+        for name in ("mean", "var"):
+            want = single[1].get_buffer(f"running_{name}")
+            torch.testing.assert_close(model[1].get_buffer(f"{which}_{name}"), want, rtol=1e-12, atol=1e-12)
