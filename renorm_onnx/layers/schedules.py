@@ -248,7 +248,7 @@ class Sigmoid(Schedule):
     def bounds_on_device(self, step: Tensor, r_max: float, d_max: float) -> tuple[Tensor, Tensor]:
         """Return the point of each curve at `step`."""
         t = (float64(step) - 1).clamp(min=0) * self.t_delta
-        d_now = d_max / (1 + (d_max / 1e-3 - 1) * torch.exp(-2 * t))
+        d_now = d_max / (1 + (d_max / 1e-3 - 1) * torch.exp(-2 * t)) if d_max else torch.zeros_like(t)
         return r_max / (1 + (r_max - 1) * torch.exp(-t)), torch.where(step > 0, d_now, 0.0)
 
 

@@ -66,9 +66,10 @@ def test_the_sigmoid_repeats_the_reference_implementation():
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s).__name__)
 def test_host_and_device_agree(schedule):
     for step in (0, 1, 2, 5, 7, 11, 16, 4_999, 5_000, 5_001, 30_000, 400_000):
-        want = schedule.bounds(step, 2.5, 4.0)
-        got = [bound.item() for bound in schedule.bounds_on_device(torch.tensor(step), 2.5, 4.0)]
-        assert got == pytest.approx(want, rel=1e-12, abs=1e-15)
+        for r_max, d_max in ((2.5, 4.0), (1.0, 4.0), (2.5, 0.0)):
+            want = schedule.bounds(step, r_max, d_max)
+            got = [bound.item() for bound in schedule.bounds_on_device(torch.tensor(step), r_max, d_max)]
+            assert got == pytest.approx(want, rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s).__name__)
