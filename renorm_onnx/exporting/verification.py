@@ -1,12 +1,14 @@
 """After an export: does the model compute what the module computes?
 
 Two questions, kept apart. Whether the *translation* is right is asked in float64 on both sides, torch's copy of the
-module against our evaluation of the model, where rounding cannot hide a wrong epsilon. How well the result *runs* is
-asked of onnxruntime, in the model's own types and without its graph optimizations.
+module against our evaluation of the model, where rounding cannot hide a wrong epsilon. A module whose code names
+narrower types (autocast, a cast) has no such copy; its own run has to do. How well the result *runs* is asked of
+onnxruntime, in the model's own types and without its graph optimizations.
 """
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +19,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, VerificationError
@@ -41,6 +44,7 @@ RUN = {
 }
 #: Larger weights are left out for the structural checks: protobuf holds 2 GB, and their values do not matter there.
 _LARGE = 4096
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,11 @@ def verify_export(
         return _skip(report, "values, because a layer of the module is random in training mode")
     feeds = {name: _numpy(leaf) for name, leaf in zip(names, leaves, strict=True)}
     reference = evaluate(model, feeds)
-    problem = _check_translation(module, args, kwargs, reference)
+    coarsest = _coarsest(model)
+    problem = _check_translation(module, args, kwargs, reference, coarsest)
     if problem:
         return _skip(report, problem)
-    return _check_run(model, feeds, reference, report)
+    return _check_run(model, feeds, reference, report, coarsest)
 
 
 def check_structure(model: ir.Model) -> None:
@@ -153,15 +158,46 @@ def _without_weights(model: ir.Model) -> ir.Model:
     return light
 
 
+class _Narrowing(TorchFunctionMode):
+    """Notes whether code rounds to less than float32 although all it was given is float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor):  # autocast itself leaves float64 alone, so it shows in no result
+                self.seen |= value.dtype in _NARROW or torch.is_autocast_enabled(value.device.type)
+        return result
+
+
+def _coarsest(model: ir.Model) -> Tolerance:
+    """What is allowed for a run in the model's own types: as much as the coarsest of them needs."""
+    allowed = {ir.DataType.from_numpy(kind): tolerance for kind, tolerance in RUN.items()}
+    found = {out.dtype for node in ir.traversal.RecursiveGraphIterator(model.graph) for out in node.outputs}
+    found |= {value.dtype for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    return max((allowed[kind] for kind in found if kind in allowed), key=lambda t: t.rms, default=TRANSLATION)
+
+
 def _check_translation(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], reference: Mapping[str, Array]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    reference: Mapping[str, Array],
+    coarsest: Tolerance,
 ) -> str:
     """Compare torch in float64 with the evaluation in float64; return why that was impossible, if it was."""
+    narrowing = _Narrowing()
     try:
-        want, tolerance = _outputs_of(module, args, kwargs, double=True), TRANSLATION
+        want, tolerance = _outputs_of(module, args, kwargs, narrowing), TRANSLATION
     except Exception:  # code that names float32 cannot run in float64; then torch's own precision has to do
-        want = _outputs_of(module, args, kwargs, double=False)
-        tolerance = RUN[max((w.dtype for w in want if w.dtype in RUN), key=lambda d: RUN[d].rms)]
+        narrowing.seen = True
+    if narrowing.seen:
+        want, tolerance = _outputs_of(module, args, kwargs), coarsest
     got = list(reference.values())
     if len(got) != len(want):
         return f"values, because the module returns {len(want)} tensors and the model {len(got)}"
@@ -176,7 +212,11 @@ def _check_translation(
 
 
 def _check_run(
-    model: ir.Model, feeds: Mapping[str, Array], reference: Mapping[str, Array], report: ExportReport
+    model: ir.Model,
+    feeds: Mapping[str, Array],
+    reference: Mapping[str, Array],
+    report: ExportReport,
+    coarsest: Tolerance,
 ) -> ExportReport:
     try:
         session = open_session(model, "cpu", optimize="off", threads=1)
@@ -189,7 +229,7 @@ def _check_run(
     for name, value in got.items():
         if value.dtype not in RUN or not value.size:
             continue
-        one = compare({name: reference[name]}, {name: value.astype(np.float64)}, RUN[value.dtype])
+        one = compare({name: reference[name]}, {name: value.astype(np.float64)}, coarsest)
         if not one:
             raise VerificationError(f"to_onnx: onnxruntime differs from the float64 reference: {one}")
         worst = one if worst is None or one.peak > worst.peak else worst
@@ -199,16 +239,21 @@ def _check_run(
     return replace(report, error=worst.peak * size, relative=worst.peak)
 
 
-def _outputs_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool) -> list[Array]:
-    """Return the tensors that a copy of the module gives, then the statistics that its training layers updated."""
+def _outputs_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_double: _Narrowing | None = None
+) -> list[Array]:
+    """Return the tensors that a copy of the module gives, then the statistics that its training layers updated.
+
+    Given `in_double`, the copy runs in float64, under that watch.
+    """
     twin = _copied(module)
     inputs: Any = (args, dict(kwargs))
-    if double:
+    if in_double is not None:
         twin = twin.double()
         inputs = torch.utils._pytree.tree_map(_double, inputs)
     else:
         inputs = copy.deepcopy(inputs)
-    with torch.no_grad():
+    with torch.no_grad(), in_double or contextlib.nullcontext():
         result = twin(*inputs[0], **inputs[1])
     tensors = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
     tensors += training_state(twin).values()

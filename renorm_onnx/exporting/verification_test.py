@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from renorm_onnx.errors import VerificationError
-from renorm_onnx.exporter import to_onnx
+from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting import verification
 from renorm_onnx.exporting.verification import ExportReport, check_structure, verify_export
 from renorm_onnx.layers.modules import BatchRenorm2d
@@ -93,6 +93,57 @@ def test_code_that_names_float32_is_checked_in_float32() -> None:
     net.norm.running_mean.fill_(1.0)
     with pytest.raises(VerificationError, match="does not compute"):
         verify_export(model, net, (X,), {}, REPORT)
+
+
+class Narrowed(nn.Module):
+    """Computes in a narrower type than its parameters have, by autocast or by casts."""
+
+    def __init__(self, narrow: torch.dtype, by: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), BatchRenorm2d(4)
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+        self.norm.running_mean.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5]))
+        self.norm.num_batches_tracked.fill_(1)
+        self.narrow, self.by = narrow, by
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.by == "autocast":
+            with torch.autocast("cpu", self.narrow):
+                return self.norm(self.conv(x)).float()
+        weight, bias = self.conv.weight.to(self.narrow), self.conv.bias.to(self.narrow)
+        return self.norm(nn.functional.conv2d(x.to(self.narrow), weight, bias).to(x.dtype))
+
+
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by", ["autocast", "cast"])
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_module_that_computes_in_a_narrower_type_is_checked_by_its_own_run(narrow, by, captured) -> None:
+    net = Narrowed(narrow, by).eval()
+    with keep_ops():
+        judge = torch.export.export(net, (X,)).module() if captured else net
+    model = ir.from_proto(to_onnx(net, X, opset=22, verify=False))
+    report = verify_export(model, judge, (X,), {}, REPORT)
+    assert not [reason for reason in report.skipped if reason.startswith("values")]
+    for parameter in (net.norm.bias, net.norm.weight):
+        with torch.no_grad():
+            parameter.add_(3.0)
+            faulty = ir.from_proto(to_onnx(net, X, opset=22, verify=False))
+            parameter.sub_(3.0)
+        with pytest.raises(VerificationError, match="does not compute what the module computes"):
+            verify_export(faulty, judge, (X,), {}, REPORT)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_module_whose_own_type_is_narrow_is_still_checked_in_float64(kind) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchRenorm2d(4)).eval().to(kind)
+    net[1].num_batches_tracked.fill_(1)
+    wrong = ir.from_proto(to_onnx(net, X.to(kind), opset=22))
+    call = next(n for n in wrong.graph if n.domain == "renorm_onnx")
+    call.attributes["epsilon"] = ir.AttrFloat32("epsilon", 1e-4)
+    with pytest.raises(VerificationError, match=r"does not compute .*allowed 1\.0e-05"):
+        verify_export(wrong, net, (X.to(kind),), {}, REPORT)
 
 
 class Remembering(nn.Module):
