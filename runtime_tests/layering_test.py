@@ -20,7 +20,7 @@ ORDER = [
     "version errors interrupts deferral arguments model_walk",
     "layers.schedules layers.clock layers.kernels layers.saving layers.recomputation",
     "layers.functional",
-    "layers.masked layers.operators",
+    "layers.masked layers.operators layers.options",
     "layers.step",
     "layers.direct layers.exported",
     "layers.modules",

@@ -5,7 +5,6 @@ ways. The classes derive from `_NormBase`, not from `_BatchNorm`: torch's `conve
 and would silently replace renormalization by normalization.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,10 +18,11 @@ from renorm_onnx.layers import functional
 from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.direct import take_usual_step
 from renorm_onnx.layers.exported import take_exported_step
-from renorm_onnx.layers.functional import STATS, BatchStatistics, Stat
+from renorm_onnx.layers.functional import BatchStatistics, Stat
 from renorm_onnx.layers.masked import check_mask, check_valid_positions, normalize_masked
+from renorm_onnx.layers.options import CHECKS
 from renorm_onnx.layers.recomputation import Memory
-from renorm_onnx.layers.schedules import Bounds, Schedule, as_schedule, check_bounds
+from renorm_onnx.layers.schedules import Bounds, Schedule
 from renorm_onnx.layers.step import take_step
 
 # Names in the state dicts of other libraries' layers that ours does not have.
@@ -74,27 +74,30 @@ class _BatchRenorm(_NormBase):
         renorm_momentum: float | None = None,
         virtual_batch_size: int | None = None,
     ) -> None:
-        who = type(self).__name__
-        _check_arguments(who, num_features, eps, momentum, stat, renorm_momentum, virtual_batch_size)
-        if renorm_momentum is not None and not track_running_stats:
-            raise InputError(
-                f"{who}: renorm_momentum={renorm_momentum!r} given with track_running_stats=False, expected None: "
-                "without running statistics there is no second set of them"
-            )
-        check_bounds((r_max, d_max), f"{who}: got")
-        resolved = as_schedule(schedule, who)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.r_max = float(r_max)
-        self.d_max = float(d_max)
+        self.r_max = r_max
+        self.d_max = d_max
         self.stat = stat
-        self.schedule = resolved
-        self.renorm_momentum = renorm_momentum
-        self.virtual_batch_size = virtual_batch_size
+        self.schedule = cast(Schedule, schedule)  # which it is once assigned
         if renorm_momentum is not None and self.running_mean is not None and self.running_var is not None:
             self.register_buffer("renorm_mean", self.running_mean.clone())
             self.register_buffer("renorm_var", self.running_var.clone())
+        self.renorm_momentum = renorm_momentum
+        self.virtual_batch_size = virtual_batch_size
         self._memory = Memory()
         self._clock = HostClock()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep an option as the constructor would, or refuse it; assignments are rare, a property would slow reads."""
+        check = CHECKS.get(name)
+        if check is not None:
+            value = check(type(self).__name__, value)
+            if name == "renorm_momentum" and value is not None and "renorm_mean" not in self._buffers:
+                raise InputError(
+                    f"{type(self).__name__}: renorm_momentum={value!r}, expected None because the layer has no second "
+                    "set of statistics; give it to the constructor, together with track_running_stats=True"
+                )
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize x as the mode says: by corrected batch statistics, or by the running ones.
@@ -285,39 +288,6 @@ def as_leaf(layer: _BatchRenorm, x: torch.fx.Proxy, mask: Tensor | None) -> Tens
     return cast(Tensor, x.tracer.create_proxy("call_module", name, arguments, {}))
 
 
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except (TypeError, ValueError):
-        return False
-
-
-def _check_arguments(
-    who: str,
-    num_features: int,
-    eps: float,
-    momentum: float | None,
-    stat: str,
-    renorm_momentum: float | None,
-    virtual_batch_size: int | None,
-) -> None:
-    if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
-        raise InputError(f"{who}: num_features={num_features!r}, expected an integer >= 1")
-    if not (_is_finite(eps) and eps >= 0):
-        raise InputError(f"{who}: eps={eps!r}, expected a finite number >= 0")
-    if momentum is not None and not (_is_finite(momentum) and 0 <= momentum <= 1):
-        raise InputError(f"{who}: momentum={momentum!r}, expected a number in [0, 1], or None for a cumulative average")
-    if stat not in STATS:
-        raise InputError(f"{who}: stat={stat!r}, expected one of {STATS}")
-    if renorm_momentum is not None and not (_is_finite(renorm_momentum) and 0 <= renorm_momentum <= 1):
-        raise InputError(
-            f"{who}: renorm_momentum={renorm_momentum!r}, expected a number in [0, 1], or None to use one set of "
-            "statistics for r, d and inference"
-        )
-    if virtual_batch_size is not None and (not isinstance(virtual_batch_size, int) or virtual_batch_size < 1):
-        raise InputError(f"{who}: virtual_batch_size={virtual_batch_size!r}, expected an integer >= 1, or None")
-
-
 class BatchRenorm1d(_BatchRenorm):
     """Batch renormalization of (N, C) or (N, C, L); arguments as in `BatchRenorm2d`.
 
@@ -373,7 +343,7 @@ class BatchRenorm2d(_BatchRenorm):
             running statistics take the mean over the groups, once per step.
 
     Raises:
-        InputError: An argument is out of its range or not finite.
+        InputError: An argument is out of its range or not finite; the same if it is assigned to the layer later.
     """
 
     ranks = (4,)

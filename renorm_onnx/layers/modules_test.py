@@ -10,7 +10,8 @@ import renorm_onnx
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.conftest import LAYERS, algorithm_1, make_batch, shaken
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from renorm_onnx.layers.schedules import PAPER, Schedule
+from renorm_onnx.layers.options import CHECKS
+from renorm_onnx.layers.schedules import PAPER, Schedule, Sigmoid, linear
 
 TORCH = {BatchRenorm1d: nn.BatchNorm1d, BatchRenorm2d: nn.BatchNorm2d, BatchRenorm3d: nn.BatchNorm3d}
 SCHEDULES = {"stretched": (800,), "linear": (1, 9), "Ramp": (1, 9, 5), "HardSwitch": (7,), "Sigmoid": (0.1,)}
@@ -83,7 +84,7 @@ def test_state_dicts_load_strictly_both_ways(options):
         ({"eps": None}, "eps=None, expected a finite number >= 0"),
         (
             {"renorm_momentum": 0.1, "track_running_stats": False},
-            r"renorm_momentum=0\.1 given with track_running_stats=False, expected None",
+            r"renorm_momentum=0\.1, expected None because the layer has no second set .* track_running_stats=True",
         ),
         ({"schedule": "papre"}, "BatchRenorm2d: schedule='papre', expected 'paper', None, a Schedule or a function"),
     ],
@@ -91,6 +92,59 @@ def test_state_dicts_load_strictly_both_ways(options):
 def test_a_bad_constructor_argument_is_refused_by_name(arguments, message):
     with pytest.raises(InputError, match=message):
         BatchRenorm2d(**{"num_features": 3, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_features", 0, "BatchRenorm2d: num_features=0, expected an integer >= 1"),
+        ("eps", float("nan"), "eps=nan, expected a finite number >= 0"),
+        ("momentum", 2.0, r"momentum=2\.0, expected a number in \[0, 1\]"),
+        ("momentum", float("nan"), "momentum=nan"),
+        ("r_max", 0.5, r"r_max=0\.5, expected a finite number >= 1 because r lies in \[1/r_max, r_max\]"),
+        ("d_max", "a", r"d_max='a', expected a finite number >= 0 because d lies in \[-d_max, d_max\]"),
+        ("stat", "bogus", "stat='bogus', expected one of"),
+        ("schedule", "papre", "BatchRenorm2d: schedule='papre', expected 'paper', None, a Schedule or a function"),
+        ("virtual_batch_size", 0, "virtual_batch_size=0, expected an integer >= 1, or None"),
+        ("renorm_momentum", 1.5, r"renorm_momentum=1\.5, expected a number in \[0, 1\], or None to"),
+        ("renorm_momentum", 0.1, "renorm_momentum=0.1, expected None because the layer has no second set of statistic"),
+    ],
+)
+def test_what_the_constructor_refuses_is_refused_on_assignment_and_changes_nothing(name, value, message):
+    layer = BatchRenorm2d(3)
+    before = getattr(layer, name)
+    with pytest.raises(InputError, match=message):
+        setattr(layer, name, value)
+    assert getattr(layer, name) is before
+    assert layer(make_batch(4, dtype=torch.float32)).isfinite().all()
+
+
+@pytest.mark.parametrize("given", [None, "paper", Sigmoid(0.1), lambda step: (1.5 + step, 0.5)])
+def test_a_schedule_assigned_later_acts_as_one_given_to_the_constructor(given):
+    made, changed = shaken(BatchRenorm2d(3, schedule=given)), shaken(BatchRenorm2d(3, schedule=linear(0, 7)))
+    other = copy.deepcopy(changed)
+    changed.schedule = given
+    x = make_batch(4, dtype=torch.float32) * 3
+    for layer in (made, changed, other):
+        layer.num_batches_tracked.fill_(3)
+    want = made(x)
+    assert torch.equal(changed(x), want)
+    assert not torch.equal(other(x), want)  # control: the schedule matters
+    assert (changed.r_max, changed.d_max) == (3.0, 5.0)
+
+
+def test_bounds_assigned_as_integers_are_kept_as_the_constructor_keeps_them():
+    layer = BatchRenorm2d(3, schedule=None)
+    layer.r_max, layer.d_max = 2, 0
+    assert repr(layer) == repr(BatchRenorm2d(3, schedule=None, r_max=2, d_max=0))
+    assert layer.schedule.bounds(0, layer.r_max, layer.d_max) == (2.0, 0.0)
+
+
+def test_reading_an_option_costs_no_property():
+    layer = BatchRenorm2d(3)
+    for name in CHECKS:
+        assert name in vars(layer)
+        assert not hasattr(type(layer), name)
 
 
 @pytest.mark.parametrize("kind", list(TORCH))
