@@ -21,7 +21,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers.functional import Stat
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from renorm_onnx.layers.schedules import CONSTANT, PAPER, HardSwitch, Schedule, linear
-from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, swap_layers
+from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, start_second_set, swap_layers
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def adopt(module: nn.Module, **options: Any) -> nn.Module:
     Args:
         module: The model; may itself be such a layer.
         **options: For each layer instead of what it has, as in `BatchRenorm2d`: `r_max`, `d_max`, `schedule`, `stat`,
-            `momentum`.
+            `momentum`, `renorm_momentum`, `virtual_batch_size`.
 
     Returns:
         `module`, or its replacement if it is itself such a layer.
@@ -255,6 +255,7 @@ def _adopted(row: ForeignLayer, old: nn.Module, options: dict[str, Any]) -> _Bat
     new._buffers["running_mean"], new._buffers["running_var"] = mean.to(weight.device), spread.to(weight.device)
     steps = 0 if row.steps is None else getattr(old, row.steps)
     new._buffers["num_batches_tracked"] = torch.as_tensor(steps, dtype=torch.long, device=weight.device)
+    start_second_set(new)
     return new
 
 

@@ -174,6 +174,18 @@ def test_options_go_before_what_the_layer_has():
         adopt(stand_in(CORENET), r_max=0.5)
 
 
+def test_a_second_set_of_statistics_starts_as_the_adopted_ones():
+    for foreign in (stand_in(TORCHRL, **WARM), stand_in(AVALANCHE, box=True, **GROWN)):
+        layer = adopt(copy.deepcopy(foreign), renorm_momentum=0.5, schedule=None)
+        assert torch.equal(layer.renorm_mean, layer.running_mean)
+        assert torch.equal(layer.renorm_var, layer.running_var)
+        x = random((4, C, 3, 2), 9) * 3
+        one_set = adopt(foreign, schedule=None)
+        assert torch.equal(layer(x), one_set(x))  # both sets are alike at the first step
+        assert not torch.equal(layer.renorm_mean, layer.running_mean)
+        assert not torch.equal(layer(x), one_set(x))  # control: then r and d come from the second
+
+
 def test_statistics_that_were_never_learned_become_the_initial_ones():
     foreign = stand_in(AVALANCHE, box=True, **GROWN)
     foreign.running_avg_std = torch.zeros(1, C, 1, 1)

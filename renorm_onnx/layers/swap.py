@@ -126,7 +126,7 @@ def carry_attributes(new: nn.Module, old: nn.Module, *, but: Collection[str] = (
 def share_state(new: Layer, old: nn.Module) -> Layer:
     """Give `new` the very parameters and buffers of `old`, in place, where both use torch's names for them.
 
-    A second set of statistics, which `renorm_momentum` asks for, starts as a copy of the first.
+    A second set of statistics starts as a copy of the first.
 
     Returns:
         `new`.
@@ -135,11 +135,16 @@ def share_state(new: Layer, old: nn.Module) -> Layer:
         new._parameters[name] = old._parameters.get(name)
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         new._buffers[name] = old._buffers.get(name)
-    for name, source in (("renorm_mean", "running_mean"), ("renorm_var", "running_var")):
-        if name in new._buffers:
-            running = new._buffers[source]
-            new._buffers[name] = None if running is None else running.clone()
+    start_second_set(new)
     return new
+
+
+def start_second_set(layer: nn.Module) -> None:
+    """Let the second set of statistics, which `renorm_momentum` asks for, start as a copy of the first, in place."""
+    for name, source in (("renorm_mean", "running_mean"), ("renorm_var", "running_var")):
+        if name in layer._buffers:
+            running = layer._buffers[source]
+            layer._buffers[name] = None if running is None else running.clone()
 
 
 def quoted(name: str) -> str:
