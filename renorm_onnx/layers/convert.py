@@ -63,7 +63,8 @@ def convert_batchnorm(
 
     `BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm`, wherever they stand. Evaluation is equal to the bit. Parameters and
     buffers stay the same tensors, so optimizers, tied weights and `DistributedDataParallel` go on; a layer used twice
-    stays one layer; training flags, hooks and attributes such as `qconfig` are kept. eps and momentum stay those of
+    stays one layer; training flags, hooks and attributes such as `qconfig` are kept. A layer without a counter, which
+    torch allows, gets one. eps and momentum stay those of
     each layer (torch's default momentum is 0.1; for batch renormalization the paper uses 0.01).
 
     timm's `BatchNormAct2d` and `SyncBatchNormAct` keep the activation that they apply, under its name.
@@ -92,8 +93,8 @@ def convert_batchnorm(
 
     Raises:
         InputError: `module` is no module.
-        InputError: A lazy layer has not seen a batch yet; an option or a layer's own value cannot be used; `strict`
-            and a layer would be left alone. The model is then as it was.
+        InputError: A lazy layer has not seen a batch yet; a cumulative average has no count; an option or a layer's own
+            value cannot be used; `strict` and a layer would be left alone. The model is then as it was.
         TypeError: `options` names something that no layer takes.
     """
     check_module(module, "convert_batchnorm")
@@ -171,7 +172,15 @@ def _renormed(name: str, old: _BatchNorm, schedule: Schedule, options: dict[str,
     carry_attributes(new, old)
     if isinstance(old, nn.SyncBatchNorm) and isinstance(new, SyncBatchRenorm):
         new.process_group = old.process_group
-    return share_state(new, old)
+    share_state(new, old)
+    if new.num_batches_tracked is None and new.running_mean is not None:
+        if new.momentum is None and _has_learned(old):
+            raise InputError(
+                f"convert_batchnorm: {quoted(name)} has momentum=None and num_batches_tracked=None, expected a count, "
+                "which is the weight of its cumulative average; set num_batches_tracked, or pass momentum"
+            )
+        new._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long, device=new.running_mean.device)
+    return new
 
 
 def _origin(layer: nn.Module) -> tuple[str, str]:

@@ -289,6 +289,28 @@ def test_a_cumulative_average_keeps_its_count():
     assert layer.schedule.bounds(17, 3.0, 5.0) == (3.0, 5.0)
 
 
+@pytest.mark.parametrize(("make", "counted"), [(trained, 40_000), (lambda norm: norm, 0)])
+def test_a_layer_without_a_counter_gets_one_and_trains(make, counted):
+    norm = make(nn.BatchNorm1d(3))
+    norm.num_batches_tracked = None
+    assert copy.deepcopy(norm)(random((6, 3))).shape == (6, 3)  # control: torch trains such a layer
+    layer = convert_batchnorm(norm)
+    assert layer.num_batches_tracked.item() == counted
+    layer(random((6, 3), 1))
+    assert layer.num_batches_tracked.item() == counted + 1
+
+
+def test_a_cumulative_average_of_unknown_weight_is_refused():
+    norm = trained(nn.BatchNorm1d(3, momentum=None))
+    norm.num_batches_tracked = None
+    model = nn.Sequential(trained(nn.BatchNorm1d(3)), norm)
+    with pytest.raises(InputError, match=r"'1' has momentum=None and .*_tracked=None, expected a count.*; set num_b"):
+        convert_batchnorm(model)
+    assert model[1] is norm
+    assert model[0].num_batches_tracked.item() == 17
+    assert convert_batchnorm(model, momentum=0.1)[1].num_batches_tracked.item() == 40_000
+
+
 def test_what_counts_as_pretrained_is_decided_per_layer_unless_said():
     def counts(**options):
         only_statistics = nn.BatchNorm1d(3)
