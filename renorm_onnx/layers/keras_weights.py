@@ -22,6 +22,7 @@ from torch import Tensor
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.functional import Stat
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
+from renorm_onnx.layers.swap import start_second_set
 
 _LAYERS: dict[int, type[_BatchRenorm]] = {1: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}
 
@@ -70,13 +71,15 @@ def load_keras(
             (`bn/moving_mean:0`, `batch_renorm_1_running_std`).
         config: What `layer.get_config()` returned; None for the layers' common defaults.
         dims: 1, 2 or 3, for `BatchRenorm1d`, `2d` or `3d`.
-        **options: As in `BatchRenorm2d`, instead of what follows from `config`.
+        **options: As in `BatchRenorm2d`, instead of what follows from `config`; what follows from the weights
+            (`num_features`, `affine`, `track_running_stats`) cannot be given.
 
     Returns:
         The layer, in training mode, of the arrays' type unless `dtype` is given.
 
     Raises:
-        InputError: Arrays are missing, unknown, of unequal or wrong shape, or hold values that cannot be used.
+        InputError: Arrays are missing, unknown, of unequal or wrong shape, or hold values that cannot be used, or that
+            `dtype` does not hold; an option is given that follows from the weights.
         TypeError: `options` names something that no layer takes.
     """
     if dims not in _LAYERS:
@@ -84,7 +87,7 @@ def load_keras(
     config = {} if config is None else config
     layer, arrays = _named(weights, config)
     tensors = _tensors(layer, arrays)
-    mean, var = tensors[layer.mean], tensors[layer.variance]
+    mean = tensors[layer.mean]
     eps = float(config.get("epsilon", 1e-3))
     clipping = config.get("renorm_clipping") or {}
     own: dict[str, Any] = {
@@ -98,20 +101,43 @@ def load_keras(
     }
     if "renorm_mean" in tensors:
         own["renorm_momentum"] = 1 - float(config.get("renorm_momentum", 0.99))
+    for name in ("num_features", "affine", "track_running_stats"):
+        if name in options:
+            raise InputError(
+                f"load_keras: {name}={options[name]!r}, expected no such option: it follows from the weights"
+            )
     affine = "gamma" in tensors or "beta" in tensors
     made = _LAYERS[dims](mean.numel(), affine=affine, **{**own, **options})
+    _fill(made, layer, tensors, eps)
+    return made
+
+
+def _fill(made: _BatchRenorm, layer: KerasLayer, tensors: Mapping[str, Tensor], eps: float) -> None:
+    """Copy the arrays into the layer, in place.
+
+    Raises:
+        InputError: The type of the layer does not hold a value.
+    """
+    buffers: dict[str, Any] = made._buffers
     with torch.no_grad():
         for name, parameter in (("gamma", made.weight), ("beta", made.bias)):
             if name in tensors:
                 parameter.copy_(tensors[name])
-            elif affine:
+            elif made.affine:
                 parameter.requires_grad_(False)  # Keras has none: it stays 1, or 0
-        made._buffers["running_mean"].copy_(mean)  # type: ignore[union-attr]
-        made._buffers["running_var"].copy_(var)  # type: ignore[union-attr]
-        if "renorm_mean" in made._buffers:
-            made._buffers["renorm_mean"].copy_(tensors["renorm_mean"])  # type: ignore[union-attr]
-            made._buffers["renorm_var"].copy_((tensors["renorm_stddev"] ** 2 - eps).clamp(min=0))  # type: ignore[union-attr]
-    return made
+        buffers["running_mean"].copy_(tensors[layer.mean])
+        buffers["running_var"].copy_(tensors[layer.variance])
+        start_second_set(made)
+        if "renorm_mean" in buffers and "renorm_mean" in tensors:
+            buffers["renorm_mean"].copy_(tensors["renorm_mean"])
+            # The square may be beyond the arrays' type, though not beyond that of the layer.
+            buffers["renorm_var"].copy_((tensors["renorm_stddev"].double().square() - eps).clamp(min=0))
+    for name, kept in made.state_dict().items():
+        if not kept.isfinite().all():
+            raise InputError(
+                f"load_keras: {name} goes beyond {torch.finfo(kept.dtype).max:g}, the largest number of {kept.dtype}, "
+                "expected a type that holds it: pass a wider dtype"
+            )
 
 
 def _first(*values: Any) -> Any:

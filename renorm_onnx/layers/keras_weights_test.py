@@ -118,6 +118,37 @@ def test_dims_dtype_and_options_are_as_asked():
     assert load_keras(arrays(), schedule=Sigmoid()).schedule == Sigmoid()
 
 
+@pytest.mark.parametrize("name", ["num_features", "affine", "track_running_stats"])
+def test_an_option_that_follows_from_the_weights_is_refused_by_name(name):
+    with pytest.raises(InputError, match=f"load_keras: {name}=False, expected no such option: it follows from the wei"):
+        load_keras(arrays(), **{name: False})
+
+
+def test_a_second_set_asked_for_without_arrays_for_it_starts_as_the_first():
+    layer = load_keras(arrays(), renorm_momentum=0.1)
+    assert torch.equal(layer.renorm_mean, torch.tensor(arrays()[2]))
+    assert torch.equal(layer.renorm_var, torch.tensor(arrays()[3]))
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3, 5])
+def test_values_beyond_the_type_asked_for_are_refused_instead_of_becoming_infinite(position):
+    weights = [*arrays(), np.sqrt(arrays()[3]), arrays()[2], np.sqrt(arrays()[3])]
+    weights[position] = weights[position] + np.float32(1e5)
+    names = ["weight", "bias", "running_mean", "running_var", None, "renorm_mean"]
+    with pytest.raises(InputError, match=rf"load_keras: {names[position]} goes beyond 65504, .*: pass a wider"):
+        load_keras(weights, dtype=torch.float16)
+    assert load_keras(weights).weight.isfinite().all()
+    weights[position] = weights[position] / 10  # control: what the type holds is taken
+    assert load_keras(weights, dtype=torch.float16).weight.dtype == torch.float16
+
+
+def test_a_squared_deviation_beyond_the_arrays_type_is_refused():
+    weights = [a.astype(np.float16) for a in (*arrays(), arrays()[3], arrays()[2], np.full(C, 300.0))]
+    with pytest.raises(InputError, match=r"renorm_var goes beyond 65504, the largest number of torch\.float16"):
+        load_keras(weights)
+    assert load_keras(weights, dtype=torch.float32).renorm_var.max() == pytest.approx(9e4, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
