@@ -6,6 +6,7 @@ new layer takes over the very parameters and buffers of the old one, and evaluat
 
 import functools
 import logging
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers.activated import Activated, BatchRenormAct2d
 from renorm_onnx.layers.distributed import SyncBatchRenorm, SyncBatchRenormAct
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
-from renorm_onnx.layers.schedules import CONSTANT, Schedule, as_schedule
+from renorm_onnx.layers.schedules import CONSTANT, Bounds, Schedule, as_schedule, check_bounds
 from renorm_onnx.layers.swap import (
     carry_attributes,
     check_module,
@@ -54,6 +55,7 @@ _NORM_BY_RANKS: dict[tuple[int, ...], type[_BatchNorm]] = {
 
 # Beyond this step a schedule that still moves is taken to have no end.
 _FOREVER = 2**40
+_SPREAD = sorted({int(1.1**k) for k in range(int(math.log(_FOREVER, 1.1)))})
 
 
 def convert_batchnorm(
@@ -77,7 +79,8 @@ def convert_batchnorm(
     behind it. So where a layer has been trained (it has counted a batch, or its statistics are not 0 and 1),
     `num_batches_tracked` is raised to the first step at which the schedule has reached its end; a checkpoint keeps
     that. A layer with `momentum=None`, whose counter is the weight of its cumulative average, gets `schedule=None`
-    instead, and so does one whose schedule has no end.
+    instead, and so does one whose schedule has no end, as one that goes in cycles. For its end a schedule is asked far
+    beyond any training; a function that cannot answer there, as a table, is for `pretrained=False`.
 
     >>> convert_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))[1].momentum
     0.1
@@ -94,7 +97,8 @@ def convert_batchnorm(
     Raises:
         InputError: `module` is no module.
         InputError: A lazy layer has not seen a batch yet; a cumulative average has no count; an option or a layer's own
-            value cannot be used; `strict` and a layer would be left alone. The model is then as it was.
+            value cannot be used; `schedule` fails where its end is looked for; `strict` and a layer would be left
+            alone. The model is then as it was.
         TypeError: `options` names something that no layer takes.
     """
     check_module(module, "convert_batchnorm")
@@ -204,20 +208,37 @@ def _has_learned(layer: _BatchNorm) -> bool:
     return bool((steps is not None and steps > 0) or mean.any() or (var != 1).any())
 
 
-def _end(schedule: Schedule, bounds: tuple[float, float]) -> int | None:
-    """The first step from which on the schedule no longer moves, or None if it moves for ever."""
+def _end(schedule: Schedule, bounds: Bounds) -> int | None:
+    """The first step from which on the schedule no longer moves, or None if it moves for ever.
 
-    def arrived(step: int) -> bool:
-        return schedule.bounds(step, *bounds) == last
+    Raises:
+        InputError: The schedule does not answer as far out as its end has to be looked for.
+    """
 
-    last = schedule.bounds(2 * _FOREVER, *bounds)
-    if not arrived(_FOREVER):
-        return None
-    before, after = -1, _FOREVER  # not arrived, arrived
-    while after - before > 1:
-        middle = (before + after) // 2
-        before, after = (before, middle) if arrived(middle) else (middle, after)
-    return after
+    def at(step: int) -> Bounds:
+        try:
+            found = schedule.bounds(step, *bounds)
+        except Exception as error:
+            raise InputError(
+                f"convert_batchnorm: schedule {schedule!r} was asked for step {step}, because trained layers start at "
+                f"its end, and raised {type(error).__name__}: {error}; let it answer at every step, or pass "
+                "pretrained=False to start where the layers' num_batches_tracked is"
+            ) from error
+        return check_bounds(found, f"convert_batchnorm: schedule {schedule!r} at step {step} returned")
+
+    last = at(2 * _FOREVER)
+    before = -1  # not arrived
+    while before < _FOREVER:
+        after = _FOREVER  # arrived, unless it never does
+        while after - before > 1:
+            middle = (before + after) // 2
+            before, after = (before, middle) if at(middle) == last else (middle, after)
+        # Halving takes for granted that what has arrived stays; what goes in cycles leaves again.
+        left = [step for k in _SPREAD for step in (after + k, 2 * _FOREVER - k) if at(step) != last]
+        if not left:
+            return after
+        before = max(left)
+    return None
 
 
 def _start_at_end(layer: _BatchRenorm, end: int | None) -> None:

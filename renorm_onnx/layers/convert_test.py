@@ -13,7 +13,6 @@ from renorm_onnx.layers.adoption import adopt
 from renorm_onnx.layers.convert import convert_batchnorm, to_batchnorm
 from renorm_onnx.layers.distributed import SyncBatchRenorm, convert_sync_batchrenorm
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
-from renorm_onnx.layers.schedules import HardSwitch, Ramp, Sigmoid, linear
 
 PAIRS = [
     (nn.BatchNorm1d, BatchRenorm1d, (6, 5)),
@@ -253,34 +252,6 @@ def test_options_reach_every_layer():
     for layer in model:
         assert (layer.r_max, layer.d_max, layer.stat, layer.momentum) == (2.0, 1.0, "var", 0.02)
     assert model[0].schedule is model[1].schedule
-
-
-@pytest.mark.parametrize(
-    ("schedule", "end"),
-    [
-        ("paper", 40_000),
-        (None, 0),
-        (HardSwitch(777), 777),
-        (linear(5, 31), 31),
-        (Ramp(0, 10, 90), 90),
-        (lambda step: (1 + min(step, 50) / 50, 0.5), 50),
-    ],
-)
-def test_a_pretrained_layer_starts_at_the_first_step_of_the_schedules_end(schedule, end):
-    layer = convert_batchnorm(trained(nn.BatchNorm1d(3)), schedule=schedule)
-    assert layer.num_batches_tracked.item() == max(end, 17)
-    last = layer.schedule.bounds(10**9, layer.r_max, layer.d_max)
-    assert layer.schedule.bounds(max(end, 17), layer.r_max, layer.d_max) == last
-    if end > 0:
-        assert layer.schedule.bounds(end - 1, layer.r_max, layer.d_max) != last
-
-
-def test_the_sigmoid_reaches_its_end_and_a_schedule_without_end_becomes_constant():
-    layer = convert_batchnorm(trained(nn.BatchNorm1d(3)), schedule=Sigmoid(0.01))
-    assert layer.schedule.bounds(layer.num_batches_tracked.item(), 3.0, 5.0) == (3.0, 5.0)
-    endless = convert_batchnorm(trained(nn.BatchNorm1d(3)), schedule=lambda step: (1.0 + step % 2, 0.0 + step))
-    assert endless.num_batches_tracked.item() == 17
-    assert endless.schedule.bounds(3, 3.0, 5.0) == (3.0, 5.0)
 
 
 def test_a_cumulative_average_keeps_its_count():
