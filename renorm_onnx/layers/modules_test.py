@@ -2,6 +2,7 @@ import copy
 import io
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -138,6 +139,18 @@ def test_bounds_assigned_as_integers_are_kept_as_the_constructor_keeps_them():
     layer.r_max, layer.d_max = 2, 0
     assert repr(layer) == repr(BatchRenorm2d(3, schedule=None, r_max=2, d_max=0))
     assert layer.schedule.bounds(0, layer.r_max, layer.d_max) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["num_features", "virtual_batch_size"])
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_whole_numbers_of_other_libraries_are_taken_as_torchs_layers_take_them(name, kind):
+    layer = BatchRenorm2d(**{"num_features": 3, name: kind(3)})
+    assert repr(layer) == repr(BatchRenorm2d(**{"num_features": 3, name: 3}))
+    assert type(getattr(layer, name)) is int
+    assert layer(make_batch(4, dtype=torch.float32)).isfinite().all()
+    for wrong in (True, np.float64(3.0), np.int64(0)):
+        with pytest.raises(InputError, match=rf"{name}={re.escape(repr(wrong))}, expected an integer >= 1"):
+            BatchRenorm2d(**{"num_features": 3, name: wrong})
 
 
 def test_reading_an_option_costs_no_property():

@@ -4,6 +4,7 @@ Each row takes the name of the layer and what came, and returns what the layer k
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +22,13 @@ def _is_within(value: Any, least: float, most: float) -> bool:
 
 def _whole(name: str, or_none: str = "") -> Callable[[str, Any], int]:
     def check(who: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        try:
+            number = 0 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = 0
+        if number < 1:
             raise InputError(f"{who}: {name}={value!r}, expected an integer >= 1{or_none}")
-        return value
+        return number
 
     return check
 
