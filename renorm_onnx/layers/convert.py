@@ -47,6 +47,8 @@ _ACTIVATED_OF: dict[tuple[str, str], type[Activated]] = {
 }
 # Names of layers that normalize by running statistics and do not derive from torch's: FrozenBatchNorm2d, InPlaceABN...
 _UNRELATED = re.compile(r"batch_?norm|abn$", re.IGNORECASE)
+# A call of batch norm in the code of one module: traced, or scripted.
+_SCRIPTED = re.compile(r'aten::batch_norm\b|prim::Constant\[name="batch_norm"\]')
 _NORM_BY_RANKS: dict[tuple[int, ...], type[_BatchNorm]] = {
     BatchRenorm1d.ranks: nn.BatchNorm1d,
     BatchRenorm2d.ranks: nn.BatchNorm2d,
@@ -72,8 +74,9 @@ def convert_batchnorm(
     timm's `BatchNormAct2d` and `SyncBatchNormAct` keep the activation that they apply, under its name.
 
     Left alone, and named in a logged warning: other subclasses with a forward of their own, layers under
-    parametrization or pruning, whatever else their state alone does not describe, and batch normalization that does
-    not derive from torch's (torchvision's `FrozenBatchNorm2d`).
+    parametrization or pruning, whatever else their state alone does not describe, batch normalization that does not
+    derive from torch's (torchvision's `FrozenBatchNorm2d`), and models that were scripted, traced or exported, in which
+    it is no layer.
 
     A schedule says how to come from batch normalization to renormalization, a way that a pretrained network has
     behind it. So where a layer has been trained (it has counted a batch, or its statistics are not 0 and 1),
@@ -111,6 +114,8 @@ def convert_batchnorm(
         if not isinstance(old, _BatchNorm):
             if _is_unrelated(old):
                 alone.append(f"{quoted(name)} ({type(old).__name__} does not derive from torch's BatchNorm)")
+            elif _is_captured(old):
+                alone.append(f"{quoted(name)} (captured code; convert the model before it is scripted or exported)")
             return None
         if isinstance(old, LazyModuleMixin):
             raise InputError(
@@ -198,6 +203,15 @@ def _is_unrelated(module: nn.Module) -> bool:
     if isinstance(module, _BatchRenorm) or not _UNRELATED.search(type(module).__name__):
         return False
     return all(isinstance(getattr(module, name, None), torch.Tensor) for name in ("running_mean", "running_var"))
+
+
+def _is_captured(module: nn.Module) -> bool:
+    """Whether a module's code is a graph, of TorchScript or torch.fx, in which batch norm is a call and not a layer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        own = "renorm" in module.original_name.lower()
+        return not own and hasattr(module, "forward") and _SCRIPTED.search(str(module.graph)) is not None
+    graph = module.graph if isinstance(module, torch.fx.GraphModule) else torch.fx.Graph()
+    return any(node.op == "call_function" and "batch_norm" in str(node.target) for node in graph.nodes)
 
 
 def _has_learned(layer: _BatchNorm) -> bool:
