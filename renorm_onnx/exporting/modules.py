@@ -35,8 +35,8 @@ def check_modes(module: nn.Module, mode: str) -> None:
     """Refuse modules that would be exported as something else than they are.
 
     Raises:
-        InputError: mode="eval" with a module in training mode; mode="train" with none of our layers in it, or with a
-            BatchNorm in training mode, which torch's exporter turns into inference.
+        InputError: mode="eval" with a module in training mode; mode="train" with none of our layers in it, with one
+            that has several names, or with a BatchNorm in training mode, which torch's exporter turns into inference.
     """
     training = [name for name, m in module.named_modules() if m.training]
     if mode == "eval":
@@ -58,6 +58,17 @@ def check_modes(module: nn.Module, mode: str) -> None:
             raise InputError(
                 f"to_onnx(mode='train'): the schedule of {_at(name)} is a Python function, which has no ONNX form; "
                 "use a Schedule, or None for bounds that hold from the first step"
+            )
+    names_of: dict[nn.Module, list[str]] = {}
+    for name, m in module.named_modules(remove_duplicate=False):
+        names_of.setdefault(m, []).append(name)
+    for layer in layers_of(module).values():
+        names = names_of[layer]
+        if layer.training and len(names) > 1:
+            raise InputError(
+                f"to_onnx(mode='train'): one {type(layer).__name__} stands under {len(names)} names, "
+                f"{', '.join(map(repr, names))}, expected one, because torch cannot capture a buffer of several names "
+                "that a step changes; give it one name and call that twice, or export it after .eval()"
             )
     pooled = [name for name, m in layers_of(module).items() if m.training and isinstance(m, SyncBatchRenorm)]
     if pooled:

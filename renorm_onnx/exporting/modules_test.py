@@ -106,6 +106,34 @@ def test_a_training_step_without_statistics_is_refused_in_words_of_training():
         to_onnx(BatchRenorm2d(3, track_running_stats=False).train(), X, mode="train")
 
 
+class Twice(nn.Module):
+    """One layer called twice, under one name."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.norm(x).tanh())
+
+
+def test_a_training_layer_of_several_names_is_refused_with_all_of_them() -> None:
+    norm = BatchRenorm2d(3)
+    norm.num_batches_tracked.fill_(1)
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), norm)
+    shared = nn.Sequential(block, nn.Tanh(), block)
+    with pytest.raises(
+        InputError, match=r"to_onnx\(mode='train'\): one BatchRenorm2d stands under 2 names, '0\.1', '2\.1', exp"
+    ):
+        to_onnx(shared.train(), X, mode="train")
+    assert len(to_onnx(shared.eval(), X).graph.node) == 5
+    shared.append(BatchRenorm2d(3).train())  # the shared one only evaluates beside one that trains
+    kinds = [node.op_type for node in to_onnx(shared, X, mode="train").graph.node]
+    assert (kinds.count("BatchRenormalization"), kinds.count("BatchRenormalizationTraining")) == (2, 1)
+    kinds = [node.op_type for node in to_onnx(Twice(norm).train(), X, mode="train").graph.node]
+    assert kinds.count("BatchRenormalizationTraining") == 2
+
+
 class Masked(nn.Module):
     """A layer that is always called with a mask."""
 
