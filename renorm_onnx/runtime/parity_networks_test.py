@@ -8,6 +8,7 @@ import onnx.helper as oh
 import onnx.numpy_helper as onh
 import pytest
 
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.runtime.judging.verdict import POOLED
 from renorm_onnx.runtime.parity import verify
 
@@ -168,3 +169,26 @@ def test_a_correct_fold_is_accepted_for_other_seeds_too(name, seed):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_equals_itself(name):
     assert verify(build(name), build(name)).ok
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_long_sums_in_float64_are_granted_what_another_order_changes(seed):
+    """Where the input is nearly constant the fold sums up into the bias what the original sums up at run time."""
+    rng = np.random.default_rng(seed)
+    b = Builder(False, 1e-5, False, np.float64)
+    b.weight("w", rng.standard_normal((2048, 64)).astype(np.float32))
+    for name, channels in (("y", 64), ("a", 2048)):
+        gamma, beta, mean, var = rng.standard_normal((4, channels)).astype(np.float32).astype(np.float64)
+        for key, value in {"gamma": gamma, "beta": beta, "mean": mean * 0.3, "var": np.abs(var) + 0.1}.items():
+            b.weight(f"{name}_{key}", value)
+    b.add("BatchNormalization", ["x", "a_gamma", "a_beta", "a_mean", "a_var"], "a")
+    b.add("MatMul", ["a", "w"], "m")
+    b.add("BatchNormalization", ["m", "y_gamma", "y_beta", "y_mean", "y_var"], "y")
+    model = b.model([info("x", ["N", 2048], b.dtype)], [info("y", ["N", 64], b.dtype)])
+    verdict = verify(model)
+    assert verdict.ok, verdict
+    assert len(verdict.fusion.folded) == 2
+    candidate, _ = fuse(model)
+    weight = next(t for t in candidate.graph.initializer if len(t.dims) == 2)
+    weight.CopyFrom(onh.from_array(onh.to_array(weight) * (1 + 1e-12), weight.name))
+    assert verify(model, candidate, sites=False).outcome == "no"

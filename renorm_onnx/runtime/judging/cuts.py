@@ -14,6 +14,7 @@ from renorm_onnx.runtime.reference import evaluate
 
 Array = npt.NDArray[Any]
 
+_MEAN = 3  # input of BatchNormalization
 _LARGEST_CUT = 400  # nodes
 _LARGEST_WEIGHTS = 30_000_000  # elements, in float64 240 MB
 
@@ -24,6 +25,7 @@ _MONOTONE = frozenset(
         *("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "Expand", "Tile"),
         *("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Dropout", "Constant", "DequantizeLinear"),
         *("DepthToSpace", "SpaceToDepth", "Einsum", "Where", "ReduceSum", "ReduceMean", "Cast", "Shape"),
+        "BatchNormalization",
     }
 )
 
@@ -142,7 +144,7 @@ class Cut:
 
     def monotone(self) -> bool:
         """Tell whether evaluating it on absolute values bounds what it computes on signed ones."""
-        return all(node.op_type in _MONOTONE for node in self.nodes)
+        return all(node.op_type in _MONOTONE or _subtracts_floats(node) for node in self.nodes)
 
     def element_type(self) -> str:
         """Return the name of the coarsest float type among the weights."""
@@ -177,7 +179,7 @@ class Cut:
             for value in graph.initializers.values():
                 value.const_value = _absolute(value.const_value)
             for node in tuple(graph):
-                _make_absolute(node)
+                _make_absolute(graph, node)
                 if _makes_floats(node):
                     _append_absolute(graph, node)
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
@@ -226,6 +228,12 @@ def _makes_floats(node: ir.Node) -> bool:
     return node.op_type == "Cast" and ir.DataType(node.attributes["to"].as_int()).is_floating_point()
 
 
+def _subtracts_floats(node: ir.Node) -> bool:
+    """Tell whether a node subtracts a weight, or from one; sizes are subtracted too, and keep their sign."""
+    weights = [v.dtype for v in node.inputs if v is not None and v.is_initializer()]
+    return node.op_type == "Sub" and any(dtype is not None and dtype.is_floating_point() for dtype in weights)
+
+
 def _append_absolute(graph: ir.Graph, node: ir.Node) -> None:
     """Let all that read the result of a node read its absolute value: of |w - zero point|, for one, not of |w|."""
     (signed,) = node.outputs
@@ -236,8 +244,14 @@ def _append_absolute(graph: ir.Graph, node: ir.Node) -> None:
         user.replace_input_with(position, absolute.outputs[0])
 
 
-def _make_absolute(node: ir.Node) -> None:
-    """Take the absolute value of constants and factors of a node, in place."""
+def _make_absolute(graph: ir.Graph, node: ir.Node) -> None:
+    """Take the absolute value of constants and factors of a node, and let it add where it subtracts, in place."""
+    if _subtracts_floats(node):
+        node.op_type = "Add"
+    elif node.op_type == "BatchNormalization":
+        opposite = ir.Node("", "Neg", [node.inputs[_MEAN]])
+        graph.insert_before(node, opposite)
+        node.replace_input_with(_MEAN, opposite.outputs[0])
     for name, attr in list(node.attributes.items()):
         if attr.type is ir.AttributeType.FLOAT and name in ("alpha", "beta", "value_float"):
             node.attributes[name] = ir.AttrFloat32(name, abs(attr.as_float()))

@@ -6,10 +6,12 @@ arithmetic a fold changes nothing but the rounding of the new weights, each roun
 
     |y' - y| <= gamma_k * (|W'| * |x| + |b'|),     gamma_k = k u / (1 - k u),  k = 4
 
-with u the unit roundoff of the weights (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1);
-no bound on an accumulation enters, for float64 adds nothing. The right-hand side is the candidate's own cut evaluated
-on absolute values. If every place holds and every output is such a value, the models are equal: the check is
-complete without running either, and its cost is bounded, for places whose operators slide over space are fed crops.
+with u the unit roundoff of the weights (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.1).
+The right-hand side is the candidate's own cut evaluated on absolute values. Beside narrower weights, what evaluating in
+float64 adds is nothing. Beside weights in float64 it is as large: each side then adds gamma_n times its own cut on
+absolute values, where a product meets at most n roundings on its way into the result, in whatever order it is summed.
+If every place holds and every output is such a value, the models are equal: the check is complete without running
+either, and its cost is bounded, for places whose operators slide over space are fed crops.
 """
 
 import math
@@ -33,6 +35,7 @@ _ROUNDINGS = 4
 _SHOWN = 5
 _CROPS = (8, 20, None)  # elements per spatial axis, tried in this order; None: all
 
+_EVALUATION = UNIT_ROUNDOFF["DOUBLE"]
 _SMALLEST = {"FLOAT16": 2.0**-24, "BFLOAT16": 2.0**-133, "FLOAT": 2.0**-149, "DOUBLE": 0.0}
 
 
@@ -181,7 +184,7 @@ def _check(name: str, before: Cut, after: Cut, shapes: Mapping[str, tuple[int, .
             want, got = before.run(feeds), after.run(feeds)
             if want.shape != got.shape and crop is not None:
                 continue
-            bound = _bound(after, feeds, want)
+            bound = _bound(before, after, feeds, want)
         except InputError as error:
             last = error
             continue
@@ -189,17 +192,35 @@ def _check(name: str, before: Cut, after: Cut, shapes: Mapping[str, tuple[int, .
     raise _UncheckableError(str(last))
 
 
-def _bound(after: Cut, feeds: Mapping[str, Array], want: Array) -> Array:
+def _bound(before: Cut, after: Cut, feeds: Mapping[str, Array], want: Array) -> Array:
     u = UNIT_ROUNDOFF[after.element_type()]
-    gamma = _ROUNDINGS * u / (1 - _ROUNDINGS * u)
     largest = max((float(np.abs(x).max()) for x in feeds.values() if x.dtype.kind == "f" and x.size), default=1.0)
     underflow = _SMALLEST[after.element_type()] * after.fan_in() * max(1.0, largest)
-    if after.monotone():
-        magnitude = after.run({key: np.abs(value) for key, value in feeds.items()}, absolute=True)
-    else:
-        # No elementwise bound: what a value of this size may lose, generously.
-        magnitude = np.full(want.shape, 8.0 * float(np.abs(want[np.isfinite(want)]).max(initial=0.0)))
-    return np.asarray(gamma * magnitude + underflow)
+    magnitude = _magnitude(after, feeds, want)
+    bound = _gamma(_ROUNDINGS, u) * magnitude + underflow
+    if u <= _EVALUATION:
+        bound += _gamma(_steps(after, feeds), _EVALUATION) * magnitude
+        bound += _gamma(_steps(before, feeds), _EVALUATION) * _magnitude(before, feeds, want)
+    return np.asarray(bound)
+
+
+def _gamma(count: int, u: float) -> float:
+    """By how much `count` roundings may change a product, relative."""
+    return count * u / (1 - count * u)
+
+
+def _magnitude(cut: Cut, feeds: Mapping[str, Array], want: Array) -> Array:
+    """How large the terms are that a piece sums up for each element."""
+    if cut.monotone():
+        return cut.run({key: np.abs(value) for key, value in feeds.items()}, absolute=True)
+    # No elementwise bound: what a value of this size may lose, generously.
+    return np.full(want.shape, 8.0 * float(np.abs(want[np.isfinite(want)]).max(initial=0.0)))
+
+
+def _steps(cut: Cut, feeds: Mapping[str, Array]) -> int:
+    """At most how many roundings a term meets: no operator sums up more than a weight, or one sample, holds for it."""
+    samples = [feeds[key].size // max(1, len(feeds[key])) for key in cut.inputs if feeds[key].ndim]
+    return len(cut.nodes) * (_ROUNDINGS + max(cut.fan_in(), *samples, 1))
 
 
 def _site(name: str, before: Cut, after: Cut, want: Array, got: Array, bound: Array) -> Site:

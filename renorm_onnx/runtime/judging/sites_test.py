@@ -9,7 +9,7 @@ import pytest
 from renorm_onnx.runtime.judging.cuts import GraphByNames
 from renorm_onnx.runtime.judging.sites import check_sites
 from renorm_onnx.runtime.parity import verify
-from renorm_onnx.runtime.parity_networks_test import NETWORKS, Builder, build, info, make_norm
+from renorm_onnx.runtime.parity_networks_test import EPS, NETWORKS, Builder, Norm, build, info, make_norm
 from renorm_onnx.runtime.parity_test import edit
 
 
@@ -18,7 +18,7 @@ def load(model):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
 def test_each_folded_place_stays_under_the_bound_of_rounding_its_weights(name, dtype):
     report = check_sites(load(build(name, dtype=dtype)), load(build(name, fold=True, dtype=dtype)))
     assert report.ok, report
@@ -27,6 +27,42 @@ def test_each_folded_place_stays_under_the_bound_of_rounding_its_weights(name, d
     assert 0 < site.used < 1
     assert site.elements > 0
     assert "rewritten places checked one by one" in str(report)
+
+
+DEEP = {"Conv": ["N", 256, 3, 3], "Gemm": ["N", 2048]}
+
+
+def deep(op, *, fold, form="bn", offset=0.0, seed=0):
+    """A linear operator that sums up many products in float64, with its norm; `offset` is taken off by the norm."""
+    b = Builder(fold, EPS, False, np.float64)
+    rng = np.random.default_rng(seed)
+    norm, bias = make_norm(64, seed), rng.normal(size=64) + offset
+    norm = Norm(norm.gamma, norm.beta, norm.mean.astype(np.float64) + offset, norm.var)
+    weight = rng.normal(size=(64, 256, 1, 1) if op == "Conv" else (2048, 64))
+    b.normed(op, "x", weight, bias, norm, "y", channel_axis=0 if op == "Conv" else 1, form=form)
+    shape = ["N", 64, 3, 3] if op == "Conv" else ["N", 64]
+    return b.model([info("x", DEEP[op], np.float64)], [info("y", shape, np.float64)])
+
+
+@pytest.mark.parametrize("form", ["bn", "chain"])
+@pytest.mark.parametrize("offset", [0.0, 1e8])
+@pytest.mark.parametrize("op", DEEP)
+def test_a_fold_of_float64_weights_stays_under_the_bound_of_summing_in_float64_too(op, offset, form):
+    for seed in range(6):
+        wanted = deep(op, fold=False, form=form, offset=offset, seed=seed)
+        report = check_sites(load(wanted), load(deep(op, fold=True, offset=offset, seed=seed)), seed=seed)
+        assert report.complete, report
+        assert 0 < report.sites[0].used < 1
+
+
+@pytest.mark.parametrize("op", DEEP)
+@pytest.mark.parametrize("weight", ["y_w", "y_b"])
+def test_a_float64_weight_off_in_the_ninth_digit_is_found(op, weight):
+    def change(array):
+        array.reshape(-1)[np.abs(array).argmax()] *= 1 + 1e-9
+
+    report = check_sites(load(deep(op, fold=False)), load(edit(deep(op, fold=True), weight, change)))
+    assert [site.name for site in report.wrong] == ["y"], report
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -80,8 +80,9 @@ class Precision:
 
 
 PRECISIONS = {
-    # R is no more exact than U here, so that two bits are granted to R's own rounding.
-    "float64": Precision("float64", 2.0**-51, 1e-6, 1e-307),
+    # R, and what a fold sums up into a bias, are no more exact than U here: four bits are granted, sqrt(n) roundings
+    # for sums of n = 256 products, and the limits grant as many again.
+    "float64": Precision("float64", 2.0**-49, 1e-6, 1e-307),
     "float32": Precision("float32", 2.0**-24, 1e-3, float(np.finfo(np.float32).tiny)),
     "float16": Precision("float16", 2.0**-11, 0.1, float(np.finfo(np.float16).smallest_subnormal)),
     "bfloat16": Precision("bfloat16", 2.0**-8, 0.3, float(np.finfo(np.float32).tiny)),
