@@ -76,6 +76,21 @@ class Names:
         return candidate
 
 
+def take_name(new: ir.Value, old: ir.Value) -> None:
+    """Let `new` bear the name of `old` and, in place, all that the file says of that name beside type and shape."""
+    new.name, new.doc_string = old.name, old.doc_string
+    for own, given in ((new.metadata_props, old.metadata_props), (new.meta, old.meta)):
+        own.clear()
+        own.update(given)
+
+
+def give_name(value: ir.Value, name: str) -> None:
+    """Let `value`, which changed, bear another name, in place; what the file says of the old one is not true of it."""
+    value.name, value.doc_string = name, None
+    value.metadata_props.clear()
+    value.meta.clear()
+
+
 def _replace_calls(
     scope: ir.Graph | ir.Function, functions: Mapping[ir.OperatorIdentifier, ir.Function], names: Names
 ) -> int:
@@ -190,10 +205,10 @@ class _Copy:
 
 def _take_over(old: ir.Value, new: ir.Value, names: Names) -> None:
     """Give `new` the name, type, shape and users of `old`; users that are graph outputs are left to the caller."""
-    name, old.name = old.name, None
-    new.name = name or new.name or names.unique("unused")
+    own = new.name
+    take_name(new, old)
+    new.name, old.name = new.name or own or names.unique("unused"), None
     new.type, new.shape = old.type or new.type, new.shape if old.shape is None else old.shape  # a scalar's is falsy
-    new.metadata_props.update(old.metadata_props)
     for user, index in tuple(old.uses()):
         user.replace_input_with(index, new)
 

@@ -322,7 +322,7 @@ class _Engine:
                 source = total if value is source else source
                 changed = [total if v is value else v for v in changed]
         for value in changed:
-            value.name = self._rewriter.fresh(value.name or "value")
+            self._rewriter.rename(value)
         self._leave_out(plan, source)
         self._rewriter.delete(plan.norm.nodes)
 
@@ -334,7 +334,7 @@ class _Engine:
             return
         if maker is not None and maker.graph is not last.graph:
             # A name inside a body may stand in a body beside it too, and a body hands out only what it computes.
-            source.name = self._rewriter.fresh(source.name or "value")
+            self._rewriter.rename(source)
             if not output.is_graph_output():
                 self._rewriter.redirect(output, source)
                 return

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
 from renorm_onnx.fusion.parameters import Parameter
-from renorm_onnx.inlining import Names, names_in
+from renorm_onnx.inlining import Names, give_name, names_in, take_name
 from renorm_onnx.model_walk import bodies_of, graphs_of
 
 
@@ -46,16 +46,20 @@ class Rewriter:
         """A name that nothing in the model bears, recognizable as what `hint` became."""
         return self.names.unique(hint.partition("__fused")[0] + "__fused")
 
+    def rename(self, value: ir.Value) -> None:
+        """Give `value`, which holds something else from now on, a name that is recognizable as what it became."""
+        give_name(value, self.fresh(value.name or "value"))
+
     def is_deleted(self, node: ir.Node) -> bool:
         """Whether `node` is among those that `clean` will take out."""
         return node in self._gone
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let `new` stand where `old` stood and bear its name, since it holds the same."""
-        name = old.name
         self.redirect(old, new)
+        take_name(new, old)
         # What the file declares about `old` is its interface; a shape declared for `new` alone may be stale.
-        new.name, new.type, new.shape = name, old.type or new.type, old.shape
+        new.type, new.shape = old.type or new.type, old.shape
 
     def take_over(self, old: ir.Value, new: ir.Value) -> None:
         """As `replace`, where `new` is what it was before, so that a shape declared for it alone holds within too."""
@@ -97,9 +101,10 @@ class Rewriter:
         value, graph = node.outputs[0], node.graph
         assert isinstance(graph, ir.Graph)
         name = self.names.unique(f"{node.name or value.name}_bias")
-        total = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        total = ir.Value(type=value.type, shape=value.shape)
         self.redirect(value, total)
-        value.name = self.fresh(value.name or "value")
+        take_name(total, value)
+        self.rename(value)
         broadcast = [ir.AttrInt64("broadcast", 1)] if self._opset < 7 else []
         home, as_input = self.home(graph)
         shift = store(home, parameter, name, as_input=as_input)
