@@ -7,9 +7,18 @@ Formulas::
 
 Every batch-renorm layer of today is exported as such a chain. A constant belongs to a chain only if its numbers vary
 along one axis of x at most, and x is proven to have as many elements as it wherever it is longer than one: a constant
-that broadcasts x, or raises its rank, is no map of channels. kappa measures how much of the input cancels in ``x -
-mean``: |mean| / sigma, as the root mean square over channels weighted by their gain, which is what the rounding of a
-fold adds to the next operator's sum.
+that broadcasts x, or raises its rank, is no map of channels.
+
+kappa measures how much of the input cancels in ``x - mean``: |mean| / sigma, as the root mean square over channels
+weighted by their gain, which is what the rounding of a fold adds to the next operator's sum. What is known of sigma:
+
+* a BatchNormalization says it, and so does a chain that divides by it in a step of its own;
+* a chain that subtracts and then multiplies by ``gamma / sigma`` as one constant, as constant folding leaves it, says
+  only the quotient. Its gamma is taken for 1, so that kappa is ``|mean * gamma| / sigma``: too large where gamma is
+  larger than 1, too small where it is smaller. The file does not tell them apart, nor what x will be;
+* a chain that scales first says no mean, for its shift may be any. It rounds x at its full size itself, so that what a
+  fold adds does not grow with the mean: kappa is 0. (Measured, 2048 inputs: 10 times the error of the chain, for means
+  of 30 to 3000 standard deviations alike.)
 """
 
 from __future__ import annotations
@@ -47,7 +56,8 @@ class Norm:
         nodes: In graph order; each reads the one before and nobody else does.
         input: The value it maps.
         map: What it computes, or why that is not known.
-        ratios: How many standard deviations the input lies from zero: |mean| / sigma, per channel or one number.
+        ratios: How many standard deviations the input lies from zero: |mean| / sigma, per channel or one number, as
+            far as that is known.
         gains: What the output of each channel is multiplied by after that division.
         kind: "norm", or "affine" for a constant operator that normalizes nothing by itself.
         form: "BatchNormalization" or "chain".
@@ -198,7 +208,7 @@ def _as_norm(links: Sequence[_Link], total: AffineMap) -> Norm:
 
 
 def _ratios_and_gains(links: Sequence[_Link]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """``|mean| / sigma`` of a chain that subtracts before it divides, and the gain; zero where it scales first."""
+    """``mean / sigma`` of a chain that subtracts first, its first scale taken for 1 / sigma, and the gain; or zeros."""
     shift, rest = IDENTITY, [link.map for link in links]
     while rest and (not rest[0].has_scale or (rest[0].scale == -1).all()):
         shift = shift.then(rest.pop(0))

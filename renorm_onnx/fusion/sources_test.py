@@ -110,9 +110,15 @@ def test_a_norm_that_stays_stays_as_it_was():
 
 @pytest.mark.parametrize(
     ("order", "kappa"),
-    [(("Sub", "Div", "Mul", "Add"), 6.0), (("Mul", "Add"), 0.0), (("Add",), 0.0), (("Neg", "Sub", "Div"), 6.0)],
+    [
+        (("Sub", "Div", "Mul", "Add"), 6.0),
+        (("Sub", "Mul", "Add"), 0.3),
+        (("Mul", "Add"), 0.0),
+        (("Add",), 0.0),
+        (("Neg", "Sub", "Div"), 6.0),
+    ],
 )
-def test_kappa_is_the_mean_in_standard_deviations_of_chains_that_subtract_first(order, kappa):
+def test_kappa_of_a_chain_that_subtracts_first_is_the_mean_times_its_first_scale(order, kappa):
     b, h = Builder(), "x"
     values = {"Sub": 3.0, "Div": 0.5, "Mul": 0.1, "Add": 40.0}
     for operator in order:
