@@ -147,7 +147,9 @@ def _fuse(arguments: argparse.Namespace) -> _Outcome:
         allow_symlinks=arguments.allow_symlinks,
     )
     if not result.ok:
-        print(f"renorm-onnx fuse: the fused model is not right, so {result.target!r} was not written", file=sys.stderr)
+        wrong = result.verdict is not None and result.verdict.outcome == "no"
+        said = "is not right" if wrong else "could not be judged"
+        print(f"renorm-onnx fuse: the fused model {said}, so {result.target!r} was not written", file=sys.stderr)
     return NO if not result.ok or (arguments.check and result.report.changed) else YES, result
 
 

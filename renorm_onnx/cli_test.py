@@ -115,7 +115,16 @@ def test_nothing_is_written_when_the_verdict_is_no(model, capsys, monkeypatch):
     rounded = parameters.Parameter.rounded
     monkeypatch.setattr(parameters.Parameter, "rounded", lambda self: rounded(self) + np.float32(1e-3))
     assert run("fuse", "model.onnx") == cli.NO
-    assert "was not written" in capsys.readouterr().err
+    assert "the fused model is not right, so 'model.fused.onnx' was not written" in capsys.readouterr().err
+    assert not Path("model.fused.onnx").exists()
+
+
+def test_a_fold_that_could_not_be_judged_is_not_called_wrong(model, capsys, monkeypatch):
+    from renorm_onnx.runtime.judging import verdict
+
+    monkeypatch.setattr(verdict.Judge, "unusable", lambda self: "reference unusable: it is off")
+    assert run("fuse", "model.onnx") == cli.NO
+    assert "the fused model could not be judged, so 'model.fused.onnx' was not" in capsys.readouterr().err
     assert not Path("model.fused.onnx").exists()
 
 

@@ -88,7 +88,7 @@ def verify(
 
     Raises:
         ModelFileError: A model cannot be read.
-        InputError: `inputs` do not fit, or the model cannot be fed generated ones.
+        InputError: `inputs` do not fit, or the model cannot be fed generated ones, here or on a provider.
         MachineError: onnxruntime or a provider is missing here, or has no kernel for the reference.
     """
     started = time.perf_counter()
@@ -138,6 +138,7 @@ class _Runners:
     unfused: Any
     fused: Session
     failures: list[str] = field(default_factory=list)
+    rejected: str = ""  # why the unfused model ran on no inputs, or the last reason
 
 
 class _Comparison:
@@ -208,6 +209,7 @@ class _Comparison:
             unfused = one.unfused.run(trial.feeds)
         except InputError as error:
             self._skipped.append(f"{trial.label} on {one.provider}: the unfused model itself fails: {error}")
+            one.rejected = str(error)
             return
         try:
             fused = one.fused.run(trial.feeds)
@@ -230,6 +232,12 @@ class _Comparison:
         failures = [failure for one in runners for failure in one.failures]
         if failures:
             return self._answer(base, runners, "no", failures[0], problems=tuple(failures))
+        for one in runners:
+            if not one.judge.found:
+                raise InputError(
+                    f"verify: nothing was compared, for {one.provider} runs the reference on none of the inputs "
+                    f"({one.rejected}); pass sizes= or inputs= that it takes"
+                )
         if reason := _first_of(one.judge.empty() for one in runners):
             self._uncovered = True
             return self._answer(base, runners, "unusable", reason)
@@ -247,10 +255,6 @@ class _Comparison:
             row = wrong[0]
             reason = f"On {row.provider}, output {row.output!r}, inputs {row.inputs}: {row.note}"
             return self._answer(base, runners, "no", reason)
-        if not self._first:
-            return self._answer(
-                base, runners, "no", "Nothing was compared: no set of inputs could be run on both sides"
-            )
         if reason := self._dead_outputs():
             self._uncovered = True
             return self._answer(base, runners, "unusable", reason)

@@ -9,7 +9,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.fusion.carriers import quantized
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.runtime.judging.verdict import POOLED
-from renorm_onnx.runtime.parity import verify
+from renorm_onnx.runtime.parity import LIMIT, verify
 from renorm_onnx.runtime.parity_networks_test import build
 from renorm_onnx.runtime.parity_test import edit, model_of
 
@@ -68,6 +68,25 @@ def test_an_output_without_elements_is_neither_right_nor_wrong():
     verdict = verify(model, model, inputs={"x": np.ones((2, 3), np.float32), "mask": np.zeros(3, bool)})
     assert verdict.outcome == "unusable"
     assert "nothing was compared: output 'y' on cpu gave no elements" in verdict.reason
+
+
+def only_pairs():
+    """onnxruntime resizes by cubics only where the batch stays, which is declared to vary and has to be 2."""
+    body = 'sizes = Constant<value_ints=[2, 3, 4, 5]>() y = Resize<mode="cubic">(x, , , sizes)'
+    return model_of("float[N,3,9,9] x", "float[M,3,4,5] y", body)
+
+
+def test_where_a_provider_takes_none_of_the_inputs_nothing_is_judged_and_the_reason_is_its_own():
+    message = (
+        r"nothing was compared, for cpu runs the reference on none of the inputs \(.*Resize.*\); pass sizes= or inp"
+    )
+    with pytest.raises(InputError, match=message):
+        verify(only_pairs(), only_pairs())
+    limited = verify(only_pairs(), only_pairs(), limit=LIMIT)
+    assert limited.outcome == "skipped"
+    assert "runs the reference on none of the inputs" in limited.reason
+    verdict = verify(only_pairs(), only_pairs(), sizes={"N": 2})
+    assert verdict.ok, verdict
 
 
 def test_data_that_were_cast_are_named():
