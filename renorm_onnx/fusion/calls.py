@@ -1,17 +1,21 @@
 """Which function calls must be defined or opened before norms can be folded.
 
-A function is inlined, at each call, if its body holds a normalization, or if the way of a norm ends at one of its
-calls and it holds an operator that could absorb one. Every other function stays a function.
+A function is inlined, at each call, if its body holds a normalization; if the way of a norm ends at one of its calls,
+and it holds an operator that could absorb one or nothing but operators that could let one pass; or if a call of it
+hides the rank of what an operator reads at which such a way ends. Every other function stays a function.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterator
 
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.fusion.facts import Facts
+from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.inlining import inline
 from renorm_onnx.model_walk import nodes_of
 from renorm_onnx.onnx_function import attach, calls_in
@@ -47,19 +51,43 @@ def open_norms(model: ir.Model) -> int:
     return sum(_inline_each(model, [i for i in model.functions if _holds(model, i, _is_norm)]))
 
 
-def open_absorbers(model: ir.Model, obstacles: Collection[str]) -> int:
-    """Inline, in place, the functions that stand in the way of a norm and hold an operator that could absorb it.
+def open_obstacles(model: ir.Model, facts: Facts, refusals: Collection[Refusal], passing: Collection[str]) -> int:
+    """Inline, in place, the functions that stand in the way of a norm and may let it through once they are open.
 
     Args:
-        model: Changed in place.
-        obstacles: Names of nodes where the way of some norm ended, or of their outputs where they have none.
+        model: Changed in place; facts about its values are to be forgotten afterwards.
+        facts: About `model` as it is.
+        refusals: Where the way of some norm ended, and why.
+        passing: Operators that may let a norm pass.
 
     Returns:
         How many calls were replaced.
     """
-    calls = [n for n in nodes_of(model.graph) if n.op_identifier() in model.functions]
-    met = {n.op_identifier() for n in calls if (n.name or n.outputs[0].name) in obstacles}
-    return sum(_inline_each(model, sorted(i for i in met if _holds(model, i, _is_linear))))
+    without_rule = {r.obstacle for r in refusals if r.reason is Reason.OPERATOR}
+    of_unknown_shape = {r.obstacle for r in refusals if r.reason is Reason.SHAPE}
+    named = [(n, n.name or n.outputs[0].name) for n in nodes_of(model.graph)]
+    calls = {n.op_identifier() for n, name in named if name in without_rule} & model.functions.keys()
+    lets_pass = functools.partial(_lets_pass, passing=passing)
+    met = {i for i in calls if _holds(model, i, _is_linear) or _all_hold(model, i, lets_pass)}
+    met |= _hiding(model, facts, [n for n, name in named if name in of_unknown_shape])
+    return sum(_inline_each(model, sorted(met)))
+
+
+def _hiding(model: ir.Model, facts: Facts, nodes: list[ir.Node]) -> set[ir.OperatorIdentifier]:
+    """The functions of which a call hides the rank of what some nodes read."""
+    found = set[ir.OperatorIdentifier]()
+    stack, seen = list(nodes), set(nodes)
+    while stack:
+        for value in stack.pop().inputs:
+            maker = None if value is None or facts[value].dims is not None else value.producer()
+            if maker is None or maker in seen:
+                continue
+            seen.add(maker)
+            if maker.op_identifier() in model.functions:
+                found.add(maker.op_identifier())
+            else:
+                stack.append(maker)
+    return found
 
 
 def _inline_each(model: ir.Model, identifiers: list[ir.OperatorIdentifier]) -> Iterator[int]:
@@ -84,8 +112,25 @@ def _is_linear(body: list[ir.Node]) -> bool:
     return any(n.op_type in _LINEAR | _NORMS and n.domain in ("", "ai.onnx") for n in body)
 
 
+def _lets_pass(body: list[ir.Node], passing: Collection[str]) -> bool:
+    plain = (n.op_type for n in body if n.domain in ("", "ai.onnx"))
+    return all(op in passing or op in _ARITHMETIC for op in plain)
+
+
 def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[list[ir.Node]], bool]) -> bool:
     """Whether `test` holds for the function's body or that of a function it calls."""
+    return any(map(test, _bodies(model, identifier)))
+
+
+def _all_hold(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[list[ir.Node]], bool]) -> bool:
+    """Whether `test` holds for the function's body and those of all functions it calls, which the model defines."""
+    bodies = list(_bodies(model, identifier))
+    called = {n.op_identifier() for body in bodies for n in body if n.domain not in ("", "ai.onnx")}
+    return called <= model.functions.keys() and all(map(test, bodies))
+
+
+def _bodies(model: ir.Model, identifier: ir.OperatorIdentifier) -> Iterator[list[ir.Node]]:
+    """The nodes of a function, and of each function that it calls."""
     seen: set[ir.OperatorIdentifier] = set()
     stack = [identifier]
     while stack:
@@ -95,7 +140,5 @@ def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[l
             continue
         seen.add(current)
         body = list(nodes_of(function))
-        if test(body):
-            return True
+        yield body
         stack.extend(n.op_identifier() for n in body)
-    return False

@@ -70,6 +70,38 @@ def test_functions_without_an_absorber_or_out_of_the_way_stay_functions():
     assert {f.name for f in fused.functions} == {"Layer", "Bend"}
 
 
+def activation(b: Builder) -> None:
+    add_function(b, "Act", [helper.make_node("Relu", ["X"], ["Y"])], inputs=("X",))
+
+
+def test_a_function_that_only_lets_pass_is_opened_where_a_norm_stands_before_it():
+    b = Builder()
+    pool = [helper.make_node("GlobalAveragePool", ["X"], ["t"]), helper.make_node("Flatten", ["t"], ["Y"])]
+    add_function(b, "Pool", pool, inputs=("X",))
+    activation(b)
+    h = b.node("Pool", b.norm(b.node("Tanh", "x"), 4), domain="mine")
+    away = b.node("Sigmoid", b.node("Act", "x", domain="mine"))
+    model = b.model(IMAGE, [b.node("Gemm", h, b.normal(4, 2)), away])
+    fused, report = fuse(model)
+    assert [n.way for n in report.folded] == ["forward"]
+    assert operators(fused) == ["Tanh", "GlobalAveragePool", "Flatten", "Act", "Sigmoid", "Gemm"]
+    assert_same(model, fused)
+
+
+def test_a_call_that_hides_the_rank_of_what_absorbs_a_norm_is_opened():
+    b = Builder()
+    activation(b)
+    add_function(b, "Bend", [helper.make_node("Erf", ["X"], ["Y"])], inputs=("X",))
+    h = b.norm(b.node("Tanh", b.node("Bend", "x", domain="mine")), 4)
+    away = b.node("Sigmoid", b.node("Act", "x", domain="mine"))
+    model = b.model({"x": ["n", 4]}, [b.node("MatMul", h, b.normal(4, 3)), away])
+    fused, report = fuse(model)
+    assert [n.way for n in report.folded] == ["forward"]
+    assert operators(fused) == ["Erf", "Tanh", "Act", "Sigmoid", "MatMul", "Add"]
+    assert [f.name for f in fused.functions] == ["Act"]
+    assert_same(model, fused)
+
+
 def test_a_function_within_a_function_in_the_way_is_opened_too():
     b = Builder()
     layer(b, "Inner")

@@ -21,8 +21,8 @@ import onnx_ir as ir
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
 from renorm_onnx.fusion.branches import Merge, find_merges
-from renorm_onnx.fusion.calls import define_calls, open_absorbers, open_norms
-from renorm_onnx.fusion.carrier import AddAfter, Desk, SetAttribute, SetInput, label, refuse
+from renorm_onnx.fusion.calls import define_calls, open_norms, open_obstacles
+from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, SetAttribute, SetInput, label, refuse
 from renorm_onnx.fusion.carriers import load_carriers
 from renorm_onnx.fusion.conditionals import open_conditionals
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
@@ -207,7 +207,9 @@ class _Engine:
                 entry.fold("unreachable", ())
         self._rewriter.delete(gone)
         self._clean()
-        return bool(gone) or (bool(self._model.functions) and open_absorbers(self._model, self._obstacles()) > 0)
+        if gone or not self._model.functions:
+            return bool(gone)
+        return open_obstacles(self._model, self._desk.facts, self._refusals(), _passing()) > 0
 
     def _cross(self) -> bool:
         """Let maps enter and leave the bodies of If, Loop and Scan from now on, if that is new and may help."""
@@ -216,10 +218,9 @@ class _Engine:
         self._across = len(self._graphs) > 1
         return self._across
 
-    def _obstacles(self) -> set[str]:
-        """The names of the operators at which the way of a norm that stays has ended."""
-        refusals = (r for e in self._report.entries if e.outcome == "kept" for r in e.refusals)
-        return {r.obstacle for r in refusals if r.reason is Reason.OPERATOR}
+    def _refusals(self) -> list[Refusal]:
+        """Where the ways of the norms that stay have ended."""
+        return [r for e in self._report.entries if e.outcome == "kept" for r in e.refusals]
 
     def _clean(self) -> None:
         """Take out what nobody reads any more; a norm among it is as one that nobody read before."""
@@ -347,6 +348,12 @@ class _Engine:
         self._added.add(node)
         self._desk.pending[node, 1] = edit.parameter
         return node.outputs[0]
+
+
+def _passing() -> frozenset[str]:
+    """The operators that may let a map pass: of them all, some only take one up."""
+    carriers = load_carriers().items()
+    return frozenset(operator for operator, carrier in carriers if type(carrier).backward is not Carrier.backward)
 
 
 def count_operators(model: ir.Model) -> Counter[str]:
