@@ -18,7 +18,7 @@ import onnx_ir as ir
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError
 from renorm_onnx.files.model_tensors import all_tensors, external_among
-from renorm_onnx.fusion.calls import define_calls
+from renorm_onnx.fusion.calls import define_calls, hiding_norms
 from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
 from renorm_onnx.fusion.report import METADATA_KEY, FusionReport
 from renorm_onnx.inlining import inline
@@ -266,11 +266,11 @@ def fuse_file(
 
 
 def _fold(model: ir.Model, options: FuseOptions | None, *, defined: bool) -> tuple[FusionReport, bool]:
-    """Fold in place; say too whether the model is another than its file holds, be it only by its functions."""
-    functions = set(model.functions)
+    """Fold in place; say too whether the model is another than its file holds, be it only that norms lie open."""
+    hiding = hiding_norms(model)
     report = fuse_in_place(model, options)
-    rewritten = report.changed or defined or functions != set(model.functions)
-    if not rewritten:  # what was opened in vain is not written
+    rewritten = report.changed or defined or not model.functions.keys() >= set(hiding)
+    if not rewritten:  # functions that were opened in vain stay as they are
         report.operators_after = report.operators_before
     return report, rewritten
 

@@ -312,3 +312,25 @@ def test_why_the_whole_was_not_run_is_said_once(tmp_path):
     assert done.verdict.outcome == "skipped"
     assert str(done).count(done.unchecked) == 1
     assert "verdict: skipped" in str(done)
+
+
+def test_functions_that_were_opened_in_vain_stay_in_the_file(tmp_path: Path) -> None:
+    """The norm would pass the function, but not the Relu in it."""
+    rng = np.random.default_rng(0)
+    norm = {"var": rng.uniform(0.5, 2, CHANNELS)} | {name: rng.normal(size=CHANNELS) for name in ("scale", "B", "mean")}
+    own = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    act = helper.make_function("own", "Act", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], own[:1])
+    nodes = [
+        helper.make_node("Act", ["x"], ["h"], domain="own"),
+        helper.make_node("BatchNormalization", ["h", "scale", "B", "mean", "var"], ["y"], "bn"),
+    ]
+    values = [helper.make_tensor_value_info(name, 1, [2, CHANNELS, 5, 5]) for name in ("x", "y")]
+    tensors = [numpy_helper.from_array(a.astype(np.float32), n) for n, a in norm.items()]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    source = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=own, functions=[act], ir_version=8), source)
+    done = fuse_file(source)
+    assert (done.rewritten, done.report.changed, len(done.report.kept)) == (False, False, 1)
+    assert done.report.kept[0].reason is not None
+    assert done.report.kept[0].obstacle.endswith("Relu")  # so it was opened
+    assert Path(done.target).read_bytes() == source.read_bytes()

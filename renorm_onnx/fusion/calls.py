@@ -46,9 +46,14 @@ def define_calls(model: ir.Model) -> bool:
     return lacking and attach(model) > 0
 
 
+def hiding_norms(model: ir.Model) -> list[ir.OperatorIdentifier]:
+    """The functions that hold a normalization, or call one that does."""
+    return [i for i in model.functions if _holds(model, i, _is_norm)]
+
+
 def open_norms(model: ir.Model) -> int:
     """Inline, in place, the calls that hide a normalization; return how many were replaced."""
-    return sum(_inline_each(model, [i for i in model.functions if _holds(model, i, _is_norm)]))
+    return sum(_inline_each(model, hiding_norms(model)))
 
 
 def open_obstacles(model: ir.Model, facts: Facts, refusals: Collection[Refusal], passing: Collection[str]) -> int:
