@@ -70,8 +70,8 @@ class AffineMap(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether y equals x."""
-        return not self.has_scale and not self.has_shift
+        """Whether y equals x; not proven by there being no numbers at all."""
+        return self.scale.size > 0 and not self.has_scale and not self.has_shift
 
     @property
     def has_shift(self) -> bool:
@@ -178,10 +178,16 @@ class AffineMap(NamedTuple):
         return together(self, AffineMap(np.ones(length), np.zeros(length), (axis,)))[0]
 
     def scattered(self, indices: npt.NDArray[np.int64] | slice, length: int, axis: int) -> AffineMap:
-        """The map of `length` places along `axis` that is this one at `indices`, and the identity elsewhere."""
+        """The map of `length` places along `axis` that is this one at `indices`, and the identity elsewhere.
+
+        Raises:
+            UnlikeAxesError: This map runs along `axis` with another number of elements than there are `indices`.
+        """
         where = np.arange(length)[indices]
         own = self.spread(where.size, axis)
         place = own.axes.index(axis)
+        if own.scale.shape[place] != where.size:
+            raise UnlikeAxesError(f"{own.scale.shape[place]} elements do not go to {where.size} places")
         shape = (*own.scale.shape[:place], length, *own.scale.shape[place + 1 :])
         scale, shift = np.ones(shape), np.zeros(shape)
         np.moveaxis(scale, place, 0)[where] = np.moveaxis(own.scale, place, 0)

@@ -54,3 +54,10 @@ def test_a_piece_without_channels_joins_the_others_and_stays_what_it_is():
     whole = concatenate([along(0), along(3)], [0, 3], 0)
     assert whole.equals(along(3))
     assert whole.take(slice(0), 0).reduced().equals(along(0))
+
+
+def test_no_numbers_are_no_identity_and_one_number_does_not_go_to_no_places():
+    assert not along(0).is_identity
+    assert AffineMap.of([1.0, 1.0], 0.0, 1).is_identity
+    with pytest.raises(UnlikeAxesError, match="1 elements do not go to 0 places"):
+        along(1).scattered(slice(-10, -11, -1), 3, 0)

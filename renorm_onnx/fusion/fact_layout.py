@@ -15,6 +15,7 @@ from renorm_onnx.fusion.fact_rules import attribute, broadcast
 from renorm_onnx.fusion.facts import MAX_COMPUTED_ELEMENTS, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]
+_INT_MAX = (2**31 - 1, 2**63 - 1)
 
 
 def axes_of(node: ir.Node, inputs: Facts, position: int = 1) -> list[int] | None:
@@ -170,10 +171,12 @@ def _gather(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact(dims[:axis] + index.dims + dims[axis + 1 :], dtype=inputs[0].dtype)]
 
 
-def slice_bounds(node: ir.Node, inputs: Facts, opset: int, rank: int) -> list[tuple[int, slice]] | None:
-    """The axes that Slice cuts and how, where that is constant: attributes before opset 10, inputs since.
+def slice_bounds(node: ir.Node, inputs: Facts, opset: int, dims: Dims) -> list[tuple[int, slice]] | None:
+    """The axes that Slice cuts out of `dims` and how, where that is known: attributes before opset 10, inputs since.
 
-    Python's rules for ends outside the sequence are those of ONNX, and for negative steps those of onnxruntime.
+    Python's rules for what lies outside the sequence are those of ONNX, but for a backward start before the first
+    element, which is the first (Slice-13). A backward end of `INT_MAX` is not known: nothing is left of the axis, but
+    onnxruntime takes all that is before the start.
     """
     lists: list[list[int | Dimension] | None]
     if opset < 10:
@@ -189,10 +192,15 @@ def slice_bounds(node: ir.Node, inputs: Facts, opset: int, rank: int) -> list[tu
     steps = steps or [1] * len(starts)
     axes = axes or list(range(len(starts)))
     cuts = []
-    for axis, *bounds in zip(axes, starts, ends, steps, strict=True):
-        if not isinstance(axis, int) or not all(isinstance(b, int) for b in bounds) or bounds[2] == 0:
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if not (isinstance(axis, int) and isinstance(start, int) and isinstance(end, int) and isinstance(step, int)):
             return None
-        cuts.append((axis % rank, slice(*bounds)))
+        if step == 0 or (step < 0 and end in _INT_MAX):
+            return None
+        size = dims[axis % len(dims)]
+        if step < 0 and isinstance(size, int):
+            start = max(start, -size)
+        cuts.append((axis % len(dims), slice(start, end, step)))
     return cuts
 
 
@@ -200,7 +208,7 @@ def _slice(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, dtype = inputs[0].dims, inputs[0].dtype
     if dims is None:
         return [Fact(dtype=dtype)]
-    cuts = slice_bounds(node, inputs, opset, len(dims))
+    cuts = slice_bounds(node, inputs, opset, dims)
     if cuts is None:
         return [Fact(tuple(Dimension() for _ in dims), dtype=dtype)]
     content = inputs[0].elements()

@@ -247,7 +247,8 @@ def _slice(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> A
     steps = [1] * len(starts) if steps is None else steps
     index = [slice(None)] * x.ndim
     for axis, *bounds in zip(axes, starts, ends, steps, strict=True):
-        index[axis] = slice(*(int(b) for b in bounds))
+        start, end, step = (int(b) for b in bounds)
+        index[axis] = slice(max(start, -x.shape[axis]) if step < 0 else start, end, step)
     return x[tuple(index)]
 
 

@@ -140,7 +140,7 @@ class Slice(Carrier):
         apart = backward and desk.apart
         if not given.axes and not apart:
             return Step((), {0: given})
-        cuts = None if dims is None else slice_bounds(node, desk.inputs(node), desk.opset, len(dims))
+        cuts = None if dims is None else slice_bounds(node, desk.inputs(node), desk.opset, dims)
         if dims is None or cuts is None:
             no = refuse(Reason.SHAPE, node, "cuts at places that are not constant")
             return no if given.axes else Step((), {0: given})

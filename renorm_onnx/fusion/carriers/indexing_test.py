@@ -83,12 +83,19 @@ def test_an_output_of_split_that_nobody_reads_follows_the_others() -> None:
         (([-1], [-9], [1], [-2]), 2),
         (([0], [9], [-3], [1]), 4),
         (([1, 0], [4, 9], [-1, 1], [2, 3]), 2),
+        (([-10], [-(2**63)], [1], [-1]), 1),
     ],
 )
 def test_a_slice_cuts_the_map_like_the_channels(bounds: tuple[list[int], ...], channels: int) -> None:
     constants = {name: np.array(b) for name, b in zip("oeas", bounds, strict=True)}
     backward("d = Slice(c, o, e, a, s)", channels, **constants)
     forward("d = Slice(c, o, e, a, s)", channels, **constants)
+
+
+def test_a_slice_of_which_the_specification_and_onnxruntime_differ_is_refused() -> None:
+    constants = {"o": np.array([-1]), "e": np.array([2**63 - 1]), "a": np.array([1]), "s": np.array([-1])}
+    text = f"c = Conv(x, W) d = Slice(c, o, e, a, s) e1 = Concat<axis=1>(c, d) y = {bn('e1')}"
+    assert_fuses(build(text, "double[N,3,4,5] x", "y", W=WEIGHTS["W"], **constants, **norm(4)), [Reason.SHAPE])
 
 
 def test_slices_before_opset_10_have_attributes() -> None:

@@ -94,9 +94,10 @@ def _slice(call: Call) -> Result:
     for position, (start, end, axis) in enumerate(zip(starts, ends, axes, strict=True)):
         step = steps[position] if steps else 1
         axis = normalize_axis(axis, x.ndim)
-        # Below zero and still so after adding the length, a backward end means "through element 0".
-        before_all = step < 0 and end < -x.shape[axis]
-        cut[axis] = slice(start, None if before_all else end, step)
+        if step < 0 and end in (2**31 - 1, 2**63 - 1):
+            raise UnusableError(f"step {step} with end {end}: the specification takes nothing, onnxruntime everything")
+        # A backward start before the first element is the first (Slice-13); else Python's rules are those of ONNX.
+        cut[axis] = slice(max(start, -x.shape[axis]) if step < 0 else start, end, step)
     return x[tuple(cut)]
 
 
