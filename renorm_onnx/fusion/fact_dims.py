@@ -108,6 +108,9 @@ def _pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, kernel = inputs[0].dims, attribute(node, "kernel_shape")
     if dims is None or kernel is None or len(dims) != len(kernel) + 2:
         return [Fact(None if kernel is None else tuple(Dimension() for _ in range(len(kernel) + 2)))]
+    if str(attribute(node, "auto_pad", "NOTSET")).startswith("SAME") and max(attribute(node, "dilations") or [1]) > 1:
+        # onnxruntime pads as if undilated, and makes less than the specification says.
+        return [Fact((*dims[:2], *(Dimension() for _ in kernel)), dtype=inputs[0].dtype)]
     return [Fact((*dims[:2], *_window(node, dims[2:], kernel)), dtype=inputs[0].dtype)]
 
 
