@@ -28,6 +28,8 @@ from renorm_onnx.fusion.facts import (
 )
 
 Facts = Sequence[Fact]
+# To the types of 8 bits and fewer runtimes round in ways of their own.
+_ROUNDED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
@@ -168,15 +170,22 @@ def _dropout(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact(inputs[0].dims, dtype=inputs[0].dtype)] if training else [inputs[0]]
 
 
+def _rounded(content: Content, to: ir.DataType) -> npt.NDArray[np.float64]:
+    """Numbers in a type of `_ROUNDED`, as float64: those of 16 bits onnxruntime makes of those of 32."""
+    with np.errstate(over="ignore"):
+        near = content if to == ir.DataType.DOUBLE else content.astype(np.float32)
+        return to_float64(near.astype(to.numpy()))
+
+
 def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     to = ir.DataType(attribute(node, "to", 0)) if node.op_type == "Cast" else inputs[1].dtype
     content = inputs[0].elements()
     if content is None or (to is None and content.dtype.kind == "f"):
         return [Fact(inputs[0].dims, dtype=to)]
     if to is None or to.is_floating_point():
-        if content.dtype == object:
+        if content.dtype == object or to not in (None, *_ROUNDED):
             return [Fact(inputs[0].dims, dtype=to)]
-        return [computed(to_float64(content), to)]
+        return [computed(to_float64(content) if to is None else _rounded(content, to), to)]
     if content.dtype == object:
         return [computed(content, to)]
     with np.errstate(invalid="ignore"):

@@ -9,7 +9,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Dimension, Fact, Facts, product
@@ -209,3 +209,26 @@ def test_an_open_size_is_not_proven_to_differ_from_a_number() -> None:
     facts = facts_of("s = Shape(x) e = Equal(s, k) y = Mod(s, k)", "float[N,4] x", k=np.array([4, 4]))
     assert (facts["e"].dims, facts["e"].content) == ((2,), None)
     assert facts["y"].content is None
+
+
+@pytest.mark.parametrize("to", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_a_stored_number_is_rounded_by_a_cast_as_by_onnxruntime(to: int, kind: type) -> None:
+    """Of float64 to 16 bits, too: 1 + 2**-11 + 2**-40 lies above a tie, and beside it in float32."""
+    ort = pytest.importorskip("onnxruntime")
+    rng = np.random.default_rng(0)
+    k = (rng.normal(size=4096) * 10.0 ** rng.integers(-9, 9, 4096)).astype(kind)
+    k[:3] = np.array([1 + 2**-11 + 2**-40, 1 + 2**-8 + 2**-40, 1e30]).astype(kind) if kind != np.int64 else k[:3]
+    named = np.dtype(kind).name.removesuffix("32" if kind == np.float32 else "").replace("float64", "double")
+    text = f"<ir_version: 10, opset_import: ['' : 20]> g ({named}[N] k) => (double[N] y)".replace("'", '"')
+    model = onnx.parser.parse_model(f"{text} {{ c = Cast<to={to}>(k) y = Cast<to=11>(c) }}")
+    want = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"k": k})[0]
+    fact = facts_of(f"y = Cast<to={to}>(k)", "float[N] x", k=k)["y"]
+    assert fact.content is not None
+    assert fact.dtype == to
+    np.testing.assert_array_equal(fact.content, want)
+
+
+def test_a_cast_to_a_type_of_eight_bits_gives_no_content() -> None:
+    fact = facts_of("y = Cast<to=17>(k)", "float[N] x", k=np.float32([0.3]))["y"]
+    assert (fact.dims, fact.content, fact.dtype) == ((1,), None, ir.DataType.FLOAT8E4M3FN)
