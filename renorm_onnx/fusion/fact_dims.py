@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
-from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast
+from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast, rounding
 from renorm_onnx.fusion.facts import UNKNOWN, Content, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]
@@ -275,7 +275,8 @@ def unscaled_axes(node: ir.Node, inputs: Facts, rank: int) -> set[int]:
     if scales is None:
         position = 1 if node.op_type == "Upsample" or len(inputs) == 2 else 2
         found = inputs[position].elements() if position < len(inputs) else None
-        scales = None if found is None or found.dtype == object or found.size != len(axes) else found.tolist()
+        known = found is not None and found.dtype != object and found.size == len(axes) and inputs[position].exact
+        scales = found.tolist() if found is not None and known else None
     if scales is not None:
         kept |= {a for a, s in zip(axes, scales, strict=False) if s == 1}
     sizes = inputs[3].integers() if len(inputs) > 3 else None
@@ -336,7 +337,7 @@ RULES: Mapping[str, Rule] = {
     "Gemm": _gemm,
     "GridSample": _grid_sample,
     "LpPool": _pool,
-    "MatMul": _matmul,
+    "MatMul": rounding(_matmul),
     "MatMulInteger": _counted(_matmul, 0, 1),
     "MaxPool": _pool,
     "Pad": _pad,
@@ -347,6 +348,7 @@ RULES: Mapping[str, Rule] = {
     "Split": _split,
     "Upsample": _resample,
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), _global_pool),
-    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(REDUCTIONS, rounding(_reduce)),
+    **dict.fromkeys(("ReduceMax", "ReduceMin"), _reduce),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent),
 }

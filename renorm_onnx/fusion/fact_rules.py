@@ -124,6 +124,42 @@ def _truth(rule: Rule) -> Rule:
     return truth
 
 
+def rounding(rule: Rule, *, once: bool = False) -> Rule:
+    """A rule of which a runtime rounds the floats, so that they are exact only if nothing was there to round.
+
+    Args:
+        rule: Of an operator in float64.
+        once: Whether a runtime rounds the exact result, and nothing else on the way.
+    """
+
+    def rounded(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        return [
+            found
+            if found.content is None or found.content.dtype.kind != "f" or (once and _fits(found))
+            else found._replace(exact=False)
+            for found in rule(node, inputs, opset)
+        ]
+
+    return rounded
+
+
+def _fits(fact: Fact) -> bool:
+    """Whether the type of a fact holds every element of its content as it is."""
+    if fact.content is None or fact.dtype not in _ROUNDED:
+        return False
+    return np.array_equal(_rounded(fact.content, fact.dtype), fact.content)
+
+
+def _jumping(rule: Rule) -> Rule:
+    """A rule whose result jumps, and has no content where a runtime may stand on the other side of the jump."""
+
+    def jumping(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        exact = all(i.exact for i in inputs)
+        return [found if exact else found._replace(content=None) for found in rule(node, inputs, opset)]
+
+    return jumping
+
+
 def _divide(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     """Division; of integers, towards zero as in C (ONNX Div-14), and unknown where the divisor is zero."""
     if a.dtype.kind == "f":
@@ -179,17 +215,25 @@ def _rounded(content: Content, to: ir.DataType) -> npt.NDArray[np.float64]:
 
 def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     to = ir.DataType(attribute(node, "to", 0)) if node.op_type == "Cast" else inputs[1].dtype
-    content = inputs[0].elements()
+    content, exact = inputs[0].elements(), inputs[0].exact
+    plain = [Fact(inputs[0].dims, dtype=to)]
     if content is None or (to is None and content.dtype.kind == "f"):
-        return [Fact(inputs[0].dims, dtype=to)]
+        return plain
+    if not exact:  # and so a float: only a wider type does not jump
+        return [computed(content, to)] if _holds(to, inputs[0].dtype) else plain
     if to is None or to.is_floating_point():
         if content.dtype == object or to not in (None, *_ROUNDED):
-            return [Fact(inputs[0].dims, dtype=to)]
+            return plain
         return [computed(to_float64(content) if to is None else _rounded(content, to), to)]
     if content.dtype == object:
         return [computed(content, to)]
     with np.errstate(invalid="ignore"):
         return [computed(content.astype(to.numpy()), to)]
+
+
+def _holds(to: ir.DataType | None, source: ir.DataType | None) -> bool:
+    """Whether every number of one float type is one of another."""
+    return to in _ROUNDED and source in _ROUNDED and (to == source or to.bitwidth > source.bitwidth)
 
 
 def _constant(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -233,6 +277,10 @@ def _range(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     start, limit, delta = (None if c is None or c.dtype == object or c.size != 1 else c.reshape(()) for c in contents)
     if start is None or limit is None or delta is None or delta == 0:
         return [Fact((Dimension(),), dtype=inputs[0].dtype)]
+    # How many there are is no more exact than the difference of the ends, which a runtime rounds, as it does each sum.
+    whole = all(c.dtype.kind != "f" or float(c).is_integer() for c in (start, limit, delta))
+    if not whole or not all(i.exact for i in inputs):
+        return [Fact((Dimension(),), dtype=inputs[0].dtype)]
     count = max(math.ceil((limit - start) / delta), 0)
     if count > MAX_COMPUTED_ELEMENTS:
         return [Fact((count,), dtype=inputs[0].dtype)]
@@ -268,39 +316,39 @@ def _power(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 CONTENT_RULES: Mapping[str, Rule] = {
-    "Add": _binary(np.add),
-    "Sub": _binary(np.subtract),
-    "Mul": _binary(np.multiply),
-    "Div": _binary(_divide),
-    "Pow": _binary(_power),
-    "Equal": _truth(_binary(np.equal)),
-    "Greater": _truth(_binary(np.greater)),
-    "GreaterOrEqual": _truth(_binary(np.greater_equal)),
-    "Less": _truth(_binary(np.less)),
-    "LessOrEqual": _truth(_binary(np.less_equal)),
+    "Add": rounding(_binary(np.add), once=True),
+    "Sub": rounding(_binary(np.subtract), once=True),
+    "Mul": rounding(_binary(np.multiply), once=True),
+    "Div": rounding(_binary(_divide), once=True),
+    "Pow": rounding(_binary(_power)),
+    "Equal": _truth(_jumping(_binary(np.equal))),
+    "Greater": _truth(_jumping(_binary(np.greater))),
+    "GreaterOrEqual": _truth(_jumping(_binary(np.greater_equal))),
+    "Less": _truth(_jumping(_binary(np.less))),
+    "LessOrEqual": _truth(_jumping(_binary(np.less_equal))),
     "And": _truth(_binary(np.logical_and)),
     "Or": _truth(_binary(np.logical_or)),
     "Not": _truth(_unary(np.logical_not)),
     "Neg": _unary(np.negative),
-    "Sqrt": _unary(np.sqrt),
-    "Reciprocal": _unary(np.reciprocal),
+    "Sqrt": rounding(_unary(np.sqrt), once=True),
+    "Reciprocal": rounding(_unary(np.reciprocal)),
     "Abs": _unary(np.abs),
     "Clip": _clip,
-    "Exp": _unary(np.exp),
-    "Floor": _unary(np.floor),
-    "Log": _unary(np.log),
-    "Ceil": _unary(np.ceil),
-    "Sign": _unary(np.sign),
-    "Sin": _unary(np.sin),
-    "Cos": _unary(np.cos),
-    "Tanh": _unary(np.tanh),
-    "Sigmoid": _unary(lambda x: np.asarray(0.5 * (1 + np.tanh(0.5 * x)))),
-    "Softplus": _unary(lambda x: np.asarray(np.logaddexp(x, 0.0))),
+    "Exp": rounding(_unary(np.exp)),
+    "Floor": _jumping(_unary(np.floor)),
+    "Log": rounding(_unary(np.log)),
+    "Ceil": _jumping(_unary(np.ceil)),
+    "Sign": _jumping(_unary(np.sign)),
+    "Sin": rounding(_unary(np.sin)),
+    "Cos": rounding(_unary(np.cos)),
+    "Tanh": rounding(_unary(np.tanh)),
+    "Sigmoid": rounding(_unary(lambda x: np.asarray(0.5 * (1 + np.tanh(0.5 * x))))),
+    "Softplus": rounding(_unary(lambda x: np.asarray(np.logaddexp(x, 0.0)))),
     "Cast": _cast,
     "CastLike": _cast,
     "Constant": _constant,
     "EyeLike": _eye_like,
-    "Range": _range,
+    "Range": rounding(_range, once=True),
     "ConstantOfShape": _constant_of_shape,
     "Dropout": _dropout,
     "Identity": _identity,
@@ -309,7 +357,7 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Where": _where,
     "Max": _variadic(np.maximum),
     "Min": _variadic(np.minimum),
-    **dict.fromkeys(("Sum", "Mean"), _variadic(np.add)),
+    **dict.fromkeys(("Sum", "Mean"), rounding(_variadic(np.add))),
 }
 
 SAME_DIMS = (

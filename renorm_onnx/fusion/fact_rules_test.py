@@ -171,14 +171,14 @@ CONTENTS = [
     ("a = EyeLike<k=1>(k) y = Mul(a, k)", lambda k: np.eye(3, 4, 1) * k),
     ("a = Cast<to=1>(r) y = Mul(a, k)", lambda k: np.array([1.0, 3, 5, 7]) * k),
     ("y = Tile(k, p)", lambda k: np.tile(k, (2, 1))),
-    ("a = Mul(k, u) b = Cast<to=7>(a) c = Cast<to=1>(b) y = Mul(c, k)", lambda k: np.trunc(3 * k) * k),
+    ("a = Mul(k, u) b = Cast<to=7>(a) c = Cast<to=1>(b) y = Mul(c, k)", lambda k: np.trunc(4 * k) * k),
 ]
 
 
 @pytest.mark.parametrize(("body", "formula"), CONTENTS)
 def test_constants_are_worked_out_in_double_precision(body: str, formula: Callable[[np.ndarray], np.ndarray]) -> None:
     k = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    constants = {"k": k, "z": np.float32(0.25), "o": np.array([0]), "p": np.array([2, 1]), "u": np.float32(3)}
+    constants = {"k": k, "z": np.float32(0.25), "o": np.array([0]), "p": np.array([2, 1]), "u": np.float32(4)}
     if "(r)" in body:
         body = f"r = Range(i, j, d) {body}"
         constants |= {"i": np.array(1), "j": np.array(8), "d": np.array(2)}
@@ -232,3 +232,47 @@ def test_a_stored_number_is_rounded_by_a_cast_as_by_onnxruntime(to: int, kind: t
 def test_a_cast_to_a_type_of_eight_bits_gives_no_content() -> None:
     fact = facts_of("y = Cast<to=17>(k)", "float[N] x", k=np.float32([0.3]))["y"]
     assert (fact.dims, fact.content, fact.dtype) == ((1,), None, ir.DataType.FLOAT8E4M3FN)
+
+
+TENTHS = {"ten": np.float32([10]), "part": np.float32([0.7]), "two": np.float32([2]), "half": np.float32([0.5])}
+JUMPS = ["Cast<to=7>(f)", "Cast<to=9>(f)", "Cast<to=10>(f)", "Floor(f)", "Ceil(f)", "Sign(f)", "Less(f, ten)"]
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_nothing_is_known_behind_a_jump_of_what_a_runtime_rounds(jump: str) -> None:
+    """10 * 0.7 is 7 in float32, and less in float64."""
+    for line in ("f = Mul(ten, part)", "e = Tanh(ten) f = Neg(e)", "e = Mul(ten, part) f = Sub(e, ten)"):
+        fact = facts_of(f"{line} y = {jump}", "float[N] x", **TENTHS)["y"]
+        assert (fact.dims, fact.content) == ((1,), None)
+    for line in ("f = Identity(part)", "f = Mul(ten, half)", "e = Div(ten, two) f = Neg(e)"):
+        assert facts_of(f"{line} y = {jump}", "float[N] x", **TENTHS)["y"].is_constant
+
+
+def test_what_a_runtime_rounds_stays_known_where_nothing_jumps() -> None:
+    body = "a = Mul(ten, part) b = Cast<to=11>(a) c = Unsqueeze(b, zero) y = Max(c, c)"
+    fact = facts_of(body, "float[N] x", zero=np.array([0]), **TENTHS)["y"]
+    assert fact.content is not None
+    assert fact.content.tolist() == [[10 * float(np.float32(0.7))]]
+
+
+def test_a_size_that_is_scaled_by_a_whole_number_is_known_and_one_that_is_rounded_is_not() -> None:
+    body = "s = Shape<start=1>(x) g = Cast<to=1>(s) h = Mul(g, {}) e = Floor(h) n = Cast<to=7>(e) y = Expand(ten, n)"
+    assert facts_of(body.format("two"), "float[N,10] x", **TENTHS)["y"].dims == (20,)
+    assert facts_of(body.format("part"), "float[N,10] x", **TENTHS)["y"].dims is None
+
+
+def test_a_range_of_floats_is_known_if_they_are_whole() -> None:
+    constants = {"z": np.float32(0), "w": np.float32(3), "d": np.float32(1), "p": np.float32(0.3)}
+    whole = facts_of("y = Range(z, w, d)", "float[N] x", **constants)["y"]
+    assert whole.content is not None
+    assert (whole.content.tolist(), whole.exact) == ([0, 1, 2], True)
+    (size,) = facts_of("y = Range(z, w, p)", "float[N] x", **constants)["y"].dims or ()
+    assert isinstance(size, Dimension)
+
+
+def test_a_scale_of_one_that_a_runtime_rounds_does_not_leave_a_size_as_it_is() -> None:
+    """1 / 41 * 41 is 1 in float64, and less in float32."""
+    body = "q = Div(one, n) o = Mul(q, n) r = Concat<axis=0>(one, one, one, o) y = Resize(x, , r)"
+    for n, kept in ((41, False), (4, True)):
+        dims = facts_of(body, "float[2,3,4,5] x", one=np.float32([1]), n=np.float32([n]))["y"].dims or ()
+        assert (dims[3] == 5) == kept

@@ -4,8 +4,10 @@
 every fact is derived here from graph inputs (whose declared rank and fixed sizes onnxruntime enforces), from constants
 and from the operators between (`fact_rules`). A size that is not fixed is a `Dimension`, equal only to itself.
 
-Contents are evaluated in float64 whatever the element type, since a fold is to be equal in real arithmetic. Contents
-of integer values may hold dimensions: ``Reshape(x, Concat(Shape(x)[0], 128))`` is understood.
+Contents are evaluated in float64 whatever the element type, since a fold is to be equal in real arithmetic. A runtime
+rounds them at every step, which moves them little, but not where they jump: ``int(10.0 * 0.7)`` is 7 in float32 and 6
+in float64. So nothing is known behind a jump unless what jumps is exact. Contents of integer values may hold
+dimensions: ``Reshape(x, Concat(Shape(x)[0], 128))`` is understood.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Fact(NamedTuple):
         tensor: The stored tensor where the value is one; its elements are read only on demand.
         dtype: Its element type where known.
         unexpanded: Of an Expand, the fact about what is repeated; equal to this one for who broadcasts anyway.
+        exact: Whether a runtime has these very elements: none of them comes of a float that it rounded on the way.
     """
 
     dims: Dims | None = None
@@ -58,6 +61,7 @@ class Fact(NamedTuple):
     tensor: ir.TensorProtocol | None = None
     dtype: ir.DataType | None = None
     unexpanded: Fact | None = None
+    exact: bool = True
 
     @property
     def rank(self) -> int | None:
@@ -271,9 +275,9 @@ class Facts:
         known = node.domain in ("", "ai.onnx")
         rule = self._rules.get(node.op_type) if known else None
         found: Sequence[Fact] = ()
+        inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs] if rule else []
         try:
             if rule is not None:
-                inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs]
                 found = rule(node, inputs, self.opset)
             elif known and node.op_type in _HOLDERS:
                 found = self._from_bodies(node)
@@ -287,6 +291,8 @@ class Facts:
                 fact = fact._replace(content=None, tensor=None, unexpanded=None)
             if fact.content is not None:
                 self._remembered += fact.content.size
+                if fact.content.dtype.kind == "f" and not all(i.exact for i in inputs):
+                    fact = fact._replace(exact=False)
                 if self._remembered > MAX_REMEMBERED_ELEMENTS:
                     fact = fact._replace(content=None)
             self._known[output] = fact
