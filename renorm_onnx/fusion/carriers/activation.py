@@ -13,7 +13,8 @@ Formula:
     Clip (bounds are attributes before opset 11).
 Refuses when:
     a scale is negative or there is a shift (but for Clip); scales of a bounded function are zero or of both signs; a
-    bound would have to differ between channels, or is not constant.
+    bound would have to differ between channels, or is not constant; a negative scale meets a lower bound above the
+    upper one.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ class Bounded(Carrier):
         if not found:
             return Step((), {0: given})
         turned = node.op_type == "Clip" and bool((given.scale < 0).all())
+        if turned and found.get(1, -np.inf) > found.get(2, np.inf):
+            return refuse(Reason.SIGN, node, "has a lower bound above the upper one, which wins, and would lose turned")
         if not turned and not (given.scale > 0).all():
             return refuse(Reason.SIGN, node, "has bounds, which scales of both signs, or of zero, do not pass")
         moved: dict[int, float] = {}

@@ -74,6 +74,17 @@ def test_bounds_change_places_under_a_negative_scale(opset: int) -> None:
     assert_fuses(build(body, "double[N,3,H,W] x", "y", lo=np.array(-0.5), **constants), [Reason.SIGN])
 
 
+@pytest.mark.parametrize("opset", [20, 10])
+@pytest.mark.parametrize(("k", "kept"), [(-2.0, [Reason.SIGN]), (2.0, [])])
+def test_a_lower_bound_above_the_upper_one_keeps_its_place(opset: int, k: float, kept: list[Reason]) -> None:
+    """All becomes the upper bound then (Clip-13), which a negative scale would make the lower one."""
+    clip = "Clip(c, lo, hi)" if opset > 10 else "Clip<min=1.5, max=0.25>(c)"
+    bounds = {"lo": np.array(1.5), "hi": np.array(0.25)} if opset > 10 else {}
+    weights = {"k": np.array(k), "W": quarters([4, 3, 1, 1])}
+    for body in (f"c = Conv(x, W) d = {clip} y = Mul(d, k)", f"c = Mul(x, k) d = {clip} y = Conv(d, W)"):
+        assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=opset, **weights, **bounds), kept)
+
+
 def test_a_jump_takes_no_shift() -> None:
     body = "c = Conv(x, W) d = ThresholdedRelu<alpha=0.5>(c) y = Add(d, k)"
     model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), k=np.array(1.5))
