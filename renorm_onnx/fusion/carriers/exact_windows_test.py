@@ -12,6 +12,7 @@ import numpy as np
 
 Array = np.ndarray
 HALF = Fraction(1, 2)
+LOWEST = Fraction(-(2**127))
 
 
 def taps_of(tap: Sequence[int], strides: Sequence[int], dilations: Sequence[int], out: Sequence[int]) -> list[slice]:
@@ -61,7 +62,9 @@ def pool(kind: str) -> Any:
             padded = [c for c in cells if all(v < ends[i] for i, v in enumerate(c))]
             for head in np.ndindex(*x.shape[:2]):
                 values = [x[head + c] for c in inside]
-                if kind == "max":
+                if not values:  # nothing but padding, of which runtimes make this
+                    y[head + place] = LOWEST if kind == "max" else Fraction(0)
+                elif kind == "max":
                     best = max(range(len(values)), key=values.__getitem__)
                     y[head + place] = values[best]
                     indices[head + place] = np.ravel_multi_index(head + inside[best], x.shape)

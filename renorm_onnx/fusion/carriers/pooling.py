@@ -5,22 +5,23 @@ Before:
 After:
     ``y = pool(s * x + t)``
 Formula:
-    A maximum or minimum commutes with s x + t for s > 0 (at s = 0 both are t); its padding never wins, so it never
-    sees t, and where the maximum lies (Indices) does not change. A mean is linear; its weights sum to one where the
-    padding is not counted (count_include_pad = 0) or absent, and then a shift passes. A sum of n elements gives s
-    sum(x) + t for sum(s x + t / n): n must be fixed. A norm (LpPool, ReduceL1, ReduceL2) passes s >= 0 without t.
-    At the input the same holds the other way round, a sum turning t into n t. Reductions may drop axes, and the
-    map's axis moves with them. Source: ONNX MaxPool, AveragePool, LpPool, Global*Pool,
+    A maximum or minimum commutes with s x + t for s > 0 (at s = 0 both are t); its padding never wins where a window
+    sees any of the image, so it never sees t, and where the maximum lies (Indices) does not change. A mean is linear;
+    its weights sum to one where the padding is not counted (count_include_pad = 0) or absent, and then a shift passes.
+    A sum of n elements gives s sum(x) + t for sum(s x + t / n): n must be fixed. A norm (LpPool, ReduceL1, ReduceL2)
+    passes s >= 0 without t. At the input the same holds the other way round, a sum turning t into n t. Reductions may
+    drop axes, and the map's axis moves with them. Source: ONNX MaxPool, AveragePool, LpPool, Global*Pool,
     Reduce{Max,Min,Mean,Sum,L1,L2} in all versions.
 Refuses when:
     the map runs along a pooled axis; a maximum, minimum or norm meets a negative scale; a mean that counts its
-    padding, or a norm, meets a shift; Indices are read and a scale is zero; axes or rank are not known.
+    padding, or a norm, meets a shift; a dilated window may see nothing but padding; Indices are read and a scale is
+    zero; axes or rank are not known.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -58,7 +59,7 @@ class Pooling(Carrier):
         pooled = self._pooled(node, desk)
         if isinstance(pooled, Refusal):
             return pooled
-        if refusal := _unfit(node, given):
+        if refusal := _unfit(node, given, desk):
             return refusal
         moved = self._moved(node, given, pooled, desk, backward=backward)
         if isinstance(moved, Refusal):
@@ -108,7 +109,7 @@ class Pooling(Carrier):
         return math.prod(fixed) if dims is not None and len(fixed) == len(sizes) else 0
 
 
-def _unfit(node: ir.Node, given: AffineMap) -> Refusal | None:
+def _unfit(node: ir.Node, given: AffineMap, desk: Desk) -> Refusal | None:
     """Why the numbers of the map do not pass, wherever its axis lies."""
     if node.op_type in (*ORDER, *NORMS) and not given.is_monotone:
         return refuse(Reason.SIGN, node, "keeps the largest, smallest or absolute values: a negative scale cannot pass")
@@ -119,7 +120,25 @@ def _unfit(node: ir.Node, given: AffineMap) -> Refusal | None:
         return refuse(Reason.SIGN, node, "has Indices in use, and a scale of zero makes all elements equal")
     if node.op_type == "AveragePool" and given.has_shift and (why := _counts_padding(node)):
         return refuse(Reason.PADDING, node, f"{why}, and the zeros must not be shifted")
+    if (node.op_type == "MaxPool" or (node.op_type == "AveragePool" and given.has_shift)) and _skips(node, desk):
+        return refuse(Reason.PADDING, node, "may have a window all of whose elements are padding, which no map changes")
     return None
+
+
+def _skips(node: ir.Node, desk: Desk) -> bool:
+    """Whether a window may lie in the padding on both sides of the image: one whose steps are longer than that is."""
+    kernel = attribute(node, "kernel_shape") or ()
+    dilations, auto = attribute(node, "dilations") or [1] * len(kernel), attribute(node, "auto_pad", "NOTSET")
+    pads = (attribute(node, "pads") if auto == "NOTSET" else None) or [int(auto.startswith("SAME"))] * 2 * len(kernel)
+    steps = (d if a or b else 1 for d, a, b in zip(dilations, pads, pads[len(kernel) :], strict=False))
+    return not _reaches(desk, node, list(steps))
+
+
+def _reaches(desk: Desk, node: ir.Node, least: Sequence[int]) -> bool:
+    """Whether the image is proven to have some least size along each of its axes; it has one of 1."""
+    dims = desk.dims(node.inputs[0])
+    sizes = (None,) * len(least) if dims is None else dims[2:]
+    return all(n == 1 or (isinstance(s, int) and s >= n) for s, n in zip(sizes, least, strict=True))
 
 
 def _counts_padding(node: ir.Node) -> str:

@@ -129,3 +129,15 @@ def test_a_reduction_without_axes_is_one_over_all_of_them_or_over_none(operator:
     weights = {"k": weights["k"], "p": np.array([1, 4, 2, 2]), "V": quarters([2, 4, 1, 1])}
     assert_fuses(build(text, "double[N,4,4,5] x", "y", **weights), [Reason.AXIS])
     backward(f"d = {operator}<noop_with_empty_axes=1>(c)", 4, positive=True)
+
+
+@pytest.mark.parametrize("pads", ["pads=[1,1]", 'auto_pad="SAME_UPPER"'])
+@pytest.mark.parametrize("operator", ["MaxPool", "AveragePool"])
+def test_a_dilated_window_may_see_nothing_but_padding(operator: str, pads: str) -> None:
+    """Of kernel 2 and dilation 4 over 3 elements, of which onnxruntime makes the lowest number, or a mean of zero."""
+    for dilation, size, kept in ((4, "L", [Reason.PADDING]), (4, "4", []), (5, "4", [Reason.PADDING]), (1, "L", [])):
+        line = f"d = {operator}<kernel_shape=[2], dilations=[{dilation}], {pads}>(c)"
+        backward(line, 4, kept, inputs=f"double[N,3,{size}] x", positive=True)
+        forward(line, 4, kept, inputs=f"double[N,4,{size}] x", positive=True)
+    line = f"d = {operator}<kernel_shape=[2], dilations=[4]>(c)"
+    backward(line, 4, inputs="double[N,3,5] x", positive=True)
