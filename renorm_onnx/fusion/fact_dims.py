@@ -49,7 +49,8 @@ def _window(node: ir.Node, sizes: Dims, kernel: Sequence[int]) -> list[int | Dim
             result.append(math.ceil(size / strides[i]))
             continue
         free = size - reach + (0 if auto == "VALID" else pads[i] + pads[n + i])
-        if attribute(node, "ceil_mode", 0):
+        # Where the window does not fit, the specification makes nothing, and onnxruntime one if the strides are long.
+        if free < 0 or attribute(node, "ceil_mode", 0):
             result.append(Dimension())
         else:
             result.append(free // strides[i] + 1)

@@ -36,6 +36,7 @@ SIZES = [
     ('y = MaxPool<kernel_shape=[2,2], auto_pad="SAME_LOWER", strides=[2,1]>(x)', (4, 4, 5)),
     ('y = MaxPool<kernel_shape=[2,2], auto_pad="SAME_UPPER", dilations=[2,1]>(x)', (4, None, None)),
     ('y = Conv<auto_pad="SAME_UPPER", dilations=[2,1]>(x, w)', (8, 7, 5)),
+    ("y = MaxPool<kernel_shape=[2,6], strides=[1,3]>(x)", (4, 6, None)),
     ("y = GlobalAveragePool(x)", (4, 1, 1)),
     ("y = Pad(x, p)", (4, 10, 5)),
     ("y = Resize(x, , r)", (4, None, 5)),
