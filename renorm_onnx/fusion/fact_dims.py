@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
 from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast, rounding
-from renorm_onnx.fusion.facts import UNKNOWN, Content, Dimension, Dims, Fact, Rule, computed
+from renorm_onnx.fusion.facts import Content, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]
 MAX_PRODUCTS = 1 << 30  # multiplications of two constant matrices
@@ -60,7 +60,7 @@ def _window(node: ir.Node, sizes: Dims, kernel: Sequence[int]) -> list[int | Dim
 def _conv(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     weight, dims = inputs[1].dims, inputs[0].dims
     if weight is None or len(weight) < 3:
-        return [UNKNOWN]
+        return [Fact(dtype=inputs[0].dtype)]
     batch, sizes = (dims[0], dims[2:]) if dims is not None and len(dims) == len(weight) else (Dimension(), None)
     kernel = weight[2:]
     if sizes is None or not all(isinstance(k, int) for k in kernel):
@@ -71,7 +71,7 @@ def _conv(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 def _conv_transpose(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     weight, dims = inputs[1].dims, inputs[0].dims
     if weight is None or len(weight) < 3:
-        return [UNKNOWN]
+        return [Fact(dtype=inputs[0].dtype)]
     group, per_group = int(attribute(node, "group", 1)), weight[1]
     channels = per_group * group if isinstance(per_group, int) else Dimension()
     if dims is None or len(dims) != len(weight) or not all(isinstance(k, int) for k in weight[2:]):
@@ -108,7 +108,8 @@ def _counted(rule: Rule, *places: int) -> Rule:
 def _pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, kernel = inputs[0].dims, attribute(node, "kernel_shape")
     if dims is None or kernel is None or len(dims) != len(kernel) + 2:
-        return [Fact(None if kernel is None else tuple(Dimension() for _ in range(len(kernel) + 2)))]
+        open_sizes = None if kernel is None else tuple(Dimension() for _ in range(len(kernel) + 2))
+        return [Fact(open_sizes, dtype=inputs[0].dtype)]
     if str(attribute(node, "auto_pad", "NOTSET")).startswith("SAME") and max(attribute(node, "dilations") or [1]) > 1:
         # onnxruntime pads as if undilated, and makes less than the specification says.
         return [Fact((*dims[:2], *(Dimension() for _ in kernel)), dtype=inputs[0].dtype)]
@@ -117,7 +118,7 @@ def _pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 
 def _global_pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims = inputs[0].dims
-    return [UNKNOWN if dims is None else Fact((*dims[:2], *(1 for _ in dims[2:])), dtype=inputs[0].dtype)]
+    return [Fact(None if dims is None else (*dims[:2], *(1 for _ in dims[2:])), dtype=inputs[0].dtype)]
 
 
 def _gemm(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -153,7 +154,7 @@ def _recurrent(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     """Outputs of LSTM, GRU and RNN: of each step, and of the last one; the recurrent weight has the hidden size."""
     x, recurrence = inputs[0].dims, inputs[2].dims
     if x is None or recurrence is None:
-        return [UNKNOWN]
+        return [Fact(dtype=inputs[0].dtype)]
     directions, hidden = recurrence[0], recurrence[2]
     batch_first = attribute(node, "layout", 0)
     steps, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
@@ -166,7 +167,7 @@ def _einsum(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     terms = einsum_terms(node)
     dims = [i.dims for i in inputs]
     if terms is None or any(d is not None and len(d) != len(t) for d, t in zip(dims, terms[0], strict=True)):
-        return [UNKNOWN]
+        return [Fact(dtype=inputs[0].dtype)]
     sizes: dict[str, list[Dims | None]] = {}
     for term, own in zip(terms[0], dims, strict=True):
         for place, name in enumerate(term):
@@ -187,7 +188,7 @@ def einsum_terms(node: ir.Node) -> tuple[list[str], str] | None:
 def _grid_sample(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, grid = inputs[0].dims, inputs[1].dims
     if dims is None or grid is None:
-        return [UNKNOWN]
+        return [Fact(dtype=inputs[0].dtype)]
     return [Fact((*dims[:2], *grid[1:-1]), dtype=inputs[0].dtype)]
 
 
@@ -230,7 +231,7 @@ def _pad(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 def _split(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims = inputs[0].dims
     if dims is None:
-        return []
+        return [Fact(dtype=inputs[0].dtype)] * len(node.outputs)
     axis = int(attribute(node, "axis", 0)) % len(dims)
     sizes = split_sizes(node, inputs, opset)
     content = inputs[0].elements() if inputs[0].is_constant else None
@@ -263,7 +264,7 @@ def split_sizes(node: ir.Node, inputs: Facts, opset: int) -> list[int] | None:
 def _resample(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims = inputs[0].dims
     if dims is None:
-        return [UNKNOWN]
+        return [Fact(dtype=inputs[0].dtype)]
     kept = unscaled_axes(node, inputs, len(dims))
     return [Fact(tuple(d if i in kept else Dimension() for i, d in enumerate(dims)), dtype=inputs[0].dtype)]
 
@@ -306,7 +307,7 @@ def _dynamically_quantized(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 def _depth_to_space(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims, block = inputs[0].dims, attribute(node, "blocksize", 1)
     if dims is None or len(dims) != 4:
-        return [UNKNOWN]
+        return [Fact(dtype=inputs[0].dtype)]
     n, c, h, w = dims
     if node.op_type == "DepthToSpace":
         channels = c // block**2 if isinstance(c, int) else Dimension()

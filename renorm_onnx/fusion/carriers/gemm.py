@@ -30,9 +30,9 @@ from renorm_onnx.fusion.report import Reason, Refusal
 
 
 def element_type(node: ir.Node, desk: Desk) -> ir.DataType | None:
-    """The element type in which `node` computes, from any operand or the output."""
+    """The float type in which `node` computes, from any operand or the output; operands of integers say where."""
     known = [desk.fact(v).dtype for v in (*node.inputs, *node.outputs) if v is not None]
-    return next((d for d in known if d is not None), None)
+    return next((d for d in known if d is not None and d.is_floating_point()), None)
 
 
 class Gemm(Carrier):

@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
-from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetAttribute, SetInput, Step, refuse
+from renorm_onnx.fusion.carrier import Carrier, Desk, SetAttribute, SetInput, Step, refuse
 from renorm_onnx.fusion.carriers.gemm import element_type
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.parameters import Parameter
@@ -62,7 +62,7 @@ class Pad(Carrier):
         wanted = (given.scale * value + given.shift)[bordered]
         if (wanted != wanted[:1]).any():
             return refuse(Reason.PADDING, node, f"pads with {value:g}, which would have to differ between channels")
-        return Step(_set_value(node, float(wanted[0]), value, desk), {0: inner})
+        return _with_value(node, float(wanted[0]), value, inner, desk)
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
         """Give the border the value that becomes the old one under the map."""
@@ -95,7 +95,7 @@ class Pad(Carrier):
         moves = (given.scale * wanted + given.shift != value)[differ].any()
         if moves or (wanted != value and (begin > 0 or end > 0)):
             return refuse(Reason.PADDING, node, f"pads with {value:g}, which would have to differ between channels")
-        return Step(_set_value(node, wanted, value, desk), {0: outer})
+        return _with_value(node, wanted, value, outer, desk)
 
 
 def _places(node: ir.Node, size: int, begin: int, end: int) -> np.ndarray | None:
@@ -145,13 +145,16 @@ def _value(node: ir.Node, desk: Desk) -> float | None:
     return None if parameter is None else float(parameter.float64().reshape(-1)[0])
 
 
-def _set_value(node: ir.Node, wanted: float, value: float, desk: Desk) -> tuple[Edit, ...]:
+def _with_value(node: ir.Node, wanted: float, value: float, onward: AffineMap, desk: Desk) -> Step | Refusal:
+    """Pass a map on, and give the border another value."""
     if wanted == value:
-        return ()
+        return Step((), {0: onward})
     if desk.opset < 11:
-        return (SetAttribute(node, ir.AttrFloat32("value", wanted)),)
-    dtype = element_type(node, desk) or ir.DataType.FLOAT
-    return (SetInput(node, 2, Parameter.new(wanted, dtype)),)
+        return Step((SetAttribute(node, ir.AttrFloat32("value", wanted)),), {0: onward})
+    dtype = element_type(node, desk)
+    if dtype is None:
+        return refuse(Reason.DTYPE, node, "has an unknown element type", structural=True)
+    return Step((SetInput(node, 2, Parameter.new(wanted, dtype)),), {0: onward})
 
 
 CARRIERS = (Pad(),)

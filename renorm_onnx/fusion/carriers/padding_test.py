@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
+from onnx import TensorProto
 
+from renorm_onnx.fusion import engine
 from renorm_onnx.fusion.carriers.exact_folding_test import (
     assert_fuses,
     backward,
@@ -118,3 +122,23 @@ def test_one_scale_with_shifts_that_differ_gives_the_border_no_one_value() -> No
     forward_only = "c = Mul(x, k) e = Add(c, l) d = Pad(e, p) y = Conv(d, W)"
     constants = {"k": np.array(2.0), "l": quarters([4, 1, 1]), "p": AROUND, "W": quarters([3, 4, 2, 2])}
     assert_fuses(build(forward_only, "double[N,4,H,W] x", "y", **constants), [Reason.PADDING])
+
+
+def test_a_new_border_has_the_type_of_the_image_and_not_that_of_the_pads() -> None:
+    """Nothing but the type is proven about what is squeezed, and so about what is pooled."""
+    body = "e = Squeeze(x) a = MatMul(e, B) b = GlobalMaxPool(a) d = Pad(b, p, v) y = Mul(d, k)"
+    constants = {"B": quarters([5, 4]), "p": AROUND, "v": np.array(0.5), "k": np.array(2.0)}
+    fused = assert_fuses(build(body, "double[N,3,4,5] x", "y", **constants))
+    assert operators(fused) == {"Squeeze": 1, "MatMul": 1, "GlobalMaxPool": 1, "Pad": 1}
+    border = fused.graph.node[-1].input[2]
+    assert {i.name: i.data_type for i in fused.graph.initializer}[border] == TensorProto.DOUBLE
+
+
+def test_a_new_border_of_unknown_type_is_refused() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20, "other": 1]> g (float[1,3,4,4] x) => (float[1,3,6,6] y)'
+        "<float[3,3,1,1] W = {1,2,3,4,5,6,7,8,9}, int64[8] p = {0,0,1,1,0,0,1,1}, double[1] l = {2.0}>"
+        "{ e = other.Half(x) c = Conv(e, W) d = Pad(c, p) y = Add(d, l) }"
+    )
+    [entry] = engine.fuse(model)[1].entries
+    assert Reason.DTYPE in [r.reason for r in entry.refusals]
