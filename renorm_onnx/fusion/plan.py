@@ -97,7 +97,9 @@ class Planner:
         if isinstance(norm.map, Refusal):
             return (norm.map,)
         try:
-            return self._either_way(norm, norm.map)
+            # A vector is of one channel to BatchNormalization, and has no axis for it.
+            beyond = norm.map.axes == (1,) and self._desk.fact(norm.input).rank == 1
+            return self._either_way(norm, norm.map.reduced() if beyond else norm.map)
         except MALFORMED as error:
             why = f"stands beside an operator that breaks its specification ({error})"
             return (refuse(Reason.MALFORMED, norm.nodes[0], why.replace("\n", " ")),)

@@ -39,3 +39,15 @@ def test_a_norm_in_training_mode_absorbs_nothing() -> None:
     constants = {"s": quarters([4]), "b": quarters([4], 1), "m": quarters([4], 2), "v": quarters([4], 3, positive=True)}
     model = build(text, "double[N,4,H] x", "y", k=np.array(2.5), **constants)
     assert_fuses(model, [Reason.TRAINING, Reason.TRAINING])
+
+
+def test_a_vector_has_one_channel_and_no_axis_for_it() -> None:
+    """ONNX BatchNormalization-15: of an input of one dimension, C is 1."""
+    text = f"a = MatMul(x, B) y = {bn('a')}"
+    fused = assert_fuses(build(text, "double[5,3] x", "y", B=quarters([3]), **norm(1)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+    text = f"a = {bn('x')} y = MatMul(a, B)"
+    fused = assert_fuses(build(text, "double[3] x", "y", B=quarters([3, 2]), **norm(1)))
+    assert operators(fused) == {"MatMul": 1, "Add": 1}
+    text = f"e = {bn('x')} a = Relu(e) y = {bn('a')}"
+    assert_fuses(build(text, "double[3] x", "y", **norm(1)), [Reason.GRAPH_INPUT, Reason.SHIFT])

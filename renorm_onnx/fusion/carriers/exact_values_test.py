@@ -139,7 +139,7 @@ def _gemm(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> Ar
 def _batch_norm(a: Mapping[str, Any], inputs: Sequence[Any], opset: int, _: int) -> Array:
     x, gain, bias, mean, var = inputs
     sigma = roots(var + Fraction(a.get("epsilon", float(np.float32(1e-5)))))
-    gain, bias, mean, sigma = (_along(v, x.ndim) for v in (gain, bias, mean, sigma))
+    gain, bias, mean, sigma = (_along(v, x.ndim, min(1, x.ndim - 1)) for v in (gain, bias, mean, sigma))
     return gain * (x - mean) / sigma + bias
 
 
