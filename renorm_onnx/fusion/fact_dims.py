@@ -285,6 +285,10 @@ def unscaled_axes(node: ir.Node, inputs: Facts, rank: int) -> set[int]:
     dims = inputs[0].dims
     if sizes is not None and dims is not None and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch":
         kept |= {a for a, s in zip(axes, sizes, strict=False) if s == dims[a]}
+    if attribute(node, "coordinate_transformation_mode") == "tf_crop_and_resize":
+        roi = inputs[1].elements()
+        ends = [] if roi is None else list(zip(roi[: len(axes)], roi[len(axes) :], strict=True))
+        kept -= set(axes) - {a for a, end in zip(axes, ends, strict=False) if end == (0, 1)}
     return kept
 
 

@@ -73,6 +73,23 @@ def test_a_constant_outside_the_image_takes_a_scale_only_if_it_is_zero(
     assert_same(model, fused)
 
 
+@pytest.mark.parametrize(("corners", "reasons"), [([0, 1], []), ([0.25, 1], [Reason.AXIS]), ([0, 0.5], [Reason.AXIS])])
+def test_channels_that_are_cut_by_a_region_of_interest_are_refused(corners: list[float], reasons: list[Reason]) -> None:
+    """A scale of one leaves them as they are only where the region is all of them."""
+    b = Builder()
+    first, last = corners
+    region = b.constant(np.array([0.0, first, 0, 0, 1, last, 1, 1]))
+    sizes = b.constant(np.array([2, 4, 7, 6]))
+    way = {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"}
+    zero = [b.constant(np.zeros(4)) for _ in range(2)]
+    cut = b.node("Resize", b.conv("x", 3, 4, 1), region, "", sizes, **way)
+    y = b.node("BatchNormalization", cut, b.constant([0.5, -2.0, 1.5, 3.0]), *zero, b.constant([1.0, 2.0, 0.5, 1.0]))
+    model = b.model({"x": [2, 3, 5, 6]}, [y])
+    fused, report = fuse(model)
+    assert [r.reason for e in report.entries for r in e.refusals][:1] == reasons
+    assert_same(model, fused)
+
+
 def sampled(way: str, *, before: bool, shift: bool = True) -> tuple[onnx.ModelProto, onnx.ModelProto, FusionReport]:
     """A model with a norm before or behind GridSample, the same fused, and the report."""
     b = Builder()
