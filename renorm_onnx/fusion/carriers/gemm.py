@@ -92,6 +92,8 @@ class Gemm(Carrier):
         edits: list[Edit] = [SetInput(node, 2, Parameter.new(c, dtype))]
         if attribute(node, "beta", 1.0) != 1.0:
             edits.append(SetAttribute(node, ir.AttrFloat32("beta", 1.0)))
+        if desk.opset < 7 and old is None:  # C had all M rows, unless this was set
+            edits.append(SetAttribute(node, ir.AttrInt64("broadcast", 1)))
         return edits
 
     def forward(self, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 
-from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, norm, operators, quarters
+from renorm_onnx.fusion.carriers.exact_folding_test import assert_fuses, bn, build, is_valid, norm, operators, quarters
 from renorm_onnx.fusion.report import Reason
 
 ADDED = [None, (), (1,), (6,), (1, 6), (5, 1), (5, 6)]
@@ -51,6 +52,16 @@ def test_a_chain_along_the_rows_scales_the_constant_left_factor(c: tuple[int, ..
         **({} if c is None else {"C": quarters(c, 2)}),
     )
     assert operators(assert_fuses(model)) == {"Gemm": 1}
+
+
+def test_a_c_that_did_not_count_is_broadcast_where_it_comes_to_count() -> None:
+    """Before opset 7, C is of shape (M, N) unless an attribute says otherwise."""
+    body = "y0 = Gemm<beta=0.0>(a, B, C) y = BatchNormalization<epsilon=0.0, is_test=1>(y0, bn_s, bn_b, bn_m, bn_v)"
+    model = build(body, "double[5,3] a", "y", opset=6, **constants((5, 6)), **norm(6))
+    [node] = assert_fuses(model).graph.node
+    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert (values["beta"], values["broadcast"]) == (1.0, 1)
+    assert is_valid(model)
 
 
 def test_a_uniform_chain_is_absorbed_on_both_sides() -> None:
