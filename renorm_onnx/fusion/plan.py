@@ -257,11 +257,12 @@ class Planner:
 
     def _forward(self, norm: Norm, given: AffineMap) -> Plan | Refusal:
         if norm.kappa > self._limits.max_kappa and given.has_shift:
+            known = "" if norm.form == "BatchNormalization" else " if its first scale is 1 / sigma"
             return refuse(
                 Reason.CANCELLATION,
                 norm.nodes[0],
-                f"has an input {norm.kappa:.3g} standard deviations from zero, more than {self._limits.max_kappa:g}: "
-                "folded into what follows, that part of the precision would be lost",
+                f"has an input {norm.kappa:.3g} standard deviations from zero{known}, more than "
+                f"{self._limits.max_kappa:g}: folded into what follows, that part of the precision would be lost",
             )
         plan = Plan(norm, "forward")
         arrivals: dict[ir.Value, AffineMap] = {norm.output: given}

@@ -252,8 +252,8 @@ def _learn(
         counts = (torch.stack([torch.as_tensor(part.size) for part in parts]) >= 2).to(mean.dtype)  # (parts,)
         share = counts / counts.sum().clamp(min=1)
         mean, spread = (_weighted(share, values) for values in _columns(parts))
-        momentum = counts.amax() * momentum
-        renorm_momentum = None if renorm_momentum is None else counts.amax() * renorm_momentum
+        momentum = counts.amax(0) * momentum
+        renorm_momentum = None if renorm_momentum is None else counts.amax(0) * renorm_momentum
     elif len(parts) > 1:
         mean, spread = (torch.stack(values).mean(0) for values in _columns(parts))
     eps, stat = reference.eps, layer.stat

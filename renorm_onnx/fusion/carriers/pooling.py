@@ -118,7 +118,7 @@ def _unfit(node: ir.Node, given: AffineMap, desk: Desk) -> Refusal | None:
     indices = len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
     if indices and bool((given.scale == 0).any()):
         return refuse(Reason.SIGN, node, "has Indices in use, and a scale of zero makes all elements equal")
-    if node.op_type == "AveragePool" and given.has_shift and (why := _counts_padding(node, desk)):
+    if node.op_type == "AveragePool" and given.has_shift and (why := _counts_padding(node)):
         return refuse(Reason.PADDING, node, f"{why}, and the zeros must not be shifted")
     if (node.op_type == "MaxPool" or (node.op_type == "AveragePool" and given.has_shift)) and _skips(node, desk):
         return refuse(Reason.PADDING, node, "may have a window all of whose elements are padding, which no map changes")
@@ -141,7 +141,7 @@ def _reaches(desk: Desk, node: ir.Node, least: Sequence[int]) -> bool:
     return all(n == 1 or (isinstance(s, int) and s >= n) for s, n in zip(sizes, least, strict=True))
 
 
-def _counts_padding(node: ir.Node, desk: Desk) -> str:
+def _counts_padding(node: ir.Node) -> str:
     """Why zeros enter the mean, as the end of a sentence; empty if none do."""
     if not attribute(node, "count_include_pad", 0):
         return ""
@@ -150,13 +150,7 @@ def _counts_padding(node: ir.Node, desk: Desk) -> str:
         return "counts what lies beyond the end (ceil_mode=1)"
     if auto in ("SAME_UPPER", "SAME_LOWER") and any(k != 1 for k in attribute(node, "kernel_shape") or ()):
         return f"counts its padding (auto_pad={auto})"
-    if auto == "NOTSET" and pads and any(pads):
-        return f"counts its padding (pads={list(pads)})"
-    # The specification makes nothing of an image smaller than the window, onnxruntime one element if strides allow it.
-    kernel = attribute(node, "kernel_shape") or ()
-    least = [1 if s == 1 else k for k, s in zip(kernel, attribute(node, "strides") or [1] * len(kernel), strict=True)]
-    small = desk.opset < 19 and not _reaches(desk, node, least)
-    return "counts what lies beyond an image that may be smaller than its window" if small else ""
+    return f"counts its padding (pads={list(pads)})" if auto == "NOTSET" and pads and any(pads) else ""
 
 
 CARRIERS = (Pooling(),)

@@ -143,13 +143,9 @@ def test_a_dilated_window_may_see_nothing_but_padding(operator: str, pads: str) 
     backward(line, 4, inputs="double[N,3,5] x", positive=True)
 
 
-@pytest.mark.parametrize(("opset", "kept"), [(18, [Reason.PADDING]), (20, [])])
-def test_a_mean_over_more_than_the_image_counts_what_is_beyond_it_in_old_opsets(opset: int, kept: list[Reason]) -> None:
-    """By onnxruntime: with strides, an image that is one element too small has a window all the same."""
-    line = "d = AveragePool<kernel_shape=[2,2], strides=[{},1], count_include_pad=1>(c)"
-    for stride, size, reasons in ((2, "N,{},H,W", kept), (1, "N,{},H,W", []), (2, "N,{},4,W", [])):
-        for way, channels in ((backward, 3), (forward, 4)):
-            way(line.format(stride), 4, reasons, inputs=f"double[{size.format(channels)}] x", opset=opset)
-    backward(line.format(2), 4, opset=opset, shift=False)
-    counted = line.format(2).replace(", count_include_pad=1", "")
-    backward(counted, 4, opset=opset)
+@pytest.mark.parametrize("opset", [18, 20])
+def test_a_mean_passes_a_shift_whatever_the_size_of_the_image(opset: int) -> None:
+    """One smaller than the window has no mean, by the specification; onnxruntime makes one of it in old opsets."""
+    line = "d = AveragePool<kernel_shape=[2,2], strides=[2,1], count_include_pad=1>(c)"
+    for way, channels in ((backward, 3), (forward, 4)):
+        way(line, 4, [], inputs=f"double[N,{channels},H,W] x", opset=opset)
