@@ -48,10 +48,21 @@ def forward_model(kappa: float) -> onnx.ModelProto:
     return b.model({"x": ["n", 4, "h", "w"]}, [y])
 
 
+def test_a_chain_is_guarded_by_its_first_scale_and_says_so():
+    b = Builder()
+    mean, scale = (b.constant(v) for v in (np.full((4, 1, 1), 0.5), np.full((4, 1, 1), 10.0)))
+    y = b.node("Conv", b.node("Mul", b.node("Sub", "x", mean), scale), b.normal(6, 4, 3, 3))
+    _, report = fuse(b.model({"x": ["n", 4, "h", "w"]}, [y]))
+    said = report.kept[0].refusals[-1].detail
+    assert "has an input 5 standard deviations from zero if its first scale is 1 / sigma, more than 4: folded" in said
+
+
 @pytest.mark.parametrize(("target", "limit"), [("fp32", 4.0), ("tf32", 1.0), ("fp16", 1.0)])
 def test_cancellation_is_guarded_by_the_arithmetic_of_the_target(target, limit):
     _, report = fuse(forward_model(limit * 1.01), FuseOptions(target=target))
-    assert report.kept[0].refusals[-1].reason == Reason.CANCELLATION
+    refusal = report.kept[0].refusals[-1]
+    assert refusal.reason == Reason.CANCELLATION
+    assert "standard deviations from zero, more than" in refusal.detail
     fused, report = fuse(forward_model(limit * 0.99), FuseOptions(target=target))
     assert report.folded[0].way == "forward"
     assert_same(forward_model(limit * 0.99), fused)

@@ -98,7 +98,8 @@ class Planner:
             return (norm.map,)
         try:
             # A vector is of one channel to BatchNormalization, and has no axis for it.
-            beyond = norm.map.axes == (1,) and self._desk.fact(norm.input).rank == 1
+            alone = norm.map.axes == (1,) and norm.map.channels == 1
+            beyond = alone and self._desk.fact(norm.input).rank == 1
             return self._either_way(norm, norm.map.reduced() if beyond else norm.map)
         except MALFORMED as error:
             why = f"stands beside an operator that breaks its specification ({error})"
