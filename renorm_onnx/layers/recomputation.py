@@ -29,8 +29,10 @@ _count_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _without_modes = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
 
 # A checkpoint of other makers may not be recognized, and a training pass without gradients looks like the first run of
-# one; a hook may outlive what it serves. So many numbers are kept of the runs that one of them leaves behind.
+# one: so many numbers are kept of what they leave behind. A checkpoint may hold more, as of many ghost batches; only a
+# hook that outlives what it serves would hold ever more.
 CAPACITY = 3 << 17
+CAPACITY_OF_CHECKPOINT = 3 << 20
 # How far apart the means of a batch and of its repetition may lie, of the largest: kernels may sum in another order.
 _SAME_BATCH = 1e-2
 
@@ -71,8 +73,9 @@ def unseen() -> AbstractContextManager[Any]:
 class _Runs:
     """The runs of one layer in one checkpoint, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
         self.kept: list[Corrections] = []
+        self._capacity = capacity
         self._whole = True
         self._backward = -1
         self._place = 0
@@ -80,7 +83,7 @@ class _Runs:
     def keep(self, run: Corrections) -> None:
         """Remember one more, in place of the oldest where they are too many."""
         self.kept.append(run)
-        if len(self.kept) > max(1, CAPACITY // (3 * max(1, run.mean.numel()))):
+        if len(self.kept) > max(1, self._capacity // (3 * max(1, run.mean.numel()))):
             self._whole = False
             del self.kept[0]
 
@@ -104,7 +107,7 @@ class Memory:
         self._owned: WeakKeyDictionary[object, _Runs] = WeakKeyDictionary()
         self._hooks: WeakValueDictionary[tuple[int, ...], FunctionType] = WeakValueDictionary()
         self._codes: dict[int, CodeType] = {}  # of the hooks, by identity: to compare code takes long
-        self._others = _Runs()
+        self._others = _Runs(CAPACITY)
 
     def __len__(self) -> int:
         return len(self._all())
@@ -128,7 +131,7 @@ class Memory:
         """Remember it for each checkpoint that is known to run here first; say whether there is one."""
         owners = list(_checkpoints_of_first_run())
         for owner in owners:
-            self._owned.setdefault(owner, _Runs()).keep(run)
+            self._owned.setdefault(owner, _Runs(CAPACITY_OF_CHECKPOINT)).keep(run)
             if isinstance(owner, FunctionType):
                 self._codes[id(owner.__code__)] = owner.__code__
                 self._hooks[_key(owner.__code__, _closed_over(owner))] = owner

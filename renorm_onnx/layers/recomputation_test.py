@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from renorm_onnx.layers import recomputation
 from renorm_onnx.layers.conftest import NaiveBatchRenorm, make_batch, shaken, weights_like, worst
 from renorm_onnx.layers.masked import length_mask
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
-from renorm_onnx.layers.recomputation import CAPACITY, Corrections, Memory
+from renorm_onnx.layers.recomputation import CAPACITY, CAPACITY_OF_CHECKPOINT, Corrections, Memory
 from renorm_onnx.layers.schedules import HardSwitch
 
 OPTIONS = [
@@ -328,7 +329,7 @@ def test_what_nothing_is_known_to_repeat_is_bounded():
 
 
 def test_a_hook_that_outlives_its_use_keeps_a_bounded_number_of_runs():
-    wide = Corrections(torch.zeros(CAPACITY // 3 // 4), None, None)
+    wide = Corrections(torch.zeros(CAPACITY_OF_CHECKPOINT // 3 // 4), None, None)
     memory, seen = Memory(), []
 
     def unpack(x):
@@ -341,6 +342,15 @@ def test_a_hook_that_outlives_its_use_keeps_a_bounded_number_of_runs():
     [runs] = memory._owned.values()
     assert len(runs.kept) == 4
     assert runs.next() is None  # their order is lost
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_of_very_many_ghost_batches_is_repeated_exactly(reentrant, monkeypatch):
+    monkeypatch.setattr(recomputation, "CAPACITY", 1)
+    plain = shaken(BatchRenorm1d(3, momentum=0.1, schedule=None, dtype=torch.float64, virtual_batch_size=2))
+    layer, x = copy.deepcopy(plain), make_batch(2).repeat(9, 1)
+    got = backward(layer, x, checkpointed(layer, reentrant))
+    assert worst(got, backward(plain, x, plain)) < (1e-12, "")
 
 
 def test_what_is_kept_is_not_copied_with_the_layer():
