@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 from renorm_onnx import cli, model_file
 from renorm_onnx.delivery import fuse_file, inline_file
 from renorm_onnx.errors import InputError, ModelFileError
+from renorm_onnx.fusion import fact_rules
 from renorm_onnx.inspection import inspect_model
 from renorm_onnx.onnx_function import DEFAULTS, DOMAIN, INFERENCE, TRAINING, attach
 from renorm_onnx.runtime.parity import verify
@@ -334,3 +335,30 @@ def test_functions_that_were_opened_in_vain_stay_in_the_file(tmp_path: Path) -> 
     assert done.report.kept[0].reason is not None
     assert done.report.kept[0].obstacle.endswith("Relu")  # so it was opened
     assert Path(done.target).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
+def test_a_constant_that_the_file_rounds_folds_as_it_is_rounded_and_else_is_refused(
+    kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(CHANNELS, CHANNELS, 3, 3)), "var": rng.uniform(0.5, 2, CHANNELS)}
+    arrays |= {name: rng.normal(size=CHANNELS) for name in ("scale", "B", "mean")}
+    nodes = [
+        helper.make_node("Cast", ["w"], ["narrow"], to=kind),
+        helper.make_node("Cast", ["narrow"], ["wide"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Conv", ["x", "wide"], ["h"]),
+        helper.make_node("BatchNormalization", ["h", "scale", "B", "mean", "var"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(n, 1, ["n", CHANNELS, size, size]) for n, size in (("x", 8), ("y", 6))]
+    tensors = [numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()]
+    source, imports = tmp_path / "model.onnx", [helper.make_opsetid("", 17)]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), source)
+    done = fuse_file(source)
+    assert done.verdict is not None
+    assert (done.verdict.outcome, done.written, len(done.report.folded)) == ("yes", True, 1)
+    monkeypatch.setattr(fact_rules, "_rounded", lambda content, to: content)
+    done = fuse_file(source, force=True)
+    assert done.verdict is not None
+    assert (done.verdict.outcome, done.written) == ("no", False)

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from renorm_onnx.errors import InputError
 from renorm_onnx.runtime.operators import registry
 from renorm_onnx.runtime.operators.call import Call, UnusableError, promote, promoted_type
-from renorm_onnx.runtime.shape_arithmetic import Origin, Origins, rounded_as_stored
+from renorm_onnx.runtime.shape_arithmetic import Origin, Origins, rounded_as_stored, stored_in
 
 OLDEST_OPSET = 6
 """Lowest opset of the ONNX domain that is evaluated."""
@@ -155,6 +155,8 @@ class _Evaluation:
             call = Call(node.op_type, opset, inputs, names, attributes, run_body)
             sizes = self._origins.note(node) is Origin.SHAPE
             result = rounded_as_stored(kernel, call) if sizes else kernel(call)
+            if domain == "" and node.op_type == "Cast" and self._is_constant(node.inputs[0]):
+                result = stored_in(np.asarray(result), call.integer("to", 0))
         except UnusableError as error:
             raise InputError(f"{_who(node, domain, opset)}: {error} (reference unusable)") from error
         except InputError as error:
@@ -164,6 +166,9 @@ class _Evaluation:
             shapes = [getattr(value, "shape", None) for value in inputs]
             raise InputError(f"{_who(node, domain, opset)} failed on inputs of shapes {shapes}: {error}") from error
         return result if isinstance(result, tuple) else (result,)
+
+    def _is_constant(self, value: ir.Value | None) -> bool:
+        return value is not None and self._origins.of(value) is Origin.CONSTANT
 
     def _run_graph(self, graph: ir.Graph | ir.Function, frame: _Frame) -> list[Any]:
         """The outputs of a body or function; nothing of it stays behind."""

@@ -2,7 +2,8 @@
 
 Exporters write ``floor(float(shape) * 0.7)``. In float32, 10 * 0.7 rounds to 7; in float64, with the stored
 0.699999988, it is 6.9999999 and its floor 6: another size than any runtime's. So the few numbers of such a computation
-are rounded to float32 just before they are rounded to an integer; nothing else is.
+are rounded to float32 just before they are rounded to an integer; besides them, only constants that the file casts to a
+narrower type are rounded.
 """
 
 import enum
@@ -18,6 +19,7 @@ _MAX_ELEMENTS = 16  # more than a shape has; grids and position encodings, made 
 
 _ROUNDING = {"Cast", "Ceil", "Floor", "Round"}
 
+_CONSTANT_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _WIDE = {ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
@@ -73,6 +75,17 @@ class Origins:
         if Origin.DATA in found:
             return Origin.DATA
         return Origin.SHAPE if Origin.SHAPE in found else Origin.CONSTANT
+
+
+def stored_in(x: np.ndarray, onnx_type: int) -> np.ndarray:
+    """A constant of float64 as it is once the file has cast it to a float type; runtimes go by way of float32.
+
+    Unlike the rounding of data, which is the error that is judged, that of a constant is the model itself: it is done
+    once and for all, and a weight folded with it is another weight.
+    """
+    if x.dtype != np.float64 or onnx_type not in _CONSTANT_TYPES:
+        return x
+    return x.astype(np.float32).astype(ir.DataType(onnx_type).numpy()).astype(np.float64)
 
 
 def rounded_as_stored(kernel: Kernel, call: Call) -> Result:

@@ -69,3 +69,20 @@ def test_a_mean_over_positions_divides_by_the_exact_count():
     x = np.random.default_rng(0).standard_normal(7).astype(np.float32)
     got, _ = run_both(text, {"x": x})
     assert got == x.astype(float).sum() / 7
+
+
+CAST = """<ir_version: 8, opset_import: ["": 17]> g (float[3] x) => (float[3] y)
+    <float[3] w = {0.1, -3.3333333, 1000.7}> {
+        n = Cast<to: int = TYPE>(w)  wide = Cast<to: int = 1>(n)  z = Mul(wide, x)
+        m = Cast<to: int = TYPE>(z)  y = Cast<to: int = 1>(m) }"""
+
+
+@pytest.mark.parametrize("kind", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+def test_constants_are_rounded_where_the_file_casts_them_and_data_is_not(kind):
+    text = CAST.replace("TYPE", str(kind.value))
+    got, want = run_both(text.replace("(z)  y", "(wide)  y"), {"x": np.ones(3, np.float32)})
+    assert np.array_equal(got, want)
+    stored = np.array([0.1, -3.3333333, 1000.7], np.float32).astype(kind.numpy()).astype(np.float64)
+    x = np.array([0.3, 0.7, 1.1], np.float32)
+    got, _ = run_both(text, {"x": x})
+    assert np.array_equal(got, stored * x.astype(np.float64))
