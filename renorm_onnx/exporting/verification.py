@@ -171,7 +171,9 @@ class _Narrowing(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         for value in torch.utils._pytree.tree_leaves(result):
             if isinstance(value, torch.Tensor):  # autocast itself leaves float64 alone, so it shows in no result
-                self.seen |= value.dtype in _NARROW or torch.is_autocast_enabled(value.device.type)
+                kind = value.device.type
+                autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+                self.seen |= value.dtype in _NARROW or autocast
         return result
 
 

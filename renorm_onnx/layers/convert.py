@@ -210,8 +210,9 @@ def _is_captured(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         own = "renorm" in module.original_name.lower()
         return not own and hasattr(module, "forward") and _SCRIPTED.search(str(module.graph)) is not None
-    graph = module.graph if isinstance(module, torch.fx.GraphModule) else torch.fx.Graph()
-    return any(node.op == "call_function" and "batch_norm" in str(node.target) for node in graph.nodes)
+    if not isinstance(module, torch.fx.GraphModule):
+        return False
+    return any(node.op == "call_function" and "batch_norm" in str(node.target) for node in module.graph.nodes)
 
 
 def _has_learned(layer: _BatchNorm) -> bool:

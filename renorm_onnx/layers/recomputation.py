@@ -29,10 +29,8 @@ _count_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _without_modes = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
 
 # A checkpoint of other makers may not be recognized, and a training pass without gradients looks like the first run of
-# one: so many numbers are kept of what they leave behind. A checkpoint may hold more, as of many ghost batches; only a
-# hook that outlives what it serves would hold ever more.
+# one: so many numbers are kept of what they leave behind, those of the newest runs.
 CAPACITY = 3 << 17
-CAPACITY_OF_CHECKPOINT = 3 << 20
 # How far apart the means of a batch and of its repetition may lie, of the largest: kernels may sum in another order.
 _SAME_BATCH = 1e-2
 
@@ -73,24 +71,13 @@ def unseen() -> AbstractContextManager[Any]:
 class _Runs:
     """The runs of one layer in one checkpoint, in order."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self) -> None:
         self.kept: list[Corrections] = []
-        self._capacity = capacity
-        self._whole = True
         self._backward = -1
         self._place = 0
 
-    def keep(self, run: Corrections) -> None:
-        """Remember one more, in place of the oldest where they are too many."""
-        self.kept.append(run)
-        if len(self.kept) > max(1, self._capacity // (3 * max(1, run.mean.numel()))):
-            self._whole = False
-            del self.kept[0]
-
-    def next(self) -> Corrections | None:
+    def next(self) -> Corrections:
         """Return the run whose turn it is: each backward pass repeats them from the first one on."""
-        if not self._whole:
-            return None
         backward = _running_backward()
         if backward != self._backward:
             self._backward, self._place = backward, 0
@@ -107,7 +94,7 @@ class Memory:
         self._owned: WeakKeyDictionary[object, _Runs] = WeakKeyDictionary()
         self._hooks: WeakValueDictionary[tuple[int, ...], FunctionType] = WeakValueDictionary()
         self._codes: dict[int, CodeType] = {}  # of the hooks, by identity: to compare code takes long
-        self._others = _Runs(CAPACITY)
+        self._others: list[Corrections] = []
 
     def __len__(self) -> int:
         return len(self._all())
@@ -118,20 +105,21 @@ class Memory:
 
     def _all(self) -> list[Corrections]:
         """Every run, newest last, those of one checkpoint in their order; a run may be owned by several."""
-        runs = [*self._others.kept, *(run for owned in self._owned.values() for run in owned.kept)]
+        runs = [*self._others, *(run for owned in self._owned.values() for run in owned.kept)]
         return list({id(run): run for run in runs}.values())
 
     def keep(self, run: Corrections) -> None:
         """Remember one run for as long as it may be repeated."""
         self.used = True
         if not self._keep_for_checkpoints(run):
-            self._others.keep(run)
+            self._others.append(run)
+            del self._others[: -max(1, CAPACITY // (3 * max(1, run.mean.numel())))]
 
     def _keep_for_checkpoints(self, run: Corrections) -> bool:
         """Remember it for each checkpoint that is known to run here first; say whether there is one."""
         owners = list(_checkpoints_of_first_run())
         for owner in owners:
-            self._owned.setdefault(owner, _Runs(CAPACITY_OF_CHECKPOINT)).keep(run)
+            self._owned.setdefault(owner, _Runs()).kept.append(run)
             if isinstance(owner, FunctionType):
                 self._codes[id(owner.__code__)] = owner.__code__
                 self._hooks[_key(owner.__code__, _closed_over(owner))] = owner
@@ -176,8 +164,8 @@ class Memory:
 def _checkpoints_of_first_run() -> Iterator[object]:
     """What stands for the checkpoints around the present call while they run first."""
     hooks = _hooks_on_saved_tensors(True)
-    # One that closes over nothing was not made for one checkpoint, and outlives it.
-    if hooks is not None and isinstance(hooks[1], FunctionType) and hooks[1].__closure__:
+    # Those of torch are made anew for each checkpoint; others may serve for ever, and tell no run from the next.
+    if hooks is not None and isinstance(hooks[1], FunctionType) and hooks[1].__module__ == "torch.utils.checkpoint":
         yield hooks[1]
     if not torch.is_grad_enabled():
         contexts = (_context(frame, "forward") for frame in _stack())
