@@ -337,15 +337,21 @@ def test_functions_that_were_opened_in_vain_stay_in_the_file(tmp_path: Path) -> 
     assert Path(done.target).read_bytes() == source.read_bytes()
 
 
+@pytest.mark.parametrize("like", [False, True])
 @pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
 def test_a_constant_that_the_file_rounds_folds_as_it_is_rounded_and_else_is_refused(
-    kind: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: int, like: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Twice, to two types; and to that of another value."""
     rng = np.random.default_rng(0)
     arrays = {"w": rng.normal(size=(CHANNELS, CHANNELS, 3, 3)), "var": rng.uniform(0.5, 2, CHANNELS)}
     arrays |= {name: rng.normal(size=CHANNELS) for name in ("scale", "B", "mean")}
     nodes = [
-        helper.make_node("Cast", ["w"], ["narrow"], to=kind),
+        helper.make_node("Cast", ["w"], ["half"], to=onnx.TensorProto.FLOAT16),
+        helper.make_node("Cast", ["half"], ["single"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("CastLike", ["single", "z"], ["narrow"])
+        if like
+        else helper.make_node("Cast", ["single"], ["narrow"], to=kind),
         helper.make_node("Cast", ["narrow"], ["wide"], to=onnx.TensorProto.FLOAT),
         helper.make_node("Conv", ["x", "wide"], ["h"]),
         helper.make_node("BatchNormalization", ["h", "scale", "B", "mean", "var"], ["y"]),
@@ -353,7 +359,8 @@ def test_a_constant_that_the_file_rounds_folds_as_it_is_rounded_and_else_is_refu
     values = [helper.make_tensor_value_info(n, 1, ["n", CHANNELS, size, size]) for n, size in (("x", 8), ("y", 6))]
     tensors = [numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()]
     source, imports = tmp_path / "model.onnx", [helper.make_opsetid("", 17)]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:], tensors)
+    inputs = [values[0], helper.make_tensor_value_info("z", kind, [1])] if like else values[:1]
+    graph = helper.make_graph(nodes, "g", inputs, values[1:], tensors)
     onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), source)
     done = fuse_file(source)
     assert done.verdict is not None

@@ -6,6 +6,7 @@ A rule gets the node, the facts about its inputs and the opset, and returns fact
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,13 @@ from renorm_onnx.fusion.facts import (
 )
 
 Facts = Sequence[Fact]
+# Half a unit in the last place of a number around one.
+_UNIT = {
+    ir.DataType.FLOAT: 2.0**-24,
+    ir.DataType.FLOAT16: 2.0**-11,
+    ir.DataType.BFLOAT16: 2.0**-8,
+    ir.DataType.DOUBLE: 2.0**-53,
+}
 # To the types of 8 bits and fewer runtimes round in ways of their own.
 _ROUNDED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -150,14 +158,41 @@ def _fits(fact: Fact) -> bool:
     return np.array_equal(_rounded(fact.content, fact.dtype), fact.content)
 
 
-def _jumping(rule: Rule) -> Rule:
-    """A rule whose result jumps, and has no content where a runtime may stand on the other side of the jump."""
+def _exactly(rule: Rule) -> Rule:
+    """A rule that tells one number from all others, and has no content where a runtime may have that number."""
 
-    def jumping(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    def exactly(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         exact = all(i.exact for i in inputs)
         return [found if exact else found._replace(content=None) for found in rule(node, inputs, opset)]
 
+    return exactly
+
+
+def _jumping(rule: Rule) -> Rule:
+    """A rule that steps up or down, and has no content where a runtime may stand on the other side of a step."""
+
+    def jumping(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        found = rule(node, inputs, opset)
+        for signs in () if all(i.exact for i in inputs) else itertools.product((-1, 1), repeat=len(inputs)):
+            moved = rule(node, [_moved(i, sign) for i, sign in zip(inputs, signs, strict=True)], opset)
+            for place, (one, two) in enumerate(zip(found, moved, strict=True)):
+                if one.content is None or two.content is None or not np.array_equal(one.content, two.content):
+                    found = [*found[:place], one._replace(content=None), *found[place + 1 :]]
+        return found
+
     return jumping
+
+
+def _moved(fact: Fact, sign: int) -> Fact:
+    """A fact whose inexact floats lie where a runtime may have them at most.
+
+    A few roundings move a number by some units of its last place, and a difference by those of what was subtracted,
+    which is not known any more: sizes and what they are made of stay below 2^13.
+    """
+    if fact.exact or fact.content is None or fact.content.dtype.kind != "f":
+        return fact
+    unit = _UNIT.get(fact.dtype or ir.DataType.UNDEFINED, 1.0)
+    return fact._replace(content=fact.content + sign * 64 * unit * (np.abs(fact.content) + 2.0**13))
 
 
 def _divide(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
@@ -213,14 +248,14 @@ def _rounded(content: Content, to: ir.DataType) -> npt.NDArray[np.float64]:
         return to_float64(near.astype(to.numpy()))
 
 
-def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+def _converted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     to = ir.DataType(attribute(node, "to", 0)) if node.op_type == "Cast" else inputs[1].dtype
-    content, exact = inputs[0].elements(), inputs[0].exact
+    content = inputs[0].elements()
     plain = [Fact(inputs[0].dims, dtype=to)]
     if content is None or (to is None and content.dtype.kind == "f"):
         return plain
-    if not exact:  # and so a float: only a wider type does not jump
-        return [computed(content, to)] if _holds(to, inputs[0].dtype) else plain
+    if not inputs[0].exact and _holds(to, inputs[0].dtype):
+        return [computed(content, to)]
     if to is None or to.is_floating_point():
         if content.dtype == object or to not in (None, *_ROUNDED):
             return plain
@@ -229,6 +264,14 @@ def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         return [computed(content, to)]
     with np.errstate(invalid="ignore"):
         return [computed(content.astype(to.numpy()), to)]
+
+
+def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    to = ir.DataType(attribute(node, "to", 0)) if node.op_type == "Cast" else inputs[1].dtype
+    if to == ir.DataType.BOOL:
+        return _exactly(_converted)(node, inputs, opset)
+    narrows = to is None or to.is_floating_point()  # which moves a number no further than the fold rounds it anyway
+    return (_converted if narrows else _jumping(_converted))(node, inputs, opset)
 
 
 def _holds(to: ir.DataType | None, source: ir.DataType | None) -> bool:
@@ -321,7 +364,7 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Mul": rounding(_binary(np.multiply), once=True),
     "Div": rounding(_binary(_divide), once=True),
     "Pow": rounding(_binary(_power)),
-    "Equal": _truth(_jumping(_binary(np.equal))),
+    "Equal": _truth(_exactly(_binary(np.equal))),
     "Greater": _truth(_jumping(_binary(np.greater))),
     "GreaterOrEqual": _truth(_jumping(_binary(np.greater_equal))),
     "Less": _truth(_jumping(_binary(np.less))),

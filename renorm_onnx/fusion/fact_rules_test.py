@@ -236,17 +236,38 @@ def test_a_cast_to_a_type_of_eight_bits_gives_no_content() -> None:
 
 
 TENTHS = {"ten": np.float32([10]), "part": np.float32([0.7]), "two": np.float32([2]), "half": np.float32([0.5])}
-JUMPS = ["Cast<to=7>(f)", "Cast<to=9>(f)", "Cast<to=10>(f)", "Floor(f)", "Ceil(f)", "Sign(f)", "Less(f, ten)"]
+TENTHS |= {"seven": np.float32([7]), "thirteen": np.float32([13])}
+TO_WHOLE = ["Cast<to=7>(f)", "Floor(f)", "Ceil(f)"]
+SIGNS = ["Sign(f)", "Less(f, f0)"]
 
 
-@pytest.mark.parametrize("jump", JUMPS)
-def test_nothing_is_known_behind_a_jump_of_what_a_runtime_rounds(jump: str) -> None:
-    """10 * 0.7 is 7 in float32, and less in float64."""
+@pytest.mark.parametrize("jump", TO_WHOLE)
+def test_nothing_is_known_behind_a_jump_beside_which_a_runtime_may_stand(jump: str) -> None:
+    """10 * 0.7 is 7 in float32, and less in float64; 13 * 0.7 is far from any jump."""
     for line in ("f = Mul(ten, part)", "e = Tanh(ten) f = Neg(e)", "e = Mul(ten, part) f = Sub(e, ten)"):
         fact = facts_of(f"{line} y = {jump}", "float[N] x", **TENTHS)["y"]
         assert (fact.dims, fact.content) == ((1,), None)
-    for line in ("f = Identity(part)", "f = Mul(ten, half)", "e = Div(ten, two) f = Neg(e)"):
+    for line in ("f = Identity(part)", "f = Mul(ten, half)", "e = Div(ten, two) f = Neg(e)", "f = Mul(thirteen, part)"):
         assert facts_of(f"{line} y = {jump}", "float[N] x", **TENTHS)["y"].is_constant
+    whole = facts_of(f"f = Mul(thirteen, part) g = {jump} y = Cast<to=7>(g)", "float[N] x", **TENTHS)["y"]
+    assert whole.integers() == [10 if "Ceil" in jump else 9]
+
+
+@pytest.mark.parametrize("jump", SIGNS)
+def test_a_sign_is_known_unless_a_runtime_may_have_another(jump: str) -> None:
+    near, far = "e = Mul(ten, part) f = Sub(e, seven)", "e = Mul(ten, part) f = Sub(e, ten)"
+    for line, known in ((near, False), (far, True)):
+        fact = facts_of(f"f0 = Sub(ten, ten) {line} y = {jump}", "float[N] x", **TENTHS)["y"]
+        assert fact.is_constant == known
+    for jump in ("Cast<to=9>(f)", "Equal(f, f0)"):
+        assert not facts_of(f"f0 = Sub(ten, ten) {near} y = {jump}", "float[N] x", **TENTHS)["y"].is_constant
+
+
+def test_a_narrower_type_keeps_what_is_computed_but_not_as_exact() -> None:
+    facts = facts_of("f = Mul(ten, part) y = Cast<to=10>(f) z = Cast<to=7>(y)", "float[N] x", **TENTHS)
+    assert facts["y"].content is not None
+    assert not facts["y"].exact
+    assert facts["z"].content is None
 
 
 def test_what_a_runtime_rounds_stays_known_where_nothing_jumps() -> None:

@@ -291,7 +291,8 @@ class Facts:
                 fact = fact._replace(content=None, tensor=None, unexpanded=None)
             if fact.content is not None:
                 self._remembered += fact.content.size
-                if fact.content.dtype.kind == "f" and not all(i.exact for i in inputs):
+                moved = fact.content.dtype.kind == "f" and node.op_type not in _SETTLING
+                if moved and not all(i.exact for i in inputs):
                     fact = fact._replace(exact=False)
                 if self._remembered > MAX_REMEMBERED_ELEMENTS:
                     fact = fact._replace(content=None)
@@ -331,6 +332,8 @@ class Facts:
         return found
 
 
+# What they give is known whatever a runtime rounded before, or not at all.
+_SETTLING = frozenset({"Ceil", "Floor", "Sign"})
 # Operators with bodies, of which the outputs are those of the bodies.
 _HOLDERS = frozenset({"If", "Loop", "Scan"})
 

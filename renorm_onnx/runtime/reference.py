@@ -155,8 +155,9 @@ class _Evaluation:
             call = Call(node.op_type, opset, inputs, names, attributes, run_body)
             sizes = self._origins.note(node) is Origin.SHAPE
             result = rounded_as_stored(kernel, call) if sizes else kernel(call)
-            if domain == "" and node.op_type == "Cast" and self._is_constant(node.inputs[0]):
-                result = stored_in(np.asarray(result), call.integer("to", 0))
+            if domain == "" and node.op_type in ("Cast", "CastLike") and self._is_constant(node.inputs[0]):
+                like = node.outputs[0].dtype or (node.inputs[-1].dtype if node.inputs[-1] is not None else None)
+                result = stored_in(np.asarray(result), call.integer("to", 0) if node.op_type == "Cast" else like)
         except UnusableError as error:
             raise InputError(f"{_who(node, domain, opset)}: {error} (reference unusable)") from error
         except InputError as error:
@@ -168,7 +169,7 @@ class _Evaluation:
         return result if isinstance(result, tuple) else (result,)
 
     def _is_constant(self, value: ir.Value | None) -> bool:
-        return value is not None and self._origins.of(value) is Origin.CONSTANT
+        return value is not None and self._origins.is_fixed(value)
 
     def _run_graph(self, graph: ir.Graph | ir.Function, frame: _Frame) -> list[Any]:
         """The outputs of a body or function; nothing of it stays behind."""

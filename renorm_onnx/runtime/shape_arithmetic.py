@@ -17,6 +17,7 @@ from renorm_onnx.runtime.operators.call import Call, Kernel, Result
 
 _MAX_ELEMENTS = 16  # more than a shape has; grids and position encodings, made of shapes too, are data
 
+_BODIES = {"If", "Loop", "Scan"}
 _ROUNDING = {"Cast", "Ceil", "Floor", "Round"}
 
 _CONSTANT_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
@@ -36,6 +37,7 @@ class Origins:
 
     def __init__(self) -> None:
         self._known: dict[ir.Value, Origin] = {}
+        self._fixed: set[ir.Value] = set()
 
     def of(self, value: ir.Value) -> Origin:
         """Where `value` comes from; an initializer that the caller may override is data."""
@@ -50,6 +52,8 @@ class Origins:
         for position, target in enumerate(targets):
             source = sources[position] if position < len(sources) else None
             self._known[target] = Origin.CONSTANT if source is None else self.of(source)
+            if source is not None and self.is_fixed(source):
+                self._fixed.add(target)
 
     def note(self, node: ir.Node) -> Origin:
         """Find and remember the origin of the node's outputs.
@@ -58,14 +62,23 @@ class Origins:
         float32 makes data of it, and so does a body.
         """
         origin = self._after(node)
+        # Of CastLike the second operand gives its type alone.
+        read = node.inputs[:1] if node.op_type == "CastLike" else node.inputs
+        fixed = node.op_type not in _BODIES and all(self.is_fixed(value) for value in read if value is not None)
         for output in node.outputs:
             self._known[output] = origin
+            if fixed:
+                self._fixed.add(output)
         return origin
+
+    def is_fixed(self, value: ir.Value) -> bool:
+        """Whether `value` is computed from constants alone, whatever types it went through."""
+        return value in self._fixed or (value.is_initializer() and not value.is_graph_input())
 
     def _after(self, node: ir.Node) -> Origin:
         if node.op_type in ("Shape", "Size"):
             return Origin.SHAPE
-        if node.op_type in ("If", "Loop", "Scan", "CastLike"):
+        if node.op_type in _BODIES or node.op_type == "CastLike":
             return Origin.DATA
         if node.op_type == "Cast":
             to = node.attributes.get("to")
@@ -77,7 +90,7 @@ class Origins:
         return Origin.SHAPE if Origin.SHAPE in found else Origin.CONSTANT
 
 
-def stored_in(x: np.ndarray, onnx_type: int) -> np.ndarray:
+def stored_in(x: np.ndarray, onnx_type: int | None) -> np.ndarray:
     """A constant of float64 as it is once the file has cast it to a float type; runtimes go by way of float32.
 
     Unlike the rounding of data, which is the error that is judged, that of a constant is the model itself: it is done
