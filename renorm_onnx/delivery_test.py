@@ -365,7 +365,7 @@ def test_a_constant_that_the_file_rounds_folds_as_it_is_rounded_and_else_is_refu
     done = fuse_file(source)
     assert done.verdict is not None
     assert (done.verdict.outcome, done.written, len(done.report.folded)) == ("yes", True, 1)
-    monkeypatch.setattr(fact_rules, "_rounded", lambda content, to: content)
+    monkeypatch.setattr(fact_rules, "rounded", lambda content, to: content)
     done = fuse_file(source, force=True)
     assert done.verdict is not None
     assert (done.verdict.outcome, done.written) == ("no", False)

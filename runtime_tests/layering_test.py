@@ -37,6 +37,7 @@ ORDER = [
     "onnx_function",
     "onnx_layers opset_lowering",
     "fusion.affine fusion.report fusion.facts",
+    "fusion.fact_rounding",
     "fusion.fact_rules",
     "fusion.fact_layout",
     "fusion.fact_dims",

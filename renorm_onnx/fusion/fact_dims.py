@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
-from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast, rounding
+from renorm_onnx.fusion.fact_rounding import rounding
+from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast
 from renorm_onnx.fusion.facts import Content, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]

@@ -6,7 +6,6 @@ A rule gets the node, the facts about its inputs and the opset, and returns fact
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from renorm_onnx.fusion.fact_rounding import ROUNDED, exactly, jumping, rounded, rounding
 from renorm_onnx.fusion.facts import (
     MAX_COMPUTED_ELEMENTS,
     UNKNOWN,
@@ -29,15 +29,6 @@ from renorm_onnx.fusion.facts import (
 )
 
 Facts = Sequence[Fact]
-# Half a unit in the last place of a number around one.
-_UNIT = {
-    ir.DataType.FLOAT: 2.0**-24,
-    ir.DataType.FLOAT16: 2.0**-11,
-    ir.DataType.BFLOAT16: 2.0**-8,
-    ir.DataType.DOUBLE: 2.0**-53,
-}
-# To the types of 8 bits and fewer runtimes round in ways of their own.
-_ROUNDED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
@@ -132,69 +123,6 @@ def _truth(rule: Rule) -> Rule:
     return truth
 
 
-def rounding(rule: Rule, *, once: bool = False) -> Rule:
-    """A rule of which a runtime rounds the floats, so that they are exact only if nothing was there to round.
-
-    Args:
-        rule: Of an operator in float64.
-        once: Whether a runtime rounds the exact result, and nothing else on the way.
-    """
-
-    def rounded(node: ir.Node, inputs: Facts, opset: int) -> Facts:
-        return [
-            found
-            if found.content is None or found.content.dtype.kind != "f" or (once and _fits(found))
-            else found._replace(exact=False)
-            for found in rule(node, inputs, opset)
-        ]
-
-    return rounded
-
-
-def _fits(fact: Fact) -> bool:
-    """Whether the type of a fact holds every element of its content as it is."""
-    if fact.content is None or fact.dtype not in _ROUNDED:
-        return False
-    return np.array_equal(_rounded(fact.content, fact.dtype), fact.content)
-
-
-def _exactly(rule: Rule) -> Rule:
-    """A rule that tells one number from all others, and has no content where a runtime may have that number."""
-
-    def exactly(node: ir.Node, inputs: Facts, opset: int) -> Facts:
-        exact = all(i.exact for i in inputs)
-        return [found if exact else found._replace(content=None) for found in rule(node, inputs, opset)]
-
-    return exactly
-
-
-def _jumping(rule: Rule) -> Rule:
-    """A rule that steps up or down, and has no content where a runtime may stand on the other side of a step."""
-
-    def jumping(node: ir.Node, inputs: Facts, opset: int) -> Facts:
-        found = rule(node, inputs, opset)
-        for signs in () if all(i.exact for i in inputs) else itertools.product((-1, 1), repeat=len(inputs)):
-            moved = rule(node, [_moved(i, sign) for i, sign in zip(inputs, signs, strict=True)], opset)
-            for place, (one, two) in enumerate(zip(found, moved, strict=True)):
-                if one.content is None or two.content is None or not np.array_equal(one.content, two.content):
-                    found = [*found[:place], one._replace(content=None), *found[place + 1 :]]
-        return found
-
-    return jumping
-
-
-def _moved(fact: Fact, sign: int) -> Fact:
-    """A fact whose inexact floats lie where a runtime may have them at most.
-
-    A few roundings move a number by some units of its last place, and a difference by those of what was subtracted,
-    which is not known any more: sizes and what they are made of stay below 2^13.
-    """
-    if fact.exact or fact.content is None or fact.content.dtype.kind != "f":
-        return fact
-    unit = _UNIT.get(fact.dtype or ir.DataType.UNDEFINED, 1.0)
-    return fact._replace(content=fact.content + sign * 64 * unit * (np.abs(fact.content) + 2.0**13))
-
-
 def _divide(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     """Division; of integers, towards zero as in C (ONNX Div-14), and unknown where the divisor is zero."""
     if a.dtype.kind == "f":
@@ -241,13 +169,6 @@ def _dropout(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact(inputs[0].dims, dtype=inputs[0].dtype)] if training else [inputs[0]]
 
 
-def _rounded(content: Content, to: ir.DataType) -> npt.NDArray[np.float64]:
-    """Numbers in a type of `_ROUNDED`, as float64: those of 16 bits onnxruntime makes of those of 32."""
-    with np.errstate(over="ignore"):
-        near = content if to == ir.DataType.DOUBLE else content.astype(np.float32)
-        return to_float64(near.astype(to.numpy()))
-
-
 def _converted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     to = ir.DataType(attribute(node, "to", 0)) if node.op_type == "Cast" else inputs[1].dtype
     content = inputs[0].elements()
@@ -257,9 +178,9 @@ def _converted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     if not inputs[0].exact and _holds(to, inputs[0].dtype):
         return [computed(content, to)]
     if to is None or to.is_floating_point():
-        if content.dtype == object or to not in (None, *_ROUNDED):
+        if content.dtype == object or to not in (None, *ROUNDED):
             return plain
-        return [computed(to_float64(content) if to is None else _rounded(content, to), to)]
+        return [computed(to_float64(content) if to is None else rounded(content, to), to)]
     if content.dtype == object:
         return [computed(content, to)]
     with np.errstate(invalid="ignore"):
@@ -269,14 +190,14 @@ def _converted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     to = ir.DataType(attribute(node, "to", 0)) if node.op_type == "Cast" else inputs[1].dtype
     if to == ir.DataType.BOOL:
-        return _exactly(_converted)(node, inputs, opset)
+        return exactly(_converted)(node, inputs, opset)
     narrows = to is None or to.is_floating_point()  # which moves a number no further than the fold rounds it anyway
-    return (_converted if narrows else _jumping(_converted))(node, inputs, opset)
+    return (_converted if narrows else jumping(_converted))(node, inputs, opset)
 
 
 def _holds(to: ir.DataType | None, source: ir.DataType | None) -> bool:
     """Whether every number of one float type is one of another."""
-    return to in _ROUNDED and source in _ROUNDED and (to == source or to.bitwidth > source.bitwidth)
+    return to in ROUNDED and source in ROUNDED and (to == source or to.bitwidth > source.bitwidth)
 
 
 def _constant(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -364,11 +285,11 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Mul": rounding(_binary(np.multiply), once=True),
     "Div": rounding(_binary(_divide), once=True),
     "Pow": rounding(_binary(_power)),
-    "Equal": _truth(_exactly(_binary(np.equal))),
-    "Greater": _truth(_jumping(_binary(np.greater))),
-    "GreaterOrEqual": _truth(_jumping(_binary(np.greater_equal))),
-    "Less": _truth(_jumping(_binary(np.less))),
-    "LessOrEqual": _truth(_jumping(_binary(np.less_equal))),
+    "Equal": _truth(exactly(_binary(np.equal))),
+    "Greater": _truth(jumping(_binary(np.greater))),
+    "GreaterOrEqual": _truth(jumping(_binary(np.greater_equal))),
+    "Less": _truth(jumping(_binary(np.less))),
+    "LessOrEqual": _truth(jumping(_binary(np.less_equal))),
     "And": _truth(_binary(np.logical_and)),
     "Or": _truth(_binary(np.logical_or)),
     "Not": _truth(_unary(np.logical_not)),
@@ -378,10 +299,10 @@ CONTENT_RULES: Mapping[str, Rule] = {
     "Abs": _unary(np.abs),
     "Clip": _clip,
     "Exp": rounding(_unary(np.exp)),
-    "Floor": _jumping(_unary(np.floor)),
+    "Floor": jumping(_unary(np.floor)),
     "Log": rounding(_unary(np.log)),
-    "Ceil": _jumping(_unary(np.ceil)),
-    "Sign": _jumping(_unary(np.sign)),
+    "Ceil": jumping(_unary(np.ceil)),
+    "Sign": jumping(_unary(np.sign)),
     "Sin": rounding(_unary(np.sin)),
     "Cos": rounding(_unary(np.cos)),
     "Tanh": rounding(_unary(np.tanh)),
