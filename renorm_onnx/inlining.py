@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.model_walk import bodies_of, graphs_of, nodes_of, scopes_of
+from renorm_onnx.model_walk import graphs_of, graphs_with_nodes, nodes_of, scopes_of
 
 Predicate = Callable[[ir.Function], bool]
 
@@ -318,15 +318,12 @@ def names_in(model: ir.Model) -> set[str]:
     """Return every name of a value or node in the graph, its subgraphs and the functions."""
     names = {""}
     for scope in scopes_of(model):
-        graphs = [scope.graph if isinstance(scope, ir.Function) else scope]
-        for graph in graphs:  # grows while it runs
+        for graph, nodes in graphs_with_nodes(scope):
             names.update(v.name for v in graph.inputs if v.name)
             names.update(graph.initializers)
-            for node in graph:
+            for node in nodes:
                 names.add(node.name or "")
                 names.update(value.name or "" for value in node.outputs)
-                if node.attributes.data:
-                    graphs.extend(bodies_of(node))
     return names
 
 

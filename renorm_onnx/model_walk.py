@@ -35,6 +35,15 @@ def nodes_of(scope: ir.Graph | ir.Function) -> Iterator[ir.Node]:
                 graphs.extend(bodies_of(node))
 
 
+def graphs_with_nodes(scope: ir.Graph | ir.Function) -> Iterator[tuple[ir.Graph, list[ir.Node]]]:
+    """The graphs as `graphs_of` has them, each with its nodes: one walk for who needs both."""
+    graphs = [scope.graph if isinstance(scope, ir.Function) else scope]
+    for graph in graphs:  # grows while it runs
+        nodes = list(graph)
+        yield graph, nodes
+        graphs.extend(body for node in nodes if node.attributes.data for body in bodies_of(node))
+
+
 def in_order(graph: ir.Graph) -> list[ir.Node]:
     """The nodes of a graph and of every graph inside it, those inside right before the node that holds them."""
     found: list[ir.Node] = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import onnx_ir as ir
 
-from renorm_onnx.model_walk import bodies_of, nodes_of, scopes_of
+from renorm_onnx.model_walk import graphs_with_nodes, nodes_of, scopes_of
 
 Replacement = Callable[[ir.TensorProtocol], ir.TensorProtocol]
 
@@ -17,16 +17,13 @@ Replacement = Callable[[ir.TensorProtocol], ir.TensorProtocol]
 def all_tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
     """Give every tensor of `model`: of initializers and attributes, in inner graphs and functions too."""
     for scope in scopes_of(model):
-        graphs = [scope.graph if isinstance(scope, ir.Function) else scope]
-        for graph in graphs:  # grows while it runs
+        for graph, nodes in graphs_with_nodes(scope):
             yield from _constants(graph)
-            for node in graph:
+            for node in nodes:
                 # The dictionary itself: its wrapper takes most of the time on a graph of many nodes.
                 for attribute in node.attributes.data.values():
                     if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                         yield attribute.value
-                if node.attributes.data:
-                    graphs.extend(bodies_of(node))
 
 
 def external_among(tensors: Iterable[ir.TensorProtocol]) -> list[ir.ExternalTensor]:
