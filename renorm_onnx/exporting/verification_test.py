@@ -166,3 +166,28 @@ def test_a_module_that_keeps_an_earlier_result_can_be_checked(caplog) -> None:
         to_onnx(net, torch.ones(2, 3))
     assert "max error" in caplog.text
     assert "not checked" not in caplog.text
+
+
+class Beside(nn.Module):
+    """Has a narrow tensor beside its norm, which its outputs are computed from, or not."""
+
+    def __init__(self, *, used: bool) -> None:
+        super().__init__()
+        self.norm, self.used = BatchRenorm2d(3), used
+        self.norm.running_mean.copy_(torch.tensor([0.3, -0.2, 0.1]))
+        self.norm.num_batches_tracked.fill_(1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        narrow, y = x.to(torch.bfloat16), self.norm(x)
+        return (y, narrow.float().tanh()) if self.used else (y,)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_narrow_tensor_does_not_hide_what_is_not_computed_from_it(used) -> None:
+    net = Beside(used=used).eval()
+    model = ir.from_proto(to_onnx(net, X, opset=22, verify=False))
+    assert verify_export(model, net, (X,), {}, REPORT).error is not None
+    with torch.no_grad():
+        net.norm.bias.add_(1e-4)
+    with pytest.raises(VerificationError, match=r"does not compute what the module computes.*allowed 1\.0e-05"):
+        verify_export(model, net, (X,), {}, REPORT)

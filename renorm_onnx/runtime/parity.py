@@ -181,7 +181,7 @@ class _Comparison:
                 fused = open_session(pair.sources[1], provider)
             except (ModelFileError, MachineError) as error:
                 return replace(base, reason=f"The candidate cannot be run where the reference can: {error}")
-            runners.append(_Runners(provider, Judge(provider, precision), unfused, fused))
+            runners.append(_Runners(provider, Judge(provider, precision, precisions=pair.precisions), unfused, fused))
         placement = {one.provider: dict(Counter(node.provider for node in one.fused.placement)) for one in runners}
         base.environment["placement"] = placement
         try:
@@ -324,7 +324,7 @@ class _Comparison:
         return replace(base, rows=tuple(rows), repeats=tuple(repeats))
 
     def _optimized(self, one: _Runners, trial: Trial, want: Mapping[str, Array]) -> list[Row]:
-        judge = Judge(one.provider, one.judge.precision)
+        judge = Judge(one.provider, one.judge.precision, precisions=one.judge.precisions)
         try:
             fused = open_session(self._pair.sources[1], one.provider, optimize="all").run(trial.feeds)
             if self._pair.torch:

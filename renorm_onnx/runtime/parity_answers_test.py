@@ -218,3 +218,21 @@ def test_stored_codes_are_weights_like_any_other():
     assert verdict.ok
     assert verdict.precision == "float32"
     assert verify(*models).outcome == "no"
+
+
+def beside_a_narrow_branch(factor, of="x"):
+    """`y` is computed in float32; `z`, beside it, passes through float16."""
+    body = f"s = Constant<value_float={factor}>() h = Cast<to=10>(x) z = Cast<to=1>(h) y = Mul({of}, s)"
+    return model_of("float[N,8] x", "float[N,8] y, float[N,8] z", body)
+
+
+def test_a_narrow_type_grants_nothing_to_an_output_that_is_not_computed_from_it():
+    right = beside_a_narrow_branch(1.5)
+    verdict = verify(right, right)
+    assert verdict.ok, verdict
+    assert verdict.precision == "float16"
+    verdict = verify(right, beside_a_narrow_branch(1.5001))
+    assert verdict.outcome == "no"
+    assert "output 'y'" in verdict.reason
+    # The same error behind the narrow type is less than its rounding.
+    assert verify(beside_a_narrow_branch(1.5, "z"), beside_a_narrow_branch(1.5001, "z")).ok

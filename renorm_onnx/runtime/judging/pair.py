@@ -8,6 +8,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.fusion.report import METADATA_KEY
+from renorm_onnx.runtime.ancestry import largest_before
 from renorm_onnx.runtime.inputs import input_specs
 from renorm_onnx.runtime.judging.cuts import data_names
 from renorm_onnx.runtime.judging.interface import interface_problems
@@ -22,6 +23,8 @@ Array = npt.NDArray[Any]
 
 # What rounds to few bits while it runs. DequantizeLinear does not: behind stored codes it is a weight like any other.
 _QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+_NAMES = {ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT: "float32"}
+_USUAL = PRECISIONS["float32"]
 
 
 class Pair:
@@ -86,14 +89,26 @@ class Pair:
         return data_names(self.model, {spec.name for spec in input_specs(self.model)})
 
     @functools.cached_property
+    def precisions(self) -> dict[str, Precision]:
+        """What the coarsest type before each output of the original allows to expect of it."""
+        known = {precision.u: precision for precision in PRECISIONS.values()}
+        return {name: known.get(u, _USUAL) for name, u in largest_before(self.model, _roundoff).items()}
+
+    @property
     def precision(self) -> Precision:
-        """What the coarsest type of the original allows to expect."""
-        nodes = list(self.model.graph.all_nodes())
-        if any(node.op_type in _QUANTIZED for node in nodes):
-            return PRECISIONS["quantized"]
-        values = {*self.model.graph.inputs, *self.model.graph.initializers.values(), *self.model.graph.outputs}
-        types = {value.dtype.name.lower() for value in values if value.dtype is not None}
-        types |= {ir.DataType(n.attributes.get_int("to", 1)).name.lower() for n in nodes if n.op_type == "Cast"}
-        names = {"double": "float64", "float": "float32"}
-        found = [PRECISIONS[name] for kind in types if (name := names.get(kind, kind)) in PRECISIONS]
-        return max(found, key=lambda precision: precision.u, default=PRECISIONS["float32"])
+        """What the coarsest of them allows to expect."""
+        return max(self.precisions.values(), key=lambda precision: precision.u, default=_USUAL)
+
+
+def _roundoff(of: ir.Value | ir.Node) -> float:
+    """The unit roundoff of a value's type, or of what an operator rounds to; 0 where neither is known to round."""
+    if isinstance(of, ir.Value):
+        kind = of.dtype
+    elif of.op_type in _QUANTIZED:
+        return PRECISIONS["quantized"].u
+    elif of.op_type == "Cast" and not of.attributes["to"].is_ref():
+        kind = ir.DataType(of.attributes.get_int("to", 1))
+    else:
+        return 0.0
+    found = None if kind is None else PRECISIONS.get(_NAMES.get(kind, kind.name.lower()))
+    return 0.0 if found is None else found.u

@@ -59,7 +59,7 @@ class Verdict:
         sites: The check of each rewritten place by itself (`sites.SiteReport`), if made.
         layers: The comparisons layer by layer (`layerwise.LayerReport`), one per provider, if asked for.
         cost: Estimate of one run of the reference.
-        precision: The coarsest type in the reference, which sets the limits.
+        precision: The coarsest type in the reference; that before an output sets the limits of the output.
         seed: Of the generated inputs.
         environment: Versions, the options of the sessions, and where the candidate's nodes ran.
         seconds: Wall time spent.

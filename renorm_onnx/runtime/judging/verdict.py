@@ -2,7 +2,8 @@
 
 Three runs of the same inputs are set side by side: R, the original evaluated in float64; U, the original ("unfused")
 on an execution provider; F, the candidate ("fused") on the same one, both without graph optimizations. With u the
-unit roundoff of the coarsest floating type in the original, and RMS over all elements of an output::
+unit roundoff of the coarsest floating type that the original computes an output from, and RMS over all elements of that
+output::
 
     gate       RMS(U - R) <= gate * RMS(R)                                   else: no reference to judge by
     finite     F is finite where R and U are; NaN and infinities are where theirs are
@@ -34,7 +35,7 @@ NaN, an output missing, renamed or of another type (``python -m runtime_tests.fa
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -156,11 +157,17 @@ class Judge:
         provider: Execution provider.
         precision: What the model's type allows to expect.
         found: Trial and errors, by output.
+        precisions: What to expect of single outputs, where it is known; those of a sequence have its name.
     """
 
     provider: str
     precision: Precision
     found: dict[str, list[tuple[Trial, Errors]]] = field(default_factory=dict)
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
+
+    def expected_of(self, output: str) -> Precision:
+        """Return what the type of an output, and of all that it is computed from, allows to expect of it."""
+        return self.precisions.get(output) or self.precisions.get(output.partition("[")[0], self.precision)
 
     def add(self, trial: Trial, output: str, errors: Errors) -> None:
         """Record the errors of one output on one set of inputs."""
@@ -202,21 +209,22 @@ class Judge:
             ordinary = [(trial, e) for trial, e in _merged(found) if trial.ordinary]
             if not ordinary:
                 return f"no ordinary input could be run for output {output!r} on {self.provider}"
+            precision = self.expected_of(output)
             for trial, e in ordinary:
-                if not e.problem and not self._passes_gate(e):
-                    limit = _FLIPS_GATE if e.discrete else self.precision.gate
+                if not e.problem and not self._passes_gate(e, precision):
+                    limit = _FLIPS_GATE if e.discrete else precision.gate
                     off = ratio(e.own_rms, e.size_rms)
                     who = "itself" if e.unfused_rms >= e.near_rms else "with its weights rounded otherwise"
                     return (
                         f"reference unusable: on {self.provider}, output {output!r}, inputs {trial.label}, the unfused "
-                        f"model {who} is off by {off:.1e} (RMS, relative; limit {limit:g} for {self.precision.name})"
+                        f"model {who} is off by {off:.1e} (RMS, relative; limit {limit:g} for {precision.name})"
                     )
         return ""
 
-    def _passes_gate(self, e: Errors) -> bool:
+    def _passes_gate(self, e: Errors, precision: Precision) -> bool:
         if e.discrete:  # of few elements a neighbour may change one, which would be more than the gate
             return e.unfused_rms <= _FLIPS_GATE and e.near_rms <= max(_FLIPS_GATE, 1 / max(e.elements, 1))
-        return e.own_rms <= max(self.precision.gate * e.size_rms, self.precision.floor)
+        return e.own_rms <= max(precision.gate * e.size_rms, precision.floor)
 
     def _rows_of(self, output: str, found: list[tuple[Trial, Errors]]) -> Iterable[Row]:
         found = _merged(found)
@@ -227,8 +235,7 @@ class Judge:
         if ordinary:
             yield self._pooled(output, ordinary)
 
-    def _yardsticks(self, e: Errors, trial: Trial, seen: "_Seen") -> tuple[float, float]:
-        p = self.precision
+    def _yardsticks(self, e: Errors, trial: Trial, seen: "_Seen", p: Precision) -> tuple[float, float]:
         typical = max(e.own_rms, 2 * p.u * e.size_rms, seen.relative_rms * e.size_rms, p.floor)
         worst = max(e.own_max, 4 * p.u * e.size_max, seen.relative_max * e.size_max, p.floor)
         if trial.kind in SMALL:
@@ -236,14 +243,15 @@ class Judge:
         return typical, worst
 
     def _single(self, output: str, trial: Trial, e: Errors, seen: "_Seen") -> Row:
-        typical_scale, worst_scale = self._yardsticks(e, trial, seen)
+        precision = self.expected_of(output)
+        typical_scale, worst_scale = self._yardsticks(e, trial, seen, precision)
         typical, worst = e.fused_rms / typical_scale, e.fused_max / worst_scale
         note, decides = e.problem, True
         if not note and e.discrete:
             typical = worst = 0.0
             if e.fused_max > max(_FLIPS, e.near_max):
                 note = f"{e.fused_max:.2%} of the elements equal neither the reference nor the unfused model"
-        elif not note and not self._passes_gate(e):
+        elif not note and not self._passes_gate(e, precision):
             decides, note = False, "set aside: the unfused model itself is off by more than its type explains"
         elif not note and typical > SINGLE * _slack(e.elements):
             note = f"RMS error is {typical:.3g} x its yardstick, allowed {SINGLE * _slack(e.elements):.3g}"
@@ -252,7 +260,7 @@ class Judge:
         return self._row(output, trial, e, e.elements, (typical, worst), decides, note)
 
     def _pooled(self, output: str, ordinary: list[Errors]) -> Row:
-        p = self.precision
+        p = self.expected_of(output)
         elements = sum(e.elements for e in ordinary)
         scales = [max(e.own_rms, 2 * p.u * e.size_rms, p.floor) for e in ordinary]
         peaks = [max(e.own_max, 4 * p.u * e.size_max, p.floor) for e in ordinary]
