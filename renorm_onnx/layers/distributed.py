@@ -145,8 +145,13 @@ class SyncBatchRenorm(_BatchRenorm):
 
     def __init__(self, *args: Any, process_group: "dist.ProcessGroup | None" = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _refuse_ghosts(type(self).__name__, self.virtual_batch_size)
         self.process_group = process_group
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep an option as `BatchRenorm2d` does, but no size of ghost batches."""
+        if name == "virtual_batch_size":
+            _refuse_ghosts(type(self).__name__, value)
+        super().__setattr__(name, value)
 
     def _pools(self) -> bool:
         return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1

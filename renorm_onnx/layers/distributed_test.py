@@ -287,6 +287,10 @@ def test_a_mask_is_refused_in_training_on_several_processes(found):
 def test_ghost_batches_are_refused():
     with pytest.raises(InputError, match="SyncBatchRenorm: virtual_batch_size=4, expected None because ghost batches"):
         SyncBatchRenorm(3, virtual_batch_size=4)
+    alone = SyncBatchRenorm(3)
+    with pytest.raises(InputError, match="SyncBatchRenorm: virtual_batch_size=4, expected None because ghost batches"):
+        alone.virtual_batch_size = 4
+    assert alone.virtual_batch_size is None
     model = nn.Sequential(BatchRenorm1d(3), BatchRenorm1d(3, virtual_batch_size=4))
     with pytest.raises(InputError, match="convert_sync_batchrenorm: '1': virtual_batch_size=4"):
         convert_sync_batchrenorm(model)

@@ -10,7 +10,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers import functional
 from renorm_onnx.layers import operators as operators  # registers them
 from renorm_onnx.layers.schedules import float64
-from renorm_onnx.layers.step import Layer, split
+from renorm_onnx.layers.step import Layer, counter_of, split
 
 
 def take_exported_step(layer: Layer, x: Tensor) -> Tensor:
@@ -26,10 +26,9 @@ def take_exported_step(layer: Layer, x: Tensor) -> Tensor:
         y of the shape and type of x.
 
     Raises:
-        InputError: The layer splits its batch, and N is not a number but a dimension that may change.
+        InputError: As `counter_of`; or the layer splits its batch, and N is no number but a dimension that may change.
     """
-    step = layer.num_batches_tracked
-    assert step is not None
+    step = counter_of(layer)
     if layer.virtual_batch_size is not None and not isinstance(x.size(0), int):
         raise InputError(
             f"{type(layer).__name__}: virtual_batch_size={layer.virtual_batch_size} splits the batch, and a graph has "

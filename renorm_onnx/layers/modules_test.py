@@ -1,6 +1,7 @@
 import copy
 import io
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import renorm_onnx
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers import functional
 from renorm_onnx.layers.conftest import LAYERS, algorithm_1, make_batch, shaken
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.options import CHECKS
@@ -193,6 +195,16 @@ def test_one_value_per_channel_is_torchs_error_and_changes_nothing():
     assert layer.num_batches_tracked.item() == 0
     assert torch.equal(layer.running_mean, torch.zeros(4))
     assert layer.eval()(torch.ones(1, 4)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_layer_without_a_counter_says_what_it_needs_one_for(exported):
+    layer = BatchRenorm1d(3)
+    layer.num_batches_tracked = None
+    refused = pytest.raises(InputError, match="BatchRenorm1d: num_batches_tracked is None, expected a counter")
+    with functional.keep_ops() if exported else nullcontext(), refused:
+        layer(torch.randn(4, 3))
+    assert torch.equal(layer.running_mean, torch.zeros(3))
 
 
 def test_a_copy_and_a_pickle_go_on_like_the_original():

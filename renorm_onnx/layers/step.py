@@ -89,9 +89,11 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
 
     Returns:
         y of the shape and type of x.
+
+    Raises:
+        InputError: As `counter_of`, or the schedule returns bounds that cannot be used.
     """
-    step = layer.num_batches_tracked
-    assert step is not None
+    step = counter_of(layer)
     eager = kernels.available(step)
     parts = split(layer, x, mask)
     if eager and layer._memory.used and recomputation.is_repeated():
@@ -116,6 +118,21 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         layer._clock.advanced(step)
         _learn(layer, done, reference, _momentum(layer, step, now), masked=mask is not None)
     return _joined([part.y for part in done])
+
+
+def counter_of(layer: Layer) -> Tensor:
+    """Return the step of a layer, which torch's layers can do without and a schedule cannot.
+
+    Raises:
+        InputError: Somebody has taken it away.
+    """
+    step = layer.num_batches_tracked
+    if step is None:
+        raise InputError(
+            f"{type(layer).__name__}: num_batches_tracked is None, expected a counter because the schedule of r and d "
+            "goes by it; set it to torch.tensor(0)"
+        )
+    return step
 
 
 def _of_nothing(layer: Layer, x: Tensor) -> Tensor:
