@@ -15,7 +15,7 @@ What makes the walk sound, and linear in the nodes it visits:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -55,7 +55,8 @@ class Limits:
     """How far a fold may go numerically.
 
     Args:
-        max_kappa: Largest kappa of a norm that is moved past its own input (forward), whose error grows with it.
+        max_kappa: Largest kappa of a norm that is moved past its own input (forward), whose error grows with it; and
+            how many standard deviations from zero its output may lie to be rounded to a narrower type (backward).
         max_weight: Largest absolute value that a folded parameter may have, besides the limit of its type.
     """
 
@@ -88,7 +89,7 @@ class Planner:
         self._carriers = carriers
         self._limits = limits
         self._across = across
-        self._ranges = Ranges(desk, limits.max_weight)
+        self._ranges = Ranges(desk, limits.max_kappa, limits.max_weight)
         self._dead: dict[ir.Node, Refusal] = {}
         self._dead_forward: dict[ir.Node, Refusal] = {}
 
@@ -169,6 +170,8 @@ class Planner:
             refusal = self._take(plan, node, step)
             if refusal is not None:
                 return refusal
+            if node.op_type in ("Cast", "CastLike") and (why := self._ranges.objection_to_cast(node, plan.norm)):
+                return refuse(why[0], node, why[1])
             asked: list[tuple[int | ir.Value, AffineMap]] = [*step.onward.items(), *step.inside.items()]
             for place, onward in asked:
                 refusal = self._demand(plan, node, place, onward, demands, settled)
@@ -176,10 +179,7 @@ class Planner:
                     return self._mark(trail, refusal) if refusal.structural else refusal
                 value = _value_at(node, place)
                 queue.add([value.producer()] if value in demands else [])
-        # An output that nobody reads follows the others (Split), so it needs another name too; not those of bodies.
-        outputs = (o for n, step in trail if not step.inside for o in n.outputs)
-        unread = (o for o in outputs if o.name and not o.uses() and not o.is_graph_output())
-        plan.changed += [o for o in unread if o not in demands]
+        plan.changed += [o for o in _unread(trail) if o not in demands]
         return None
 
     def _answer_backward(
@@ -295,6 +295,7 @@ class Planner:
         if refusal is not None:
             return refusal
         plan.changed += [v for v in (*arrivals, *demands) if v is not norm.output]
+        plan.changed += [o for o in _unread(trail) if o not in arrivals]
         return plan
 
     def _mark_forward(self, trail: Iterable[tuple[ir.Node, Step]], obstacle: ir.Node, refusal: Refusal) -> None:
@@ -366,6 +367,13 @@ def _value_at(node: ir.Node, place: int | ir.Value) -> ir.Value | None:
     if not isinstance(place, int):  # to ask whether it is a value takes longer than all the rest
         return place
     return node.inputs[place] if place < len(node.inputs) else None
+
+
+def _unread(trail: Iterable[tuple[ir.Node, Step]]) -> Iterator[ir.Value]:
+    """The outputs that nobody reads of operators that pass a map on: they change with the others (Split, Indices)."""
+    # Not those of bodies.
+    outputs = (o for node, step in trail if not step.inside for o in node.outputs)
+    return (o for o in outputs if o.name and not o.uses() and not o.is_graph_output())
 
 
 def _index_of(node: ir.Node, value: ir.Value) -> int:

@@ -1,4 +1,4 @@
-"""Whether a folded operand still fits its element type: neither too large for it, nor with the digits of a row lost.
+"""Whether a folded operand, or value, still fits its type: neither too large for it, nor with the digits of a row lost.
 
 A stored infinity, such as that of an attention mask, is no overflow: a scale keeps it or turns it over, a shift leaves
 it. Scaled by zero it would be no number any more, and is refused.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+import onnx_ir as ir
 
 from renorm_onnx.fusion.carrier import AddAfter, Desk, SetInput
 from renorm_onnx.fusion.parameters import FLOATS, Array, Parameter, largest, smallest_normal
 from renorm_onnx.fusion.report import Reason
+from renorm_onnx.fusion.sources import Norm
 
 NO_NUMBER = "holds an infinity, which a scale of zero would turn into no number"
 
@@ -22,11 +24,13 @@ class Ranges:
 
     Args:
         desk: Knows the operands as they are.
+        max_kappa: How many standard deviations from zero a value may lie that is rounded to a narrower type.
         max_weight: Largest absolute value that a folded parameter may have, besides the limit of its type.
     """
 
-    def __init__(self, desk: Desk, max_weight: float) -> None:
+    def __init__(self, desk: Desk, max_kappa: float, max_weight: float) -> None:
         self._desk = desk
+        self._max_kappa = max_kappa
         self._max_weight = max_weight
         self._magnitudes: dict[tuple[int, tuple[int, ...]], tuple[object, Array]] = {}
 
@@ -63,6 +67,28 @@ class Ranges:
             lost = (after.max(axis=rows) < tiny) & (before.max(axis=rows) >= tiny) & (after.max(axis=rows) > 0)
             if lost.any():
                 return Reason.UNDERFLOW, f"would get a row of parameters below {tiny:.3g}"
+        return None
+
+    def objection_to_cast(self, node: ir.Node, norm: Norm) -> tuple[Reason, str] | None:
+        """Whether what a norm computes is too large for the type that a widening Cast reads, or far from zero there.
+
+        Before the fold only the wider type held it. What was rounded near zero is then rounded at its distance from it.
+
+        Returns:
+            As `objection`.
+        """
+        narrow, wide = (self._desk.fact(v).dtype for v in (node.inputs[0], node.outputs[0]))
+        if narrow is None or narrow == wide:
+            return None
+        limit = largest(narrow)
+        if narrow == ir.DataType.FLOAT16 and norm.reach(limit) > limit:
+            return Reason.OVERFLOW, f"reads {narrow.name}, which may not hold what {norm.name!r} computes"
+        if norm.offset > self._max_kappa:
+            return (
+                Reason.CANCELLATION,
+                f"reads {narrow.name}, and {norm.name!r} lies {norm.offset:.3g} standard deviations from zero, more "
+                f"than {self._max_kappa:g}: rounded there, that part of the precision would be lost",
+            )
         return None
 
     def _magnitudes_of(self, parameter: Parameter, keep: tuple[int, ...]) -> Array:

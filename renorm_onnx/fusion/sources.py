@@ -93,6 +93,40 @@ class Norm:
         total = float(np.sum(gains**2))
         return float(np.sqrt(np.sum((ratios * gains) ** 2) / total)) if total > 0 else 0.0
 
+    @property
+    def offset(self) -> float:
+        """How many standard deviations the output lies from zero, as root mean square over channels.
+
+        Formula::
+
+            sqrt(sum of shift_B^2 / sum of gain^2 (1 + ratio^2))        shift_B = shift + ratio * gain
+
+        An input of which no mean is known is taken for one of mean 0 and variance 1.
+        """
+        gains, ratios, shift = self._spread()
+        total = float(np.sum(gains**2 * (1 + ratios**2)))
+        far = float(np.sum((shift + ratios * gains) ** 2))
+        return float(np.sqrt(far / total)) if total > 0 else math.inf if far else 0.0
+
+    def reach(self, limit: float) -> float:
+        """How large the output may become: 64 standard deviations beyond its mean, or as far as that of `limit` itself.
+
+        Args:
+            limit: The largest absolute value of an input of which no mean is known.
+        """
+        gains, ratios, shift = self._spread()
+        if not self.gains.any():
+            return float(np.max(np.abs(gains), initial=0.0)) * limit
+        return float(np.max(np.abs(shift + ratios * gains) + 64 * np.abs(gains), initial=0.0))
+
+    def _spread(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """The gains, the ratios and the shift of all channels; the scale where no gain is known."""
+        assert isinstance(self.map, AffineMap)
+        gains = self.gains if self.gains.any() else self.map.scale.reshape(-1)
+        shift = self.map.shift.reshape(-1)
+        gains, ratios, shift = np.broadcast_arrays(gains.reshape(-1), self.ratios.reshape(-1), shift)
+        return gains, ratios, shift
+
 
 def find_norms(nodes: Sequence[ir.Node], desk: Desk) -> Iterator[Norm]:
     """All norms among `nodes`, which are in graph order, each node in one norm at most."""

@@ -9,7 +9,8 @@ Formula:
     number of the type it reads is exact, so the map may be applied before it or after it; a fold is then rounded in
     the type of the operator that absorbs it. Source: ONNX Identity, Dropout-6, 7, 10, 12, 13, 22, Cast.
 Refuses when:
-    Dropout is in training mode; Cast narrows, or one of its types is no float or is not known.
+    Dropout is in training mode; Cast narrows, or one of its types is no float or is not known. Backward, the planner
+    also asks `ranges` whether the type that a Cast reads holds what the norm computes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ Formula:
 Refuses when:
     the map runs along a pooled axis; a maximum, minimum or norm meets a negative scale; a mean that counts its
     padding, or a norm, meets a shift; a dilated window may see nothing but padding; Indices are read and a scale is
-    zero; axes or rank are not known.
+    zero; at the input, a sum in float16 meets a scale below one, without which it may overflow; axes or rank are not
+    known.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from renorm_onnx.fusion.report import Reason, Refusal
 
 ORDER = ("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin")
 NORMS = ("LpPool", "GlobalLpPool", "ReduceL1", "ReduceL2")
+SUMS = ("ReduceSum", *NORMS)
 
 
 class Pooling(Carrier):
@@ -61,6 +63,9 @@ class Pooling(Carrier):
             return pooled
         if refusal := _unfit(node, given, desk):
             return refusal
+        narrow = node.op_type in SUMS and desk.fact(node.inputs[0]).dtype == ir.DataType.FLOAT16
+        if narrow and not backward and bool((abs(given.scale) < 1).any()):
+            return refuse(Reason.OVERFLOW, node, "sums in FLOAT16, which may not hold what is not scaled down first")
         moved = self._moved(node, given, pooled, desk, backward=backward)
         if isinstance(moved, Refusal):
             return moved

@@ -149,3 +149,14 @@ def test_a_mean_passes_a_shift_whatever_the_size_of_the_image(opset: int) -> Non
     line = "d = AveragePool<kernel_shape=[2,2], strides=[2,1], count_include_pad=1>(c)"
     for way, channels in ((backward, 3), (forward, 4)):
         way(line, 4, [], inputs=f"double[N,{channels},H,W] x", opset=opset)
+
+
+def test_indices_that_nobody_reads_lose_their_name_where_they_change() -> None:
+    """A scale of zero makes all elements equal, so that the first is the largest; behind the fold it is another."""
+    text = f"r = Relu(x) c = {bn('r')} p, i = MaxPool<kernel_shape=[2,2]>(c) y = Conv(p, W)"
+    parameters = norm(3, positive=True)
+    parameters["bn_s"][0] = 0
+    model = build(text, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), **parameters)
+    fused = assert_fuses(model)
+    assert operators(fused)["BatchNormalization"] == 0
+    assert "i" not in [o for node in fused.graph.node for o in node.output]
