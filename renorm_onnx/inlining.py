@@ -304,14 +304,32 @@ def _check_arguments(call: ir.Node, function: ir.Function, who: str) -> None:
 
 @functools.cache
 def _same_meaning(domain: str, op_type: str, version: int, other: int) -> bool:
-    """Whether one operator is the same at two opsets of its domain."""
+    """Whether an operator written for one opset of its domain means the same at another.
+
+    It does where both are one definition, or where the other takes the same inputs and attributes, with the same
+    defaults, and all the types of the first: versions that only add types are most.
+    """
     if version == other:
         return True
     try:
-        since = {onnx.defs.get_schema(op_type, v, domain).since_version for v in (version, other)}
+        written, read = (onnx.defs.get_schema(op_type, v, domain) for v in (version, other))
     except onnx.defs.SchemaError:
         return False
-    return len(since) == 1
+    if written.since_version == read.since_version:
+        return True
+    formals = [(*schema.inputs, *schema.outputs) for schema in (written, read)]
+    return _form(written) == _form(read) and all(
+        mine.types <= theirs.types for mine, theirs in zip(*formals, strict=True)
+    )
+
+
+def _form(schema: onnx.defs.OpSchema) -> object:
+    """What a definition says beside types and prose."""
+    formals = [[(f.option, f.is_homogeneous, f.min_arity) for f in part] for part in (schema.inputs, schema.outputs)]
+    attributes = {
+        name: (a.type, a.required, a.default_value.SerializeToString()) for name, a in schema.attributes.items()
+    }
+    return formals, attributes
 
 
 def names_in(model: ir.Model) -> set[str]:

@@ -181,8 +181,15 @@ def opsets(body: str, operator: str) -> ir.Model:
 
 def test_a_body_of_another_opset_is_inlined_where_it_means_the_same() -> None:
     assert inline(opsets("17", "Relu")) == 1  # Relu-14
+    assert inline(opsets("9", "Relu")) == 1  # Relu-6, of fewer types
     with pytest.raises(InputError, match=r"call .* of b::F is written for opset 10 .* and Clip differs between them"):
         inline(opsets("10", "Clip"))
+    with pytest.raises(InputError, match=r"and Softmax differs"):  # another default of its axis alone
+        inline(opsets("12", "Softmax"))
+    older = opsets("22", "Relu")
+    older.opset_imports[""] = 9
+    with pytest.raises(InputError, match=r"and Relu differs"):  # which has bfloat16 in opset 22, and had not in 9
+        inline(older)
 
 
 def test_functions_in_a_circle_are_refused() -> None:

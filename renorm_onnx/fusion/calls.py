@@ -18,7 +18,7 @@ from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.inlining import inline
 from renorm_onnx.model_walk import nodes_of
-from renorm_onnx.onnx_function import attach, calls_in
+from renorm_onnx.onnx_function import attach, calls_in, is_training
 
 _log = logging.getLogger(__name__)
 
@@ -47,13 +47,17 @@ def define_calls(model: ir.Model) -> bool:
 
 
 def hiding_norms(model: ir.Model) -> list[ir.OperatorIdentifier]:
-    """The functions that hold a normalization, or call one that does."""
-    return [i for i in model.functions if _holds(model, i, _is_norm)]
+    """The functions that hold a normalization, or call one that does; a step of training is none that could fold."""
+    return [i for i, f in model.functions.items() if not is_training(f) and _holds(model, i, _is_norm)]
 
 
-def open_norms(model: ir.Model) -> int:
-    """Inline, in place, the calls that hide a normalization; return how many were replaced."""
-    return sum(_inline_each(model, hiding_norms(model)))
+def open_norms(model: ir.Model) -> dict[ir.OperatorIdentifier, str]:
+    """Inline, in place, the calls that hide a normalization.
+
+    Returns:
+        The functions of them that stay, and why.
+    """
+    return _inlined(model, hiding_norms(model))[1]
 
 
 def open_obstacles(model: ir.Model, facts: Facts, refusals: Collection[Refusal], passing: Collection[str]) -> int:
@@ -75,7 +79,7 @@ def open_obstacles(model: ir.Model, facts: Facts, refusals: Collection[Refusal],
     lets_pass = functools.partial(_lets_pass, passing=passing)
     met = {i for i in calls if _holds(model, i, _is_linear) or _all_hold(model, i, lets_pass)}
     met |= _hiding(model, facts, [n for n, name in named if name in of_unknown_shape])
-    return sum(_inline_each(model, sorted(met)))
+    return _inlined(model, sorted(met))[0]
 
 
 def _hiding(model: ir.Model, facts: Facts, nodes: list[ir.Node]) -> set[ir.OperatorIdentifier]:
@@ -95,14 +99,25 @@ def _hiding(model: ir.Model, facts: Facts, nodes: list[ir.Node]) -> set[ir.Opera
     return found
 
 
-def _inline_each(model: ir.Model, identifiers: list[ir.OperatorIdentifier]) -> Iterator[int]:
-    """One function at a time, so that one that cannot be inlined does not keep the others."""
+def _inlined(
+    model: ir.Model, identifiers: Collection[ir.OperatorIdentifier]
+) -> tuple[int, dict[ir.OperatorIdentifier, str]]:
+    """Inline functions, in place: how many calls were replaced, and why which function stays.
+
+    All at once takes time linear in the model; one at a time, where that fails, one does not keep the others.
+    """
+    wanted = {id(model.functions[i]) for i in identifiers}
+    try:
+        return inline(model, domain=lambda function: id(function) in wanted), {}
+    except InputError as error:
+        if len(identifiers) == 1:
+            _log.info("function %s::%s stays a function: %s", *next(iter(identifiers))[:2], error)
+            return 0, dict.fromkeys(identifiers, str(error).removeprefix("inline: "))
+    count, reasons = 0, dict[ir.OperatorIdentifier, str]()
     for identifier in identifiers:
-        function = model.functions.get(identifier)
-        try:
-            yield inline(model, domain=lambda f, wanted=function: f is wanted)  # type: ignore[misc]
-        except InputError as error:
-            _log.info("function %s::%s stays a function: %s", *identifier[:2], error)
+        replaced, why = _inlined(model, [identifier])
+        count, reasons = count + replaced, reasons | why
+    return count, reasons
 
 
 def _is_norm(body: list[ir.Node]) -> bool:

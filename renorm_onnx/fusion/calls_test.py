@@ -5,8 +5,11 @@ from __future__ import annotations
 import onnx
 from onnx import helper
 
+from renorm_onnx.fusion import calls
 from renorm_onnx.fusion.conftest import Builder, assert_same, largest_difference, operators
 from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.fusion.report import Reason
+from renorm_onnx.inlining import inline
 
 IMAGE = {"x": ["n", 4, 8, 8]}
 
@@ -150,3 +153,38 @@ def test_an_output_that_a_function_makes_a_scalar_stays_declared_as_one():
     assert operators(fused)[-1] == "ReduceSum"
     assert list(fused.graph.output) == list(model.graph.output)
     assert_same(model, fused)
+
+
+def norm_function(b: Builder, name: str, opset: int) -> None:
+    given = ["X", "s", "b", "m", "v"]
+    node = helper.make_node("BatchNormalization", given, ["Y"])
+    b.functions.append(helper.make_function("mine", name, given, ["Y"], [node], [helper.make_opsetid("", opset)]))
+
+
+def test_a_norm_in_a_function_that_cannot_be_opened_is_named_and_the_others_fold():
+    b = Builder()
+    norm_function(b, "Old", 9)
+    norm_function(b, "New", 17)
+    h = b.node("Old", b.conv("x", 4, 4, 1), *b.statistics(4), domain="mine", out="old")
+    h = b.node("New", b.conv(h, 4, 4, 1), *b.statistics(4), domain="mine")
+    model = b.model(IMAGE, [h])
+    fused, report = fuse(model)
+    assert operators(fused) == ["Conv", "Old", "Conv"]
+    assert [(n.name, n.form, n.outcome) for n in report.norms] == [
+        ("old", "mine::Old", "kept"),
+        (h, "mine::New", "folded"),
+    ]
+    assert report.kept[0].reason is Reason.OPERATOR
+    assert "holds a norm and stays closed: call 'old_old' of mine::Old is written for opset 9" in report.kept[0].detail
+
+
+def test_many_functions_are_opened_in_one_walk(monkeypatch):
+    b = Builder()
+    h = "x"
+    for i in range(30):
+        norm_function(b, f"Norm{i}", 17)
+        h = b.node(f"Norm{i}", b.conv(h, 4, 4, 1), *b.statistics(4), domain="mine")
+    asked = []
+    monkeypatch.setattr(calls, "inline", lambda *given, **named: asked.append(1) or inline(*given, **named))
+    assert len(fuse(b.model(IMAGE, [h]))[1].folded) == 30
+    assert len(asked) == 1

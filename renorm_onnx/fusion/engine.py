@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import overload
@@ -158,7 +159,7 @@ class _Engine:
         if self._desk.opset > onnx.defs.onnx_opset_version():
             self._keep_all()
             return self._report
-        open_norms(self._model)
+        self._note_closed(open_norms(self._model))
         self._fold_all()
         # What folds across an If that always goes one way would leave it there, so it is opened first.
         while self._open() or self._cross():
@@ -184,6 +185,14 @@ class _Engine:
             for entry in entries:
                 entry.refusals = (refuse(Reason.UNKNOWN_OPSET, norm.nodes[0], why),)
         self._report.operators_after = self._report.operators_before
+
+    def _note_closed(self, reasons: Mapping[ir.OperatorIdentifier, str]) -> None:
+        """Say of every call of a function that holds a norm and cannot be opened why it stays."""
+        for node in nodes_of(self._model.graph) if reasons else ():
+            if (why := reasons.get(node.op_identifier())) is not None:
+                form, name = f"{node.domain}::{node.op_type}", node.outputs[0].name or ""
+                refusal = refuse(Reason.OPERATOR, node, f"calls a function that holds a norm and stays closed: {why}")
+                self._report.entries.append(NormReport(name, "norm", form, (label(node),), refusals=(refusal,)))
 
     def _fold_all(self) -> None:
         self._rewriter.learn()

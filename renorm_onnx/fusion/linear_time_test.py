@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 import pytest
 
@@ -96,6 +97,30 @@ def test_many_norms_behind_one_obstacle_walk_the_way_to_it_once(
     count, report = asked(b.model({"x": ["n", 4 * norms, 5, 5]}, outputs))
     assert len(report.kept) == norms
     assert count <= 4 * (norms + length), count
+
+
+@pytest.mark.parametrize("blocks", [20, 80])
+def test_the_norms_of_a_residual_stream_walk_it_once(
+    asked: Callable[[onnx.ModelProto], tuple[int, FusionReport]], blocks: int
+) -> None:
+    b = Builder()
+    x = "x"
+    for _ in range(blocks):
+        branch = b.node("Sigmoid", b.node("Conv", x, b.normal(4, 4, 1, 1)))
+        x = b.node("Add", x, b.node("Add", branch, b.normal(1, 4, 1, 1)))
+    count, report = asked(b.model({"x": ["n", 4, 5, 5]}, [x]))
+    assert [e.outcome for e in report.entries] == ["kept"] * blocks
+    assert blocks <= count <= 6 * blocks, count
+
+
+def test_a_dead_end_for_one_norm_is_none_for_another_that_is_cut_off_before_it() -> None:
+    b = Builder()
+    shifts = [b.constant(np.reshape(shift, (1, 4, 1, 1))) for shift in ([1.0, 2, 0, 0], [0.0, 0, 3, 4])]
+    terms = [b.node("Add", b.node(operator, "x"), s) for operator, s in zip(("Sigmoid", "Tanh"), shifts, strict=True)]
+    starts, ends, axes = (b.constant(np.array([n])) for n in (0, 2, 1))
+    y = b.node("Sigmoid", b.node("Slice", b.node("Add", *terms), starts, ends, axes))
+    _, report = fuse(b.model({"x": ["n", 4, 5, 5]}, [y]))
+    assert [e.outcome for e in report.entries] == ["kept", "folded"]
 
 
 @pytest.mark.parametrize("pairs", [20, 80])

@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
+from renorm_onnx.fusion.dead_ends import DeadEnds
 from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.ranges import Ranges
 from renorm_onnx.fusion.report import Reason, Refusal
@@ -90,8 +91,7 @@ class Planner:
         self._limits = limits
         self._across = across
         self._ranges = Ranges(desk, limits.max_kappa, limits.max_weight)
-        self._dead: dict[ir.Node, Refusal] = {}
-        self._dead_forward: dict[ir.Node, Refusal] = {}
+        self._ends = DeadEnds(desk, self._carrier)
 
     def plan(self, norm: Norm) -> Plan | tuple[Refusal, ...]:
         """The plan for `norm`, backward before forward since only that way never costs accuracy; or both reasons."""
@@ -156,15 +156,15 @@ class Planner:
         queue.add([v.producer() for v in demands])
         while queue:
             node = queue.pop()
-            if node in self._dead:
-                return self._mark(trail, self._dead[node])
+            if node in self._ends.backward:
+                return self._ends.mark_backward(trail, self._ends.backward[node])
             if node in taken:
                 return refuse(Reason.CONFLICT, node, "would have to change for what follows it and for what it reads")
             step = self._answer_backward(node, plan.norm, demands, settled)
             if isinstance(step, Refusal):
                 if step.structural:
-                    self._dead[node] = step
-                    self._mark(trail, step)
+                    self._ends.backward[node] = step
+                    self._ends.mark_backward(trail, step)
                 return step
             trail.append((node, step))
             refusal = self._take(plan, node, step)
@@ -176,7 +176,7 @@ class Planner:
             for place, onward in asked:
                 refusal = self._demand(plan, node, place, onward, demands, settled)
                 if refusal is not None:
-                    return self._mark(trail, refusal) if refusal.structural else refusal
+                    return self._ends.mark_backward(trail, refusal) if refusal.structural else refusal
                 value = _value_at(node, place)
                 queue.add([value.producer()] if value in demands else [])
         plan.changed += [o for o in _unread(trail) if o not in demands]
@@ -248,14 +248,6 @@ class Planner:
         settled.add((node, place) if isinstance(place, int) else place)
         return None
 
-    def _mark(self, trail: Iterable[tuple[ir.Node, Step]], refusal: Refusal) -> Refusal:
-        """Remember that the nodes that could only pass everything on to a dead end are dead ends too."""
-        for node, step in reversed(list(trail)):
-            if step.edits or len(step.onward) != 1 or len([i for i in node.inputs if i is not None]) != 1:
-                break
-            self._dead[node] = refusal
-        return refusal
-
     def _forward(self, norm: Norm, given: AffineMap) -> Plan | Refusal:
         if norm.kappa > self._limits.max_kappa and given.has_shift:
             known = "" if norm.form == "BatchNormalization" else " if its first scale is 1 / sigma"
@@ -271,18 +263,19 @@ class Planner:
         settled: set[Reader] = set()
         queue = _Queue(self._order, backward=False)
         trail: list[tuple[ir.Node, Step]] = []
+        lone: list[tuple[ir.Node, Step]] = []
         refusal = self._spread(norm.output, norm, queue)
         while queue and refusal is None:
             node = queue.pop()
-            if node in self._dead_forward:
-                return self._dead_forward[node]
             maps = {i: arrivals[v] for i, v in enumerate(node.inputs) if v is not None and v in arrivals}
-            step = ask(self._carrier(node), "forward", node, maps, self._desk)
+            dead = self._ends.forward.get(node) if len(maps) == 1 else None
+            step: Step | Refusal = dead or ask(self._carrier(node), "forward", node, maps, self._desk)
             if isinstance(step, Refusal):
                 if step.structural:
-                    self._mark_forward(trail, node, step)
-                return step
+                    self._ends.forward[node] = step
+                return self._ends.mark_forward(lone, step)
             trail.append((node, step))
+            lone += trail[-1:] if len(maps) == 1 else []
             refusal = self._take(plan, node, step)
             for index, demand in step.demands.items():
                 refusal = refusal or self._demand(plan, node, index, demand, demands, settled)
@@ -291,22 +284,14 @@ class Planner:
                     continue
                 arrivals[node.outputs[index]] = onward
                 refusal = self._spread(node.outputs[index], norm, queue)
+                if refusal is not None:
+                    self._ends.mark_forward(lone, refusal)
         refusal = refusal or self._carry_back(plan, demands, settled, taken={*norm.nodes, *queue.seen})
         if refusal is not None:
             return refusal
         plan.changed += [v for v in (*arrivals, *demands) if v is not norm.output]
         plan.changed += [o for o in _unread(trail) if o not in arrivals]
         return plan
-
-    def _mark_forward(self, trail: Iterable[tuple[ir.Node, Step]], obstacle: ir.Node, refusal: Refusal) -> None:
-        """Remember a dead end, and the nodes of one operand that could only pass everything on to it."""
-        self._dead_forward[obstacle] = refusal
-        for node, step in reversed(list(trail)):
-            if step.edits or len(step.onward) != 1 or len([i for i in node.inputs if i is not None]) != 1:
-                continue
-            passed = node.outputs[next(iter(step.onward))]
-            if any(user in self._dead_forward for user, _ in passed.uses()):
-                self._dead_forward[node] = refusal
 
     def _spread(self, value: ir.Value, norm: Norm, queue: _Queue) -> Refusal | None:
         """Line up every reader of a value that changed."""
