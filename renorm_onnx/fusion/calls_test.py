@@ -188,3 +188,25 @@ def test_many_functions_are_opened_in_one_walk(monkeypatch):
     monkeypatch.setattr(calls, "inline", lambda *given, **named: asked.append(1) or inline(*given, **named))
     assert len(fuse(b.model(IMAGE, [h]))[1].folded) == 30
     assert len(asked) == 1
+
+
+def test_operators_that_nobody_reads_do_not_keep_a_norm_and_unknown_ones_do():
+    """They stand in the file, or come out of a function of which not every output is read."""
+    for domain, kept in (("", 0), ("other", 1)):
+        b = Builder()
+        h = b.conv("x", 4, 4, 1)
+        b.node("Sigmoid", b.node("Neg", h, domain=domain), domain=domain)
+        model = b.model(IMAGE, [b.norm(h, 4)])
+        fused, report = fuse(model)
+        assert len(report.kept) == kept
+        assert operators(fused) == (["Conv", "Neg", "Sigmoid", "BatchNormalization"] if kept else ["Conv"])
+    b = Builder()
+    given = ["X", "s", "b", "m", "v"]
+    body = [helper.make_node("BatchNormalization", given, ["Y"]), helper.make_node("Relu", ["X"], ["Z"])]
+    b.functions.append(helper.make_function("mine", "Two", given, ["Y", "Z"], body, [helper.make_opsetid("", 17)]))
+    inputs = [b.conv("x", 4, 4, 1), *b.statistics(4)]
+    b.nodes.append(helper.make_node("Two", inputs, ["y", "unused"], domain="mine"))
+    model = b.model(IMAGE, ["y"])
+    fused, report = fuse(model)
+    assert operators(fused) == ["Conv"]
+    assert_same(model, fused)

@@ -206,7 +206,10 @@ class _Engine:
         return any(e.outcome == "kept" for e in self._report.entries)
 
     def _open(self) -> bool:
-        """Open what may stand in the way of norms that stay: Ifs that always go one way, sequences, then functions."""
+        """Open what may stand in the way of norms that stay: Ifs that always go one way, sequences, then functions.
+
+        Operators that nobody reads stand in the way too, and go.
+        """
         if not self._stays():
             return False
         known = (self._model, self._desk.facts, self._rewriter)
@@ -214,10 +217,11 @@ class _Engine:
         for node in gone:
             if (entry := self._entries.get(node)) is not None and entry.outcome == "kept":
                 entry.fold("unreachable", ())
-        self._rewriter.delete(gone)
+        unread = [] if gone else [node for graph in self._graphs for node in graph if _is_unread(node)]
+        self._rewriter.delete([*gone, *unread])
         self._clean()
-        if gone or not self._model.functions:
-            return bool(gone)
+        if gone or unread or not self._model.functions:
+            return bool(gone or unread)
         return open_obstacles(self._model, self._desk.facts, self._refusals(), _passing()) > 0
 
     def _cross(self) -> bool:
@@ -357,6 +361,12 @@ class _Engine:
         self._added.add(node)
         self._desk.pending[node, 1] = edit.parameter
         return node.outputs[0]
+
+
+def _is_unread(node: ir.Node) -> bool:
+    """Whether nothing of what an operator computes is read; those of other domains may do more than compute."""
+    own = node.domain in ("", "ai.onnx")
+    return own and not any(output.uses() or output.is_graph_output() for output in node.outputs)
 
 
 def _passing() -> frozenset[str]:
