@@ -102,6 +102,18 @@ class AffineMap(NamedTuple):
             and np.array_equal(self.shift, other.shift)
         )
 
+    def means(self, other: AffineMap) -> bool:
+        """Whether both are the same map, or both the identity, however it is spelled."""
+        return self.equals(other) or (self.is_identity and other.is_identity)
+
+    def overlaid(self, other: AffineMap) -> AffineMap | None:
+        """`other`, with the numbers of this map wherever it leaves a number as it is; None if they are unlike."""
+        if self.axes != other.axes or self.scale.shape != other.scale.shape or self.periodic != other.periodic:
+            return None
+        free = (other.scale == 1) & (other.shift == 0)
+        scale, shift = (np.where(free, *pair) for pair in ((self.scale, other.scale), (self.shift, other.shift)))
+        return self._replace(scale=scale, shift=shift)
+
     def then(self, outer: AffineMap) -> AffineMap:
         """``outer(self(x))``: scales multiply, the shift is mapped along.
 

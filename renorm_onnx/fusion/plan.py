@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
 from renorm_onnx.fusion.dead_ends import DeadEnds
 from renorm_onnx.fusion.facts import MALFORMED
@@ -237,7 +237,12 @@ class Planner:
         if value is None:
             return refuse(Reason.WEIGHT, node, f"has no operand {place}")
         if value in demands and not demands[value].equals(onward):
-            return Refusal(Reason.CONFLICT, value.name or "", f"{value.name!r} would have to become two things at once")
+            readers = {node, *(user for user, position in value.uses() if (user, position) in settled)}
+            both = self._united(demands[value], onward, readers, demands)
+            if both is None:
+                why = f"{value.name!r} would have to become two things at once"
+                return Refusal(Reason.CONFLICT, value.name or "", why)
+            onward = both
         if value.producer() is None:
             return (
                 refuse(Reason.OVERRIDABLE, node, f"reads {value.name!r}, an input of the model with a default")
@@ -247,6 +252,24 @@ class Planner:
         demands[value] = onward
         settled.add((node, place) if isinstance(place, int) else place)
         return None
+
+    def _united(
+        self, one: AffineMap, two: AffineMap, readers: Collection[ir.Node], demands: Mapping[ir.Value, AffineMap]
+    ) -> AffineMap | None:
+        """The map that meets two demands on one value, of which each reader cuts out a part of its own; or None."""
+        both = one.overlaid(two)
+        if both is None:
+            return None
+        for reader in readers:
+            carrier = self._carrier(reader)
+            if carrier is None or not carrier.cuts:
+                return None
+            step = ask(carrier, "forward", reader, {0: both}, self._desk)
+            for index, output in enumerate(reader.outputs):
+                got = step.onward.get(index, IDENTITY) if isinstance(step, Step) else None
+                if got is None or not got.means(demands.get(output, IDENTITY)):
+                    return None
+        return both
 
     def _forward(self, norm: Norm, given: AffineMap) -> Plan | Refusal:
         if norm.kappa > self._limits.max_kappa and given.has_shift:

@@ -44,6 +44,32 @@ def test_a_piece_that_is_joined_twice_cannot_have_two_maps() -> None:
     backward("d = Concat<axis=2>(c, c)", 4)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "a = Slice(c, n0, n2, n1) g = Slice(c, n2, n9, n1) d = Concat<axis=1>(a, g)",
+        "a = Slice(c, n0, n2, n1) g = Slice(c, n2, n9, n1) d = Concat<axis=1>(g, a)",
+        "a = Gather<axis=1>(c, i) g = Slice(c, n2, n9, n1) d = Concat<axis=1>(g, a)",
+        "a = Slice(c, n0, n1, n1) e = Slice(c, n1, n2, n1) g = Slice(c, n2, n9, n1) d = Concat<axis=1>(g, e, a)",
+    ],
+)
+def test_parts_of_one_value_that_are_joined_again_are_mapped_together(lines: str) -> None:
+    """As `torch.roll` over channels, or `chunk` and `cat`, are exported."""
+    numbers = {f"n{n}": np.array([n]) for n in (0, 1, 2, 9)} | {"i": np.array([1, 0])}
+    backward(lines, 4, **numbers)
+
+
+@pytest.mark.parametrize("first", ["n1", "n0"])
+def test_parts_that_overlap_cannot_have_two_maps(first: str) -> None:
+    """Not even where one of the maps leaves what both read as it is."""
+    lines = f"c = Conv(x, W) a = Slice(c, n0, n2, n1) g = Slice(c, {first}, n9, n1) d = Concat<axis=1>(a, g)"
+    parameters = norm(5 if first == "n1" else 6)
+    parameters["bn_s"][1], parameters["bn_v"][1], parameters["bn_b"][1], parameters["bn_m"][1] = 1, 1, 0, 0
+    numbers = {f"n{n}": np.array([n]) for n in (0, 1, 2, 9)}
+    model = build(f"{lines} y = {bn('d')}", IMAGE, "y", W=quarters([4, 3, 1, 1]), **parameters, **numbers)
+    assert_fuses(model, [Reason.CONFLICT])
+
+
 def test_norms_before_joined_channels_go_forward_together() -> None:
     forward("z = Abs(x) d = Concat<axis=1>(c, z, c)", 12)
     forward("d = Concat<axis=2>(c, c)", 4)
