@@ -9,10 +9,10 @@ layer.
 """
 
 import math
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -254,7 +254,14 @@ class Sigmoid(Schedule):
 
 # Opaque to the compiler: calls a Python function on the host. Built-in schedules never come here.
 _FUNCTIONS: "WeakValueDictionary[int, FromFunction]" = WeakValueDictionary()
-_KEYS = count()
+
+
+def _new_key() -> int:
+    """Return a number for a graph to hold, which fits an int64 and is no other function's, not in any process.
+
+    A saved program keeps the number; one that another process could have given would find another layer's function.
+    """
+    return secrets.randbits(62)
 
 
 @dataclass(frozen=True)
@@ -262,7 +269,9 @@ class FromFunction(Schedule):
     """Any function of the step that returns (r_max, d_max); the layer's own bounds are not applied to it.
 
     In a compiled graph the step is read back to the host each time (on CUDA: a synchronization, and no graph capture),
-    because an arbitrary function cannot be traced. A subclass of `Schedule` with `bounds_on_device` avoids that.
+    because an arbitrary function cannot be traced. Nor is it part of what is captured: it lives in its process, as long
+    as the layer does, and a saved program that looks for it later is refused. A subclass of `Schedule` with
+    `bounds_on_device` avoids both.
 
     Args:
         function: Called with the step as an int.
@@ -272,7 +281,7 @@ class FromFunction(Schedule):
     """
 
     function: Callable[[int], Bounds]
-    key: int = field(default_factory=_KEYS.__next__, init=False, repr=False, compare=False)
+    key: int = field(default_factory=_new_key, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -281,7 +290,7 @@ class FromFunction(Schedule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Register the copy under its own key."""
-        self.__dict__.update(state, key=next(_KEYS))
+        self.__dict__.update(state, key=_new_key())
         _FUNCTIONS[self.key] = self
 
     def bounds(self, step: int, r_max: float, d_max: float) -> Bounds:
@@ -296,7 +305,14 @@ class FromFunction(Schedule):
 
 @torch.library.custom_op("renorm_onnx::scheduled_bounds", mutates_args=())
 def _scheduled_bounds(step: Tensor, key: int) -> Tensor:
-    found = _FUNCTIONS[key].checked(int(step), 1.0, 0.0, "batch renorm layer")
+    schedule = _FUNCTIONS.get(key)
+    if schedule is None:
+        raise InputError(
+            "batch renorm layer: the function that is this captured layer's schedule is not in this process, where it "
+            "lives as long as the layer that was captured; to save a program use a built-in schedule, or a Schedule "
+            "with bounds_on_device"
+        )
+    found = schedule.checked(int(step), 1.0, 0.0, "batch renorm layer")
     return torch.tensor(found, dtype=float64(step[None][:0]).dtype, device=step.device)
 
 

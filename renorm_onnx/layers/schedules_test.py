@@ -1,5 +1,9 @@
 import copy
+import gc
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -94,6 +98,43 @@ def test_a_schedule_is_asked_once_per_step_and_not_per_layer():
     for _ in range(3):
         model(make_batch(2, dtype=torch.float32))
     assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize("schedule", ["HardSwitch(0)", "lambda step: (3.0, 5.0)"])
+def test_a_saved_program_never_asks_a_function_of_another_process(tmp_path, schedule):
+    path = tmp_path / "program.pt2"
+    opening = "import sys, torch; from renorm_onnx import BatchRenorm1d, HardSwitch; x = torch.ones(4, 3).cumsum(0); "
+    # The first function of either process.
+    layer, other = (f"layer = BatchRenorm1d(3, schedule={given}); " for given in (schedule, "lambda step: (1.0, 0.0)"))
+    save = "torch.export.save(torch.export.export(layer, (x,)), sys.argv[1])"
+    load = "print('mean', torch.export.load(sys.argv[1]).module()(x).mean().item())"
+    for code in (layer + save, other + load):
+        done = subprocess.run(
+            [sys.executable, "-c", opening + code, path],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    said = "InputError: batch renorm layer: the function that is this captured layer's schedule is not in this process"
+    if schedule.startswith("lambda"):
+        assert said in done.stderr
+        assert "mean" not in done.stdout
+    else:  # a schedule that is part of the program
+        assert done.returncode == 0, done.stderr
+        assert "mean" in done.stdout
+
+
+def test_a_program_outlives_its_layer_but_not_its_layers_function():
+    x = make_batch(2, dtype=torch.float32)
+    layer = BatchRenorm1d(3, schedule=lambda step: (3.0, 5.0))
+    program = torch.export.export(layer, (x,)).module()
+    program(x)
+    del layer
+    gc.collect()
+    with pytest.raises(
+        InputError, match="lives as long as the layer that was captured; to save a program use a built-"
+    ):
+        program(x)
 
 
 def test_a_schedule_resumes_from_a_checkpoint():
