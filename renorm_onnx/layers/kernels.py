@@ -18,6 +18,10 @@ _backward = torch.ops.aten.native_batch_norm_backward.default
 _transform_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
+_count_of_modes = torch._C._len_torch_dispatch_stack
+_mode = torch._C._get_dispatch_mode
+_key = torch._C._TorchDispatchModeKey
+_TRACING = (_key.FAKE, _key.PROXY, _key.FUNCTIONAL)
 _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -31,7 +35,13 @@ def available(x: Tensor) -> bool:
         and not _transform_active()
         and _tracing_state() is None
         and forward_ad._current_level < 0
+        and not (_count_of_modes() and _is_traced_by_mode())
     )
+
+
+def _is_traced_by_mode() -> bool:
+    """Return whether values are not there to be read: `make_fx`, `FakeTensorMode`; others only look on."""
+    return any(_mode(key) is not None for key in _TRACING)
 
 
 @lru_cache(maxsize=64)

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.activated import BatchRenormAct2d
@@ -124,3 +126,28 @@ def test_a_trace_of_a_training_layer_learns_and_follows_the_schedule():
         x = make_batch(4, seed=seed)
         torch.testing.assert_close(traced(x), eager(x), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dict(layer.named_buffers()), dict(eager.named_buffers()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_graph_of_make_fx_learns_and_follows_the_schedule(momentum, masked):
+    eager = layer_with(schedule=Ramp(1, 5, 4), momentum=momentum)
+    layer = copy.deepcopy(eager)
+    mask = (make_batch(4)[:, 0] < 1,) if masked else ()
+    traced = make_fx(layer)(make_batch(4, seed=9), *mask)
+    assert {node.op for node in traced.graph.nodes} > {"placeholder", "get_attr"}
+    eager(make_batch(4, seed=9), *mask)  # tracing is a step
+    for seed in range(6):
+        x = make_batch(4, seed=seed)
+        torch.testing.assert_close(traced(x, *mask), eager(x, *mask), rtol=1e-12, atol=1e-12)
+    assert len(dict(eager.named_buffers())) == 3
+    for name, value in eager.named_buffers():
+        torch.testing.assert_close(layer.get_buffer(name), value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [None, "paper"])
+def test_a_layer_tells_its_shapes_under_a_mode_of_fake_tensors(schedule):
+    layer = layer_with(schedule=schedule)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = layer(mode.from_tensor(make_batch(4)))
+    assert (y.shape, y.dtype) == (make_batch(4).shape, torch.float64)
