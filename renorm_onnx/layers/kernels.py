@@ -26,17 +26,22 @@ _HALF = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def available(x: Tensor) -> bool:
-    """Return whether the native kernels can take `x` here: no compiler, tracer, transform or subclass is involved."""
+def is_eager() -> bool:
+    """Return whether a call is carried out here and now: by no compiler, tracer or function transform.
+
+    So is it on every device, and on tensors of other types, which `available` leaves to other kernels.
+    """
     return (
         not _is_compiling()
-        and type(x) in _PLAIN
-        and (x.is_cpu or x.is_cuda)
         and not _transform_active()
         and _tracing_state() is None
-        and forward_ad._current_level < 0
         and not (_count_of_modes() and _is_traced_by_mode())
     )
+
+
+def available(x: Tensor) -> bool:
+    """Return whether the native kernels can take `x` here: the call is eager, `x` plain, and on the CPU or CUDA."""
+    return is_eager() and type(x) in _PLAIN and (x.is_cpu or x.is_cuda) and forward_ad._current_level < 0
 
 
 def _is_traced_by_mode() -> bool:

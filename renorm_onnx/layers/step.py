@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.errors import InputError
@@ -94,7 +95,7 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         InputError: As `counter_of`, or the schedule returns bounds that cannot be used.
     """
     step = counter_of(layer)
-    eager = kernels.available(step)
+    eager = kernels.is_eager() and not isinstance(x, FakeTensor)
     parts = split(layer, x, mask)
     if eager and layer._memory.used and recomputation.is_repeated():
         runs = _repeated_runs(layer, parts)
@@ -108,7 +109,8 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         step.add_(1)
         return _of_nothing(layer, x)
     with unseen():
-        now = layer._clock.read(step) if eager else None
+        # Elsewhere the bounds are computed where the counter is: on any device, and in any form of it.
+        now = layer._clock.read(step) if kernels.available(step) else None
         reference = _reference(layer, x, step, now)
     done = [_run(layer, x_part, mask_part, reference, unseen) for x_part, mask_part in parts]
     with unseen():
