@@ -12,6 +12,9 @@ class HostClock:
     writes). A write it does not know of, as by `load_state_dict`, is read once. Where such writes keep coming (DDP
     copies buffers before each step), and once a CUDA graph is captured (its replays are invisible), the host stops
     counting for good and the schedule is computed on the device.
+
+    Two kinds of writes torch does not number, so that only waiting for the device would show them: those through
+    `.data`, and those of collectives. Who writes another step on a device writes it by `copy_` or `fill_`.
     """
 
     MAX_READS = 8

@@ -161,5 +161,8 @@ def sync_running_stats(module: nn.Module, process_group: "dist.ProcessGroup | No
                 pooled = pooled_statistics(BatchStatistics(mean.to(kind), var.to(kind), 1), process_group)
                 mean.copy_(pooled.mean)
                 var.copy_(pooled.var)
-            dist.all_reduce(steps, dist.ReduceOp.MAX, group=process_group)
+            # A copy: torch does not number what a collective writes, and the layer's clock goes by these numbers.
+            most = steps.clone()
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=process_group)
+            steps.copy_(most)
     return len(tracked)

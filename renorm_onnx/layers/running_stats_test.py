@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.modules import BatchRenorm1d
 from renorm_onnx.layers.running_stats import sync_running_stats, update_stats
 from renorm_onnx.layers.schedules import HardSwitch
@@ -143,3 +145,57 @@ def test_a_second_set_of_statistics_becomes_the_same_and_survives_a_failing_pass
         for name in ("mean", "var"):
             want = single[1].get_buffer(f"running_{name}")
             torch.testing.assert_close(model[1].get_buffer(f"{which}_{name}"), want, rtol=1e-12, atol=1e-12)
+
+
+class OnADevice:
+    """A counter that says it lives on a device."""
+
+    is_cpu = is_cuda = False
+
+    def __init__(self, counter):
+        self.counter = counter
+
+    def is_inference(self):
+        return False
+
+    def __int__(self):
+        return int(self.counter)
+
+    @property
+    def _version(self):
+        return self.counter._version
+
+
+@pytest.mark.parametrize(("write", "believed"), [(sync_running_stats, 500), (None, 9)], ids=["ours", "control"])
+def test_the_clock_of_a_layer_sees_the_step_that_synchronizing_gives_it(monkeypatch, tmp_path, write, believed):
+    def another_rank_is_ahead(tensor, op=dist.ReduceOp.SUM, group=None):
+        if op is dist.ReduceOp.MAX:
+            tensor.data.fill_(500)  # as collectives write: without a number
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(dist, "all_reduce", another_rank_is_ahead)
+    model, clock = network(), HostClock()
+    steps = model[1].num_batches_tracked
+    on_device = OnADevice(steps)
+    assert clock.read(on_device) == 9
+    try:
+        if write is None:
+            dist.all_reduce(steps, dist.ReduceOp.MAX)
+        else:
+            write(model)
+    finally:
+        dist.destroy_process_group()
+    assert int(steps) == 500
+    assert clock.read(on_device) == believed
+
+
+def test_synchronizing_with_oneself_alone_changes_nothing(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    model = network()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    try:
+        assert sync_running_stats(model) == 2
+    finally:
+        dist.destroy_process_group()
+    for name, value in model.named_buffers():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
