@@ -66,7 +66,7 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.dtype in _HALF and x.is_cpu:
         # The CPU kernel takes the type of its results from the running statistics it is given.
-        scratch = torch.zeros(x.size(1), dtype=torch.float32)
+        scratch = torch.zeros(x.size(1), dtype=torch.float32, device=x.device)
         mean, var = torch.batch_norm_update_stats(x, scratch, torch.ones_like(scratch), 0.0)
     else:
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
@@ -90,7 +90,7 @@ def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
     """
     _check_lengths(x, weight, bias)
     if x.dtype in _HALF:
-        weight = torch.ones(x.size(1), device=x.device) if weight is None else weight.float()
+        weight = torch.ones(x.size(1), dtype=torch.float32, device=x.device) if weight is None else weight.float()
         bias = None if bias is None else bias.float()
     y, mean, inverse = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     return y, mean, inverse

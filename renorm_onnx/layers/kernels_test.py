@@ -1,7 +1,7 @@
 """The paths of a step: derivatives of both orders, layouts, narrow types, what is kept, function transforms."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -253,6 +253,41 @@ def test_parameters_of_another_length_are_refused_and_teach_nothing(bounds, name
         layer(torch.randn(4, 3, 5, 5))
     for key in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(layer.state_dict()[key], before[key], rtol=0, atol=0)
+
+
+@contextmanager
+def defaults(dtype=torch.float32, device="cpu"):
+    """Give torch other defaults for the time of the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = [{"dtype": torch.float64}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"device": "meta"}]
+STEPS = [{}, {"affine": True}, {"schedule": None}, {"virtual_batch_size": 2}, {"renorm_momentum": 1.0}]
+
+
+@pytest.mark.parametrize("given", DEFAULTS, ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_is_the_same_whatever_torchs_defaults(given, kind, masked, path):
+    x, mask = (make_batch(4) + 5).to(kind), torch.arange(60).view(4, 3, 5) % 5 > 0
+    arguments = (x, mask) if masked else (x,)
+    for options in STEPS:
+        options = {"affine": False, "momentum": 1.0, "stat": "var", "schedule": "paper", **options}
+        layers = [layer_for(4, torch.float32, **options) for _ in range(2)]
+        want = layers[0](*arguments)
+        with defaults(**given):
+            got = layers[1](*arguments)
+        assert torch.equal(got, want), options
+        for name, value in layers[1].named_buffers():
+            assert torch.equal(value, layers[0].get_buffer(name)), (name, options)
+        mean = x.double().mean((0, 2, 3)) if not masked else x.double()[:, :, :, 1:].mean((0, 2, 3))
+        assert (layers[1].running_mean - mean).abs().max() < 1e-5  # bfloat16 rounds 5 by 0.02
 
 
 class HostScalars(TorchDispatchMode):

@@ -43,7 +43,7 @@ class Corrections(NamedTuple):
     d: Tensor | None
 
 
-NOTHING = Corrections(torch.zeros(0), None, None)  # a run on an empty batch
+NOTHING = Corrections(torch.zeros(0, device="cpu"), None, None)  # a run on an empty batch
 
 
 def is_repeated() -> bool:

@@ -268,7 +268,8 @@ def _learn(
     if masked:
         # One valid position says nothing about a spread; such a part teaches nothing.
         # In the type of the statistics: a product of a bool with a Python number would be in torch's default type.
-        counts = (torch.stack([torch.as_tensor(part.size) for part in parts]) >= 2).to(mean.dtype)  # (parts,)
+        sizes = torch.stack([torch.as_tensor(part.size, device=mean.device) for part in parts])  # (parts,)
+        counts = (sizes >= 2).to(mean.dtype)
         share = counts / counts.sum().clamp(min=1)
         mean, spread = (_weighted(share, values) for values in _columns(parts))
         momentum = counts.amax(0) * momentum
