@@ -19,6 +19,7 @@ _transform_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _is_compiling = torch.compiler.is_compiling
 _count_of_modes = torch._C._len_torch_dispatch_stack
+_functorch = torch._C._functorch
 _mode = torch._C._get_dispatch_mode
 _key = torch._C._TorchDispatchModeKey
 _TRACING = (_key.FAKE, _key.PROXY, _key.FUNCTIONAL)
@@ -172,8 +173,8 @@ class _Renormalize(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         mean, _, inverse, r, d = ctx.by
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            # The fast kernels want both alike.
+        if _is_channels_last(x) and not (_functorch.is_batchedtensor(grad) or _functorch.is_legacy_batchedtensor(grad)):
+            # The fast kernels want both alike; they are not for a batch of gradients, which has no such format.
             grad = grad.contiguous(memory_format=torch.channels_last)
         # The second derivative needs the gradient of gamma in the scale as well.
         scale = torch.mul(weight, r) if needs_weight and torch.is_grad_enabled() else ctx.scale
@@ -181,6 +182,10 @@ class _Renormalize(torch.autograd.Function):
         grad_x, grad_scale, grad_shift = _backward(grad, x, scale, None, None, mean, inverse, True, ctx.eps, mask)
         grad_weight = torch.mul(grad_scale, r).addcmul_(grad_shift, d) if needs_weight else None
         return grad_x, grad_weight, grad_shift if needs_bias else None, None, None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 # Not _Renormalize.apply, whose care for function transforms costs as much as two operations.

@@ -222,6 +222,28 @@ def test_func_vmap_over_an_ensemble_equals_a_loop():
     torch.testing.assert_close(buffers["running_var"], torch.stack([member.running_var for member in members]))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap has a loop alone for addcmul_
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"r_max": 1, "d_max": 0}, {"affine": False}], ids=str)
+def test_a_batch_of_gradients_is_the_gradients_one_by_one(options, memory_format, path):
+    layer = layer_for(4, **options)
+    naive = NaiveBatchRenorm(layer)
+    x = make_batch(4).contiguous(memory_format=memory_format).requires_grad_()
+    vectors = torch.stack([weights_like(x, seed) for seed in range(4)])
+    y = layer(x)
+    leaves = [x, *layer.parameters()]
+    batched = torch.autograd.grad(y, leaves, vectors, is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda vector: torch.autograd.grad(y, leaves, vector, retain_graph=True))(vectors)
+    if not layer.affine:
+        naive.weight, naive.bias = torch.ones(3), torch.zeros(3)
+    y = naive(x)
+    leaves = [x, *naive.parameters()]
+    want = [torch.autograd.grad(y, leaves, vector, retain_graph=True) for vector in vectors]
+    want = [torch.stack(each) for each in zip(*want, strict=True)]
+    for got in (batched, mapped):
+        torch.testing.assert_close(list(got), want, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # imported by forward_ad
 def test_forward_mode_derivatives_equal_reverse_mode():
     layer = layer_for(4)
