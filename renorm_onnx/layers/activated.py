@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.layers.modules import BatchRenorm2d, _BatchRenorm, as_leaf
 
@@ -50,9 +49,7 @@ class Activated(_BatchRenorm):
             InputError: As `BatchRenorm2d`.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if self.training:
-                raise RuntimeError("batch renorm: a scripted layer evaluates only; call eval() on the scripted module")
-            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            y = self._scripted_forward(x)
         elif isinstance(x, torch.fx.Proxy):
             return as_leaf(self, x, mask)
         else:

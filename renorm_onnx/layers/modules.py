@@ -118,14 +118,18 @@ class _BatchRenorm(_NormBase):
                 that cannot be used.
         """
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if self.training:
-                raise RuntimeError("batch renorm: a scripted layer evaluates only; call eval() on the scripted module")
-            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            y = self._scripted_forward(x)
         elif mask is None:
             y = self._forward(x)
         else:
             y = self._masked_forward(x, mask)
         return y
+
+    def _scripted_forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("batch renorm: a scripted layer evaluates only; call eval() on the scripted module")
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, mean is None or var is None, 0.0, self.eps)
 
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:

@@ -117,6 +117,22 @@ def test_a_scripted_layer_refuses_to_train(make):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [layer_with, activated])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_scripted_layer_without_running_statistics_evaluates_by_the_batch(make, affine):
+    layer, x = make(track_running_stats=False, affine=affine).eval(), make_batch(4)
+    got = torch.jit.script(layer)(x)
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    want = (x - mean) / torch.sqrt(variance + layer.eps)
+    if affine:
+        want = want * layer.weight.view(3, 1, 1) + layer.bias.view(3, 1, 1)
+    want = torch.nn.functional.silu(want) if make is activated else want
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    with pytest.raises(torch.jit.Error, match=r"a scripted layer evaluates only; call eval\(\)"):
+        torch.jit.script(layer.train())(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_trace_of_a_training_layer_learns_and_follows_the_schedule():
     eager = layer_with(schedule=Ramp(1, 5, 4))
     layer = copy.deepcopy(eager)
