@@ -10,8 +10,8 @@ class HostClock:
     On the CPU the buffer is simply read. On another device reading it would stop the host until the device has caught
     up, so the host counts along, and believes its count while nobody else has written to the buffer (torch numbers the
     writes). A write it does not know of, as by `load_state_dict`, is read once. Where such writes keep coming (DDP
-    copies buffers before each step), and once a CUDA graph is captured (its replays are invisible), the host stops
-    counting for good and the schedule is computed on the device.
+    copies buffers before each step; a cumulative average counts there what has taught it), and once a CUDA graph is
+    captured (its replays are invisible), the host stops counting for good and the schedule is computed on the device.
 
     Two kinds of writes torch does not number, so that only waiting for the device would show them: those through
     `.data`, and those of collectives. Who writes another step on a device writes it by `copy_` or `fill_`.

@@ -67,7 +67,7 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
         y = kernels.renormalize(x, weight, bias, eps, by)
     # Only now: what fails above, as for want of memory, leaves the layer as it was.
     share = 1 / (now + 1) if layer.momentum is None else layer.momentum
-    spread, tracked = batch_sigma, sigma
+    spread, tracked, counted = batch_sigma, sigma, _ONE
     if layer.stat != "sigma":
         if batch_var is None:
             batch_var = batch_sigma.square().sub_(added).relu_()
@@ -76,10 +76,13 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
     if not (spread.is_cpu and spread.max().item() < inf):  # the host must not wait for a device to tell
         finite = spread < inf
         batch_mean, spread = torch.where(finite, batch_mean, mean), torch.where(finite, spread, tracked)
+        if layer.momentum is None:
+            counted = finite.any()  # as in the general step
     mean.lerp_(batch_mean, share)
     tracked.lerp_(spread, share)
     if tracked is sigma:
         torch.sub(sigma.mul_(sigma), added, out=var).relu_()  # below 0 by rounding alone
-    step.add_(_ONE)
-    layer._clock.advanced(step)
+    step.add_(counted)
+    if counted is _ONE:
+        layer._clock.advanced(step)
     return y

@@ -107,7 +107,8 @@ class _BatchRenorm(_NormBase):
             mask: True at valid positions, shape (N, *), bool; statistics are taken from these alone. For padded
                 sequences see `renorm_onnx.length_mask`. Evaluation does not need it.
                 Fewer than two valid positions are refused on the CPU; on other devices and in compiled graphs, where
-                looking would wait for the device, and in a ghost batch, they teach nothing, but the step is counted.
+                looking would wait for the device, and in a ghost batch, they teach nothing, but the step is counted
+                unless `momentum` is None.
 
         Returns:
             y of the shape and type of x.
@@ -326,7 +327,10 @@ class BatchRenorm2d(_BatchRenorm):
     Args:
         num_features: C.
         eps: Added to variances, in units of x squared.
-        momentum: Share of a batch in the running statistics; None averages all batches alike.
+        momentum: Share of a batch in the running statistics; None averages all batches alike, and neither averages nor
+            counts one that teaches nothing: empty, masked but for one position, or finite in no channel. (A channel
+            that is not finite in the first batch of some keeps a share of where it started. In a training step that
+            `to_onnx` exports, every batch counts.)
         affine: Learn gamma and beta.
         track_running_stats: Keep running statistics.
         device: Of parameters and buffers.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.distributed import pooled_statistics
 from renorm_onnx.layers.functional import BatchStatistics, accumulation_type
 from renorm_onnx.layers.modules import _BatchRenorm
@@ -22,7 +23,7 @@ from renorm_onnx.layers.swap import check_module
 # The sets of statistics that a layer may keep.
 _SETS = ("running", "renorm")
 # What a pass over data changes on a layer and puts back.
-_OPTIONS = ("momentum", "schedule", "r_max", "d_max")
+_OPTIONS = ("momentum", "schedule", "r_max", "d_max", "_clock")
 
 
 class _Tracked(NamedTuple):
@@ -63,6 +64,7 @@ def _averaging_anew(module: nn.Module, tracked: list[_Tracked]) -> Iterator[None
         layer.momentum = None
         if isinstance(layer, _BatchRenorm):
             layer.schedule, layer.r_max, layer.d_max = CONSTANT, 1.0, 0.0
+            layer._clock = HostClock()  # a cumulative average has its own, and wears it out on a device
     try:
         yield
         # The second set, an average with a memory, has forgotten nothing of where it started from.
@@ -90,11 +92,12 @@ def update_stats(
     For averaged weights (SWA, EMA), pruned or otherwise edited networks, whose statistics no longer belong to their
     weights. `torch.optim.swa_utils.update_bn` does this for torch's BatchNorm and skips every other type.
 
-    Each layer starts from nothing and averages over the batches with equal weight; a second set of statistics
-    (`renorm_momentum`) becomes the same. During the pass layers normalize by
-    the batch alone (r = 1, d = 0): corrections towards statistics that are only being collected would distort the input
-    of every layer behind. Afterwards the training flags of all modules, the layers' options and `num_batches_tracked`
-    are as before, so a schedule goes on where it was. On several processes, follow with `sync_running_stats`.
+    Each layer starts from nothing and averages over the batches with equal weight; one that teaches it nothing, being
+    empty or finite in no channel, has none. A second set of statistics (`renorm_momentum`) becomes the same. During the
+    pass layers normalize by the batch alone (r = 1, d = 0): corrections towards statistics that are only being
+    collected would distort the input of every layer behind. Afterwards the training flags of all modules, the layers'
+    options and `num_batches_tracked` are as before, so a schedule goes on where it was. On several processes, follow
+    with `sync_running_stats`.
 
     Args:
         module: The model; put into training mode for the pass.

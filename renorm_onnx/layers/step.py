@@ -6,6 +6,7 @@ statistics move, once.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -106,7 +107,8 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
     if (eager or torch.compiler.is_compiling()) and x.numel() == 0 and layer._statistics_are_its_own():
         if kept:
             layer._memory.keep(recomputation.NOTHING)
-        step.add_(1)
+        if layer.momentum is not None:
+            step.add_(1)
         return _of_nothing(layer, x)
     with unseen():
         # Elsewhere the bounds are computed where the counter is: on any device, and in any form of it.
@@ -116,9 +118,10 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
     with unseen():
         for part in done if kept else ():
             layer._memory.keep(part.run)
-        step.add_(1)
-        layer._clock.advanced(step)
-        _learn(layer, done, reference, _momentum(layer, step, now), masked=mask is not None)
+        counted = _learn(layer, done, reference, _momentum(layer, step, now), masked=mask is not None)
+        step.add_(counted)
+        if not isinstance(counted, Tensor):  # the host knows
+            layer._clock.advanced(step)
     return _joined([part.y for part in done])
 
 
@@ -145,7 +148,7 @@ def _momentum(layer: Layer, step: Tensor, now: int | None) -> float | Tensor:
     """The share of this batch: a cumulative average gives the n-th batch 1/n."""
     if layer.momentum is not None:
         return layer.momentum
-    return 1 / (now + 1) if now is not None else float64(step).reciprocal()
+    return 1 / (now + 1) if now is not None else (float64(step) + 1).reciprocal()
 
 
 def split(layer: Layer, x: Tensor, mask: Tensor | None) -> Sequence[tuple[Tensor, Tensor | None]]:
@@ -258,13 +261,18 @@ def _normalized(layer: Layer, x: Tensor, mask: Tensor | None, batch: BatchStatis
 
 def _learn(
     layer: Layer, parts: Sequence[Part], reference: Reference, momentum: float | Tensor, *, masked: bool
-) -> None:
-    """Move the layer's statistics, in place, once, towards the mean over the ghost batches."""
+) -> int | Tensor:
+    """Move the layer's statistics, in place, once, towards the mean over the ghost batches; return what that counts.
+
+    It counts 1. In a cumulative average, whose weights are the counts, it counts 0 if no channel has learned anything:
+    what the average started from would else keep a share for ever.
+    """
     running_mean, running_var = layer._buffers["running_mean"], layer._buffers["running_var"]
     assert running_mean is not None
     assert running_var is not None
     mean, spread = parts[0].run.mean, parts[0].spread
     renorm_momentum: float | Tensor | None = layer.renorm_momentum
+    taught: float | Tensor = 1
     if masked:
         # One valid position says nothing about a spread; such a part teaches nothing.
         # In the type of the statistics: a product of a bool with a Python number would be in torch's default type.
@@ -272,8 +280,9 @@ def _learn(
         counts = (sizes >= 2).to(mean.dtype)
         share = counts / counts.sum().clamp(min=1)
         mean, spread = (_weighted(share, values) for values in _columns(parts))
-        momentum = counts.amax(0) * momentum
-        renorm_momentum = None if renorm_momentum is None else counts.amax(0) * renorm_momentum
+        taught = counts.amax(0)
+        momentum = taught * momentum
+        renorm_momentum = None if renorm_momentum is None else taught * renorm_momentum
     elif len(parts) > 1:
         mean, spread = (torch.stack(values).mean(0) for values in _columns(parts))
     eps, stat = reference.eps, layer.stat
@@ -287,6 +296,7 @@ def _learn(
     functional.update_statistics(
         running_mean, running_var, mean, spread, momentum=momentum, eps=eps, stat=stat, sigma=sigma
     )
+    return 1 if layer.momentum is not None else ((spread < inf).any() * taught).to(torch.int64)
 
 
 def _columns(parts: Iterable[Part]) -> tuple[list[Tensor], list[Tensor]]:
