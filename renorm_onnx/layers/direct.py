@@ -78,10 +78,11 @@ def take_usual_step(layer: Layer, x: Tensor) -> Tensor | None:
         batch_mean, spread = torch.where(finite, batch_mean, mean), torch.where(finite, spread, tracked)
         if layer.momentum is None:
             counted = finite.any()  # as in the general step
-    mean.lerp_(batch_mean, share)
-    tracked.lerp_(spread, share)
-    if tracked is sigma:
-        torch.sub(sigma.mul_(sigma), added, out=var).relu_()  # below 0 by rounding alone
+    if share:  # 0 must not move a variance by rounding
+        mean.lerp_(batch_mean, share)
+        tracked.lerp_(spread, share)
+        if tracked is sigma:
+            torch.sub(sigma.mul_(sigma), added, out=var).relu_()  # below 0 by rounding alone
     step.add_(counted)
     if counted is _ONE:
         layer._clock.advanced(step)

@@ -165,7 +165,7 @@ def update_statistics(
         "var", "var_unbiased":  var += momentum * (spread - var)
 
     A channel whose spread is not finite teaches nothing: one infinite number in one batch would else stay in the
-    statistics for ever, and with it in every later r and d.
+    statistics for ever, and with it in every later r and d. The number 0 as momentum leaves everything to the bit.
 
     Args:
         running_mean: Shape (C,). Written.
@@ -180,6 +180,8 @@ def update_statistics(
     kind, native = mean.dtype, isinstance(eps, Tensor)
     if isinstance(momentum, Tensor):
         momentum = momentum.to(kind)
+    elif momentum == 0:
+        return
     finite = spread < inf  # neither is NaN, which the spread is wherever the mean is not finite
     if stat != "sigma":
         var = running_var.to(kind, copy=True)

@@ -281,8 +281,8 @@ def _learn(
         share = counts / counts.sum().clamp(min=1)
         mean, spread = (_weighted(share, values) for values in _columns(parts))
         taught = counts.amax(0)
-        momentum = taught * momentum
-        renorm_momentum = None if renorm_momentum is None else taught * renorm_momentum
+        momentum = momentum if layer.momentum == 0 else taught * momentum
+        renorm_momentum = taught * renorm_momentum if renorm_momentum else renorm_momentum
     elif len(parts) > 1:
         mean, spread = (torch.stack(values).mean(0) for values in _columns(parts))
     eps, stat = reference.eps, layer.stat

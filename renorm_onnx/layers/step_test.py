@@ -303,6 +303,22 @@ def test_a_number_that_is_not_finite_spoils_one_channel_of_one_step(way, number,
     assert layer(make_batch(4, seed=2)).isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"eps": 1e-3}, {"stat": "var"}, {"virtual_batch_size": 4}], ids=str)
+@pytest.mark.parametrize("momenta", [(0, None), (0.0, 0.0), (0.5, 0), (0, 0.5), (0.5, None)], ids=str)
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_momentum_of_0_moves_no_statistic_by_a_bit(way, momenta, options):
+    layer = BatchRenorm1d(64, momentum=momenta[0], renorm_momentum=momenta[1], schedule=None, **options)
+    for name, buffer in layer.named_buffers():
+        if name.endswith("_var"):
+            buffer.copy_(torch.logspace(-9, 4, 64))
+    before = copy.deepcopy(dict(layer.named_buffers()))
+    way(layer)(torch.randn(8, 64, 2, generator=torch.Generator().manual_seed(0)))
+    for which, momentum in zip(("running", "renorm"), momenta, strict=True):
+        for name in (f"{which}_mean", f"{which}_var") if momentum is not None else ():
+            assert torch.equal(layer.get_buffer(name), before[name]) == (momentum == 0), name
+    assert int(layer.num_batches_tracked) == 1
+
+
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_a_variance_that_overflows_teaches_nothing(way):
     layer = BatchRenorm1d(2, schedule=None)
