@@ -353,3 +353,23 @@ def test_converting_twice_and_converting_nothing_change_nothing():
 def test_what_is_no_module_is_refused_by_name(convert):
     with pytest.raises(InputError, match=f"{convert.__name__}: module is a str, expected a torch.nn.Module"):
         convert("x")
+
+
+class OwnForward(BatchRenorm2d):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_making_layers_synchronize_names_the_layers_that_it_leaves_alone(caplog):
+    model = nn.Sequential(BatchRenorm2d(3), OwnForward(3), BatchRenorm2d(3), SyncBatchRenorm(3), nn.BatchNorm2d(3))
+    prune.identity(model[2], "weight")
+    convert_sync_batchrenorm(model)
+    assert [type(m) for m in model] == [SyncBatchRenorm, OwnForward, BatchRenorm2d, SyncBatchRenorm, nn.BatchNorm2d]
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == (
+        "convert_sync_batchrenorm: left alone '1' (OwnForward defines its own forward); "
+        "'2' (it also holds weight_mask, weight_orig)"
+    )
+    caplog.clear()
+    convert_sync_batchrenorm(nn.Sequential(BatchRenorm2d(3), nn.ReLU()))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

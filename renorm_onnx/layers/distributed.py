@@ -16,6 +16,7 @@ The gradients of gamma and beta stay local: DistributedDataParallel averages the
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from renorm_onnx.layers.activated import Activated
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, swap_layers, why_not
+
+logger = logging.getLogger(__name__)
 
 # Of a module's attributes, the containers that two modules cannot share.
 _OWN_TABLES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
@@ -214,6 +217,9 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
     Call it before wrapping the model in DistributedDataParallel, on every rank. Parameters, buffers, hooks and options
     stay the same objects. `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does not touch our layers, nor this torch's.
 
+    Left alone, and named in a logged warning, as they go on without synchronizing: subclasses with a forward of their
+    own, layers under parametrization or pruning, and whatever else their state alone does not describe.
+
     Args:
         module: The model, or one layer.
         process_group: The processes that share a batch; None for all.
@@ -225,12 +231,15 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
         InputError: `module` is no module; a layer has a `virtual_batch_size`. The model is then as it was.
     """
     check_module(module, "convert_sync_batchrenorm")
+    alone: list[str] = []
 
     def build(name: str, old: nn.Module) -> nn.Module | None:
         activated = isinstance(old, Activated)
         if not isinstance(old, _BatchRenorm) or isinstance(old, SyncBatchRenorm):
             return None
-        if why_not(old, children=Activated.followers if activated else ()):
+        reason = why_not(old, children=Activated.followers if activated else ())
+        if reason:
+            alone.append(f"{quoted(name)} ({reason})")
             return None
         _refuse_ghosts(f"convert_sync_batchrenorm: {quoted(name)}", old.virtual_batch_size)
         kind = SyncBatchRenormAct if activated else SyncBatchRenorm
@@ -240,4 +249,7 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
         new.process_group = process_group
         return new
 
-    return swap_layers(module, plan_swaps(module, build))
+    swaps = plan_swaps(module, build)
+    if alone:
+        logger.warning("convert_sync_batchrenorm: left alone %s", "; ".join(alone))
+    return swap_layers(module, swaps)
