@@ -249,7 +249,8 @@ def _adopted(row: ForeignLayer, old: nn.Module, options: dict[str, Any]) -> _Bat
         "stat": row.stat,
         "schedule": row.schedule(old),
     }
-    new = kind(mean.numel(), eps, affine=bool(getattr(old, "affine", True)), device="meta", **{**own, **options})
+    affine = bool(getattr(old, "affine", True))
+    new = kind(mean.numel(), eps, affine=affine, bias=True, device="meta", **{**own, **options})
     if new.affine:
         new._parameters["weight"], new._parameters["bias"] = getattr(old, row.weight), getattr(old, row.bias)
     new._buffers["running_mean"], new._buffers["running_var"] = mean.to(weight.device), spread.to(weight.device)

@@ -147,7 +147,7 @@ def convert_batchnorm(
 
 def _checked_options(options: dict[str, Any]) -> tuple[float, float]:
     """Refuse options before the first layer is looked at; return the bounds they set."""
-    for name in ("num_features", "affine", "track_running_stats", "device", "dtype"):
+    for name in ("num_features", "affine", "bias", "track_running_stats", "device", "dtype"):
         if name in options:
             raise InputError(
                 f"convert_batchnorm: {name}={options[name]!r}, expected no such option: it is each layer's own"

@@ -72,7 +72,7 @@ def load_keras(
         config: What `layer.get_config()` returned; None for the layers' common defaults.
         dims: 1, 2 or 3, for `BatchRenorm1d`, `2d` or `3d`.
         **options: As in `BatchRenorm2d`, instead of what follows from `config`; what follows from the weights
-            (`num_features`, `affine`, `track_running_stats`) cannot be given.
+            (`num_features`, `affine`, `bias`, `track_running_stats`) cannot be given.
 
     Returns:
         The layer, in training mode, of the arrays' type unless `dtype` is given.
@@ -101,7 +101,7 @@ def load_keras(
     }
     if "renorm_mean" in tensors:
         own["renorm_momentum"] = 1 - float(config.get("renorm_momentum", 0.99))
-    for name in ("num_features", "affine", "track_running_stats"):
+    for name in ("num_features", "affine", "bias", "track_running_stats"):
         if name in options:
             raise InputError(
                 f"load_keras: {name}={options[name]!r}, expected no such option: it follows from the weights"

@@ -73,8 +73,11 @@ class _BatchRenorm(_NormBase):
         stat: Stat = "sigma",
         renorm_momentum: float | None = None,
         virtual_batch_size: int | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # as torch's own layers from 2.13 on
+            self.register_parameter("bias", None)
         self.r_max = r_max
         self.d_max = d_max
         self.stat = stat
@@ -231,6 +234,13 @@ class _BatchRenorm(_NormBase):
             self._buffers["renorm_mean"].zero_()  # type: ignore[union-attr]
             self._buffers["renorm_var"].fill_(1)  # type: ignore[union-attr]
 
+    def reset_parameters(self) -> None:
+        """Reset the running statistics, set gamma to 1 and beta to 0, in place."""
+        self.reset_running_stats()
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                torch.nn.init.constant_(parameter, value)
+
     def extra_repr(self) -> str:
         """Describe the layer as its constructor would be called."""
         text = (
@@ -241,7 +251,7 @@ class _BatchRenorm(_NormBase):
         for name in ("renorm_momentum", "virtual_batch_size"):
             if getattr(self, name) is not None:
                 text += f", {name}={getattr(self, name)}"
-        return text
+        return f"{text}, bias=False" if self.affine and self.bias is None else text
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process's running step."""
@@ -349,6 +359,7 @@ class BatchRenorm2d(_BatchRenorm):
             the buffers `renorm_mean` and `renorm_var`; a state dict without them starts both sets alike.
         virtual_batch_size: Normalize groups of at least this many samples by their own statistics (ghost batches). The
             running statistics take the mean over the groups, once per step.
+        bias: With `affine`, learn beta as well as gamma; without it beta is 0.
 
     Raises:
         InputError: An argument is out of its range or not finite; the same if it is assigned to the layer later.
