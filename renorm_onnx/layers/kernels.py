@@ -50,6 +50,15 @@ def _is_traced_by_mode() -> bool:
     return any(_mode(key) is not None for key in _TRACING)
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Return whether `vmap` runs over `x`, or `functionalize` stands for it, at any depth of function transforms."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x) or torch._is_functional_tensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
 @lru_cache(maxsize=64)
 def constant(value: float, dtype: torch.dtype) -> Tensor:
     """Return a 0-d tensor on the CPU, for which adding and subtracting is faster than for a Python number.

@@ -222,6 +222,34 @@ def test_func_vmap_over_an_ensemble_equals_a_loop():
     torch.testing.assert_close(buffers["running_var"], torch.stack([member.running_var for member in members]))
 
 
+TRANSFORMS = {
+    "vmap": lambda call, x: torch.vmap(call)(torch.stack([x, x])),
+    "vmap of grad": lambda call, x: torch.vmap(torch.func.grad(lambda x: call(x).sum()))(torch.stack([x, x])),
+    "functionalize": lambda call, x: torch.func.functionalize(call)(x),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_statistics_that_a_transform_does_not_know_of_are_not_trained(transform, masked):
+    layer, x = layer_for(4), make_batch(4)
+    mask = (torch.ones(x.size(0), *x.shape[2:], dtype=torch.bool),) if masked else ()
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(
+        InputError, match=r"BatchRenorm2d: vmap or functionalize has taken x but not running_mean, .*cal"
+    ):
+        transform(lambda x: layer(x, *mask), x)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    # What the message advises.
+    transform(lambda x: layer.eval()(x, *mask), x)
+    untracked = layer_for(4, track_running_stats=False)
+    transform(lambda x: untracked(x, *mask), x)
+    buffers = {name: torch.stack([value, value]) for name, value in layer.train().named_buffers()}
+    y = torch.vmap(lambda x, buffers: functional_call(layer, buffers, (x, *mask)))(torch.stack([x, x]), buffers)
+    torch.testing.assert_close(y, torch.stack([copy.deepcopy(layer)(x, *mask)] * 2))
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # vmap has a loop alone for addcmul_
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("options", [{}, {"r_max": 1, "d_max": 0}, {"affine": False}], ids=str)

@@ -93,10 +93,13 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         y of the shape and type of x.
 
     Raises:
-        InputError: As `counter_of`, or the schedule returns bounds that cannot be used.
+        InputError: As `counter_of`, or the schedule returns bounds that cannot be used, or a function transform has
+            taken x, but not the statistics.
     """
     step = counter_of(layer)
     eager = kernels.is_eager() and not isinstance(x, FakeTensor)
+    if not eager and not torch.compiler.is_compiling():
+        _refuse_captured_statistics(layer, x)
     parts = split(layer, x, mask)
     if eager and layer._memory.used and recomputation.is_repeated():
         runs = _repeated_runs(layer, parts)
@@ -123,6 +126,16 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         if not isinstance(counted, Tensor):  # the host knows
             layer._clock.advanced(step)
     return _joined([part.y for part in done])
+
+
+def _refuse_captured_statistics(layer: Layer, x: Tensor) -> None:
+    mean = layer._buffers["running_mean"]
+    if kernels.is_mapped(x) and mean is not None and not kernels.is_mapped(mean):
+        raise InputError(
+            f"{type(layer).__name__}: vmap or functionalize has taken x but not running_mean, which training writes in "
+            "place; pass the buffers as arguments too, as with torch.func.functional_call, or call eval() first, or "
+            "use track_running_stats=False"
+        )
 
 
 def counter_of(layer: Layer) -> Tensor:
