@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.layers import kernels
 from renorm_onnx.layers.activated import Activated
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 from renorm_onnx.layers.modules import _BatchRenorm
@@ -193,8 +194,9 @@ class SyncBatchRenorm(_BatchRenorm):
         else:
             local = super()._batch_statistics(x)
         pooled = pooled_statistics(local, self.process_group)
-        # Every rank sees the same size, so all of them stop here. On an accelerator reading it would cost a wait.
-        if x.device.type == "cpu" and pooled.size <= 1:
+        # Every rank sees the same size, so all of them stop here. On an accelerator reading it would cost a wait, and
+        # no compiler follows a question about a value.
+        if x.device.type == "cpu" and kernels.is_eager() and pooled.size <= 1:
             raise InputError(f"{type(self).__name__}: {ONE_VALUE} {tuple(x.shape)}, on all processes together")
         return pooled
 

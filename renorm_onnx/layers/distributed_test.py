@@ -101,8 +101,8 @@ def work(rank, folder):
         found[dtype] = trace(layer(dtype=torch.float32), *mine(data(dtype), rank))
     found["not synchronized"] = trace(layer(BatchRenorm2d), *mine(data(), rank))
 
-    single = trace(layer(), [random((2, 3), 5)[rank : rank + 1]], [random((2, 3), 6)[rank : rank + 1]])
-    found["one value each"] = single
+    ones = [[random((2, 3), seed)[rank : rank + 1]] for seed in (5, 6)]
+    found["one value each"] = trace(layer(), *ones)
     try:
         layer()(random((1 - rank, 3)))
     except InputError as error:
@@ -121,6 +121,11 @@ def work(rank, folder):
     x = x[0].requires_grad_()
     checkpoint(checkpointed, x, use_reentrant=False).backward(g[0])
     found["checkpointed"] = (x.grad, dict(checkpointed.named_buffers()))
+
+    try:
+        found["compiled"] = trace(torch.compile(layer(), backend="aot_eager", fullgraph=True), *mine(data(), rank))
+    except Exception as error:  # on every rank alike; the others' results are still wanted
+        found["compiled"] = str(error)
 
     pair = [dist.new_group([0]), dist.new_group([1])]
     found["alone in a group"] = trace(layer(process_group=pair[rank]), *mine(data(), rank))
@@ -365,6 +370,13 @@ def test_every_rank_of_input_is_taken(shape):
     assert layer()(random(shape)).shape == shape
     with pytest.raises(InputError, match="expected 2D or 3D or 4D or 5D input"):
         layer()(random((3,)))
+
+
+def test_a_step_compiled_as_one_graph_is_the_eager_step(found):
+    for each in found:
+        assert not isinstance(each["compiled"], str), each["compiled"]
+        buffers = {f"_orig_mod.{name}": value for name, value in each["sigma"]["buffers"].items()}
+        torch.testing.assert_close(each["compiled"], {**each["sigma"], "buffers": buffers}, rtol=1e-12, atol=1e-12)
 
 
 def test_conversion_keeps_state_options_hooks_and_other_layers():
