@@ -10,6 +10,7 @@ Two layers, with these weights in this order::
 So both fold alike: the fourth array is `running_var` and epsilon is `eps`, nothing added and nothing taken away.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ def load_keras(
     Evaluation is equal within rounding. The channel is axis 1 here, as always in torch, and mostly the last in Keras.
     Keras' momentum m is the share that is kept, torch's the share that is new: 1 - m. A second set of statistics
     (`renorm_mean`, `renorm_stddev`) is taken over with its momentum. The bounds hold from the first step, since neither
-    layer stores how far it has come; they are those of `config`, else 3 and 5, also where Keras would not clip.
+    layer stores how far it has come; they are those of `config`, else 3 and 5, also where Keras would not clip. Keras
+    clips r to [rmin, rmax], this layer to [1/r_max, r_max].
 
     >>> load_keras([[1.0, 2.0], [0.0, 0.5], [0.1, 0.2], [1.0, 4.0]], dims=1, dtype=torch.float32).running_var
     tensor([1., 4.])
@@ -79,7 +81,8 @@ def load_keras(
 
     Raises:
         InputError: Arrays are missing, unknown, of unequal or wrong shape, or hold values that cannot be used, or that
-            `dtype` does not hold; an option is given that follows from the weights.
+            `dtype` does not hold; an option is given that follows from the weights; `config` has a rmin that is not
+            1/rmax, and no r_max is given instead.
         TypeError: `options` names something that no layer takes.
     """
     if dims not in _LAYERS:
@@ -108,6 +111,13 @@ def load_keras(
             )
     affine = "gamma" in tensors or "beta" in tensors
     made = _LAYERS[dims](mean.numel(), affine=affine, **{**own, **options})
+    least, expected = clipping.get("rmin"), 1 / made.r_max
+    # To the third digit, as one writes 0.333.
+    if least is not None and "r_max" not in options and not math.isclose(least, expected, rel_tol=2e-3):
+        raise InputError(
+            f"load_keras: renorm_clipping has rmin={least!r}, expected 1/rmax={expected:.6g} because r lies in "
+            "[1/r_max, r_max] here; pass the r_max to train with"
+        )
     _fill(made, layer, tensors, eps)
     return made
 

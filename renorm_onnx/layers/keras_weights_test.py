@@ -118,7 +118,27 @@ def test_dims_dtype_and_options_are_as_asked():
     assert load_keras(arrays(), schedule=Sigmoid()).schedule == Sigmoid()
 
 
-@pytest.mark.parametrize("name", ["num_features", "affine", "track_running_stats"])
+@pytest.mark.parametrize(
+    ("clipping", "expected"),
+    [({"rmax": 2.0, "rmin": 0.25}, "0.5"), ({"rmax": 1.5, "rmin": 0.6}, "0.666667"), ({"rmin": 0.5}, "0.333333")],
+    ids=str,
+)
+def test_a_least_r_that_is_not_one_over_the_largest_is_refused(clipping, expected):
+    config = {"renorm_clipping": clipping}
+    said = (
+        rf"renorm_clipping has rmin={clipping['rmin']}, expected 1/rmax={expected} because r lies in \[1/r_max, r_max\]"
+    )
+    with pytest.raises(InputError, match=said):
+        load_keras(arrays(), config)
+    assert load_keras(arrays(), config, r_max=2.5).r_max == 2.5
+
+
+@pytest.mark.parametrize("clipping", [{"rmax": 3, "rmin": 0.333}, {"rmin": 1 / 3}, {"rmax": 3.0}, {"rmin": None}])
+def test_a_least_r_that_is_one_over_the_largest_is_taken(clipping):
+    assert load_keras(arrays(), {"renorm_clipping": clipping}).r_max == 3.0
+
+
+@pytest.mark.parametrize("name", ["num_features", "affine", "bias", "track_running_stats"])
 def test_an_option_that_follows_from_the_weights_is_refused_by_name(name):
     with pytest.raises(InputError, match=f"load_keras: {name}=False, expected no such option: it follows from the wei"):
         load_keras(arrays(), **{name: False})
@@ -176,7 +196,7 @@ def test_bad_dims_and_bad_options_are_refused():
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    "options", [{}, {"renorm_clipping": {"rmax": 1.5, "rmin": 0.6, "dmax": 0.5}, "epsilon": 0.05}, {"scale": False}]
+    "options", [{}, {"renorm_clipping": {"rmax": 1.5, "rmin": 1 / 1.5, "dmax": 0.5}, "epsilon": 0.05}, {"scale": False}]
 )
 def test_a_trained_layer_of_real_keras_evaluates_alike(options, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "torch")
