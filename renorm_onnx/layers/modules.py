@@ -328,7 +328,8 @@ class BatchRenorm2d(_BatchRenorm):
 
     Gradients are those of the formula eagerly, compiled and checkpointed, with one exception. Compile the model that
     checkpoints; a compiled part inside of `torch.utils.checkpoint` is run again as it is: it learns twice, as torch's
-    batch norm does there, and computes r and d again from statistics that have moved.
+    batch norm does there, and computes r and d again from statistics that have moved. So does an exported training
+    program inside of one.
 
     >>> layer = BatchRenorm2d(16, schedule=None)
     >>> layer(torch.randn(4, 16, 8, 8)).shape
