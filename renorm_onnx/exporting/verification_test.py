@@ -11,7 +11,7 @@ from renorm_onnx.errors import VerificationError
 from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting import verification
 from renorm_onnx.exporting.verification import ExportReport, check_structure, verify_export
-from renorm_onnx.layers.modules import BatchRenorm2d
+from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
 from renorm_onnx.runtime.estimate import Cost
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -191,3 +191,29 @@ def test_a_narrow_tensor_does_not_hide_what_is_not_computed_from_it(used) -> Non
         net.norm.bias.add_(1e-4)
     with pytest.raises(VerificationError, match=r"does not compute what the module computes.*allowed 1\.0e-05"):
         verify_export(model, net, (X,), {}, REPORT)
+
+
+@pytest.mark.parametrize("second", [None, 0.1])
+def test_the_mean_that_a_norm_learns_behind_a_norm_is_measured_in_standard_deviations(second) -> None:
+    options = {"momentum": 0.1, "renorm_momentum": second}
+    norms = nn.Sequential(BatchRenorm1d(8, **options), nn.Linear(8, 8, bias=False), BatchRenorm1d(8, **options)).train()
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    model = ir.from_proto(to_onnx(norms, x, mode="train", verify=False))
+    trained = ExportReport(calls=2, trained=2, opset=20)
+    report = verify_export(model, norms, (x,), {}, trained)
+    assert 0 < report.error < 1e-5
+    assert 0 < report.relative < 1e-5
+    statistic = "running_mean" if second is None else "renorm_mean"
+    for position, output in enumerate(model.graph.outputs):
+        if not output.name.endswith(f"{statistic}.updated"):
+            continue
+        wrong = model.clone()
+        right = wrong.graph.outputs[position]
+        shift = ir.node("Constant", [], {"value_float": 1e-4})
+        off = ir.node("Add", [right, shift.outputs[0]])
+        wrong.graph.extend([shift, off])
+        right.name, off.outputs[0].name = f"{right.name}.right", right.name
+        off.outputs[0].type, off.outputs[0].shape = right.type, right.shape
+        wrong.graph.outputs[position] = off.outputs[0]
+        with pytest.raises(VerificationError, match=rf"does not compute .*worst output '\d\.{statistic}\.updated'"):
+            verify_export(wrong, norms, (x,), {}, trained)

@@ -76,8 +76,8 @@ class Comparison:
         index: Index of its worst element.
         want: The value wanted there.
         got: The value that came.
-        rms: RMS(got - want) / RMS(want) of that output.
-        peak: max|got - want| / max|want| of that output.
+        rms: RMS(got - want) / RMS(want) of that output, of its unit where that is larger.
+        peak: max|got - want| / max|want| of that output, likewise.
         elements: How many elements were compared.
         tolerance: What was allowed.
     """
@@ -113,7 +113,9 @@ class Comparison:
         )
 
 
-def compare(want: Any, got: Any, tolerance: Tolerance | None = None) -> Comparison:
+def compare(
+    want: Any, got: Any, tolerance: Tolerance | None = None, *, units: Mapping[str, Array] | None = None
+) -> Comparison:
     """Compare outputs with what was wanted.
 
     Order: names as sets, shapes, types, finiteness (NaN with NaN, infinities with their sign), values. Comparing
@@ -123,6 +125,8 @@ def compare(want: Any, got: Any, tolerance: Tolerance | None = None) -> Comparis
         want: An array, a sequence of arrays, or a mapping from names to arrays.
         got: The same, with the same names.
         tolerance: One for all; None: `TOLERANCES` by the type of each output.
+        units: By output, of its shape: an element counts as at least that large, where its own size says nothing. A
+            mean that is 0 but for rounding is measured in standard deviations.
 
     Returns:
         What was found, false if anything differs; never raises for a difference.
@@ -142,11 +146,17 @@ def compare(want: Any, got: Any, tolerance: Tolerance | None = None) -> Comparis
     elements = sum(array.size for array in wanted.values())
     if elements == 0:
         return _failure("nothing was compared: no output has an element")
-    found = [_compare_one(name, wanted[name], given[name], tolerance, elements) for name in wanted if wanted[name].size]
+    found = [
+        _compare_one(name, wanted[name], given[name], tolerance, elements, (units or {}).get(name))
+        for name in wanted
+        if wanted[name].size
+    ]
     return max(found, key=lambda one: (not one.ok, _excess(one)))
 
 
-def _compare_one(name: str, want: Array, got: Array, tolerance: Tolerance | None, elements: int) -> Comparison:
+def _compare_one(
+    name: str, want: Array, got: Array, tolerance: Tolerance | None, elements: int, unit: Array | None
+) -> Comparison:
     try:
         allowed = tolerance or TOLERANCES[want.dtype]
     except KeyError:
@@ -166,6 +176,8 @@ def _compare_one(name: str, want: Array, got: Array, tolerance: Tolerance | None
         )
     error = np.where(np.isfinite(w), np.abs(np.subtract(g, w, where=np.isfinite(w), out=np.zeros_like(w))), 0.0)
     size = np.where(np.isfinite(w), np.abs(w), 0.0)
+    if unit is not None:
+        size = np.fmax(size, np.where(np.isfinite(unit), unit, 0.0))
     rms, peak = _ratio(_rms(error), _rms(size)), _ratio(float(error.max()), float(size.max()))
     index = _index(int(np.argmax(error)), want.shape)
     problem = ""

@@ -84,6 +84,17 @@ def test_a_difference_from_zero_is_a_difference():
     assert not compare(np.zeros(3, np.float32), np.full(3, 1e-30, np.float32)).ok
 
 
+def test_an_output_with_a_unit_is_measured_against_the_larger_of_both():
+    noise, unit = np.float64([1e-17, -2e-17]), {"mean": np.float64([0.5, 2.0])}
+    want, tolerance = {"mean": np.zeros(2)}, Tolerance(1e-5, 1e-5)
+    assert not compare(want, {"mean": noise}, tolerance)
+    assert compare(want, {"mean": noise}, tolerance, units=unit)
+    assert compare(want, {"mean": np.float64([0.0, 1e-4])}, tolerance, units=unit).peak == 5e-5
+    large = {"mean": np.float64([100.0, 100.0])}
+    assert compare(large, {"mean": np.float64([100.0, 101.0])}, tolerance, units=unit).peak == 1e-2
+    assert not compare(want, {"mean": np.float64([0.0, np.nan])}, tolerance, units=unit)
+
+
 def test_tolerances_are_found_by_anything_that_names_a_type():
     assert TOLERANCES[np.float32] == TOLERANCES["float32"] == TOLERANCES[np.dtype("f4")]
     assert TOLERANCES[np.int64] == TOLERANCES[bool] == Tolerance(0.0, 0.0)
