@@ -163,17 +163,26 @@ _SEEN = {
 """,
 }
 
+#: Which channels teach: no number is below infinity that is infinite, or NaN.
+_FINITE = """
+    inf_f = Constant <value_float = inf> ()
+    inf = CastLike (inf_f, input_mean)
+    finite = Less (spread_seen, inf)
+"""
+
 #: The last two lines of Algorithm 1 for one set of statistics, {p}_mean and {p}_var, from {mean} and {var}.
 _MEAN_UPDATE = """
     {p}_alpha = CastLike ({share}, input_mean)
-    {p}_mean_moved = Sub (mean_seen, {mean})
+    {p}_mean_seen = Where (finite, mean_seen, {mean})
+    {p}_mean_moved = Sub ({p}_mean_seen, {mean})
     {p}_mean_step = Mul ({p}_mean_moved, {p}_alpha)
     {p}_mean = Add ({mean}, {p}_mean_step)
 """
 _SIGMA_UPDATE = """
     {p}_var_eps = Add ({var}, eps)
     {p}_sigma = Sqrt ({p}_var_eps)
-    {p}_sigma_moved = Sub (spread_seen, {p}_sigma)
+    {p}_sigma_seen = Where (finite, spread_seen, {p}_sigma)
+    {p}_sigma_moved = Sub ({p}_sigma_seen, {p}_sigma)
     {p}_sigma_step = Mul ({p}_sigma_moved, {p}_alpha)
     {p}_sigma_new = Add ({p}_sigma, {p}_sigma_step)
     {p}_square = Mul ({p}_sigma_new, {p}_sigma_new)
@@ -181,7 +190,8 @@ _SIGMA_UPDATE = """
     {p}_var = Relu ({p}_var_free)
 """
 _VAR_UPDATE = """
-    {p}_var_moved = Sub (spread_seen, {var})
+    {p}_var_seen = Where (finite, spread_seen, {var})
+    {p}_var_moved = Sub ({p}_var_seen, {var})
     {p}_var_step = Mul ({p}_var_moved, {p}_alpha)
     {p}_var = Add ({var}, {p}_var_step)
 """
@@ -196,6 +206,8 @@ def training_function(opset: int, *, stat: str = "sigma", two_sets: bool = False
         Y = ((X - mu_B) / sigma_B * r + d) * scale + B
         running_mean = mu + share (mu_B - mu)
         running_var: sigma + share (sigma_B - sigma), squared, less epsilon        for stat="sigma"
+
+    A channel whose batch is not finite keeps its statistics: one infinity would else stay in them for ever.
 
     What changes from step to step is an input; the attributes r_max, d_max and momentum describe the layer. Everything
     is computed in the type of the statistics, so float32 statistics keep float16 inputs accurate.
@@ -221,7 +233,8 @@ def training_function(opset: int, *, stat: str = "sigma", two_sets: bool = False
     if two_sets:
         sets.append({"p": "new", "mean": "renorm_mean", "var": "renorm_var", "share": "renorm_share"})
     update = _MEAN_UPDATE + (_SIGMA_UPDATE if stat == "sigma" else _VAR_UPDATE)
-    body_text = _STEP.format(**sets[-1]) + _SEEN[stat] + "".join(update.format(**names) for names in sets)
+    learning = _FINITE + "".join(update.format(**names) for names in sets)
+    body_text = _STEP.format(**sets[-1]) + _SEEN[stat] + learning
     inputs = INPUTS + CHANGING + (SECOND if two_sets else ())
     outputs = ["Y", *(f"{names['p']}_{moment}" for names in sets for moment in ("mean", "var"))]
     name = training_name(stat, two_sets=two_sets)

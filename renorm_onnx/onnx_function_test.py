@@ -136,6 +136,25 @@ def test_training_is_one_step_of_algorithm_1(two_sets: bool, stat: str, rank: in
         assert np.abs(want[1] - want[3]).max() > 0.01
 
 
+@pytest.mark.parametrize("two_sets", [False, True])
+@pytest.mark.parametrize("stat", TRAINING_NAMES)
+def test_a_channel_that_is_not_finite_keeps_its_statistics(two_sets: bool, stat: str) -> None:
+    model = layer_model(training_name(stat, two_sets=two_sets), 4, 18, stat=stat)
+    feeds = model.meta["feeds"]
+    (y, *want), x = run(model), feeds["x"]
+    for number in (np.inf, -np.inf, np.nan, np.float32(1e30)):
+        feeds["x"] = x.copy()
+        feeds["x"][0, 1, 0, 0] = number
+        with np.errstate(all="ignore"):
+            y_got, *got = run(model)
+        assert np.array_equal(y_got[:, [0, 2]], y[:, [0, 2]])
+        old = [feeds[k] for k in ("mean", "var", "renorm_mean", "renorm_var") if k in feeds]
+        for new, right, kept in zip(got, want, old, strict=True):
+            assert np.array_equal(new[[0, 2]], right[[0, 2]])
+            assert new[1] == pytest.approx(kept[1], rel=1e-6)
+            assert right[1] != pytest.approx(kept[1], rel=1e-3)
+
+
 def test_training_with_float16_inputs_computes_in_the_type_of_the_statistics() -> None:
     model = layer_model(TRAINING_NAMES["sigma"], 4, 20)
     feeds = model.meta["feeds"]

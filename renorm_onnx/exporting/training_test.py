@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporter import to_onnx
+from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting.restoring import restore
 from renorm_onnx.exporting.training import UPDATED, training_state
 from renorm_onnx.inlining import inline
@@ -210,6 +210,31 @@ def test_fifty_steps_of_every_other_kind_follow_algorithm_1(kinds, kinds_path) -
     for call in (n for n in proto.graph.node if n.domain == DOMAIN):
         name = call.name.removesuffix("_1").removesuffix("_2").removesuffix("_3")
         assert call.op_type == usual[name] + (TWO_SETS if "second" in name else "")
+
+
+@pytest.mark.parametrize("spoilt", [np.inf, np.nan, 1e30])  # the last one: the square overflows
+def test_a_channel_that_is_not_finite_teaches_nothing_in_torch_in_the_operators_and_in_onnxruntime(
+    kinds, kinds_path, spoilt
+) -> None:
+    session, state, twin, kept = session_of(onnx.load(kinds_path)), {}, copy.deepcopy(kinds), copy.deepcopy(kinds)
+    for number, inputs in enumerate(batches(4)):
+        image = inputs[2]
+        if number == 2:
+            before = copy.deepcopy(state)
+            image[0, 1, 0, 0] = spoilt
+        with torch.no_grad():
+            twin(*map(torch.from_numpy, inputs))
+            with keep_ops():
+                kept(*map(torch.from_numpy, inputs))
+        _, state = step(session, dict(zip(SHAPES, inputs, strict=True)), state)
+        for net in (twin, kept):
+            for name, value in net.state_dict().items():
+                if name in state:
+                    np.testing.assert_allclose(state[name], value.numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+        if number == 2:
+            for name in (name for name in state if not name.endswith("tracked")):
+                np.testing.assert_allclose(state[name][1], before[name][1], rtol=1e-6, atol=1e-6, err_msg=name)
+                assert np.abs(state[name] - before[name])[[0, 2]].min() > 1e-6
 
 
 def test_both_sets_of_statistics_are_restored(kinds, kinds_path) -> None:

@@ -3,6 +3,8 @@
 The operators write nothing; the new statistics are outputs, which are copied into the layer's buffers here.
 """
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -34,12 +36,15 @@ def take_exported_step(layer: Layer, x: Tensor) -> Tensor:
             f"{type(layer).__name__}: virtual_batch_size={layer.virtual_batch_size} splits the batch, and a graph has "
             "a fixed number of parts; leave the batch out of dynamic_shapes, or set virtual_batch_size=None"
         )
-    outs = [_operator(layer, part, step) for part, _ in split(layer, x, None)]
+    parts = [part for part, _ in split(layer, x, None)]
+    outs = [_operator(layer, part, step) for part in parts]
     with torch.no_grad():
+        finite = None if len(parts) == 1 else _all_finite(parts)
         for i, name in enumerate(_state(layer)):
             buffer, values = layer._buffers[name], [out[1 + i] for out in outs]
             assert buffer is not None
-            buffer.copy_(values[0] if len(values) == 1 else _joined(name, values, layer))
+            # One part that is not finite keeps the mean over all from being so: then none of them teaches.
+            buffer.copy_(values[0] if finite is None else torch.where(finite, _joined(name, values, layer), buffer))
         step.add_(1)
     return outs[0][0] if len(outs) == 1 else torch.cat([out[0] for out in outs])
 
@@ -80,3 +85,10 @@ def _joined(name: str, values: list[Tensor], layer: Layer) -> Tensor:
     if layer.stat != "sigma" or name.endswith("mean"):
         return stacked.mean(0)
     return functional.deviation(stacked, layer.eps).mean(0).square().sub(layer.eps).relu()
+
+
+def _all_finite(parts: list[Tensor]) -> Tensor:
+    """Return which channels have a finite spread in every ghost batch, shape (C,)."""
+    kind = functional.accumulation_type(parts[0])
+    spreads = [part.to(kind).var([0, *range(2, part.dim())], correction=0) for part in parts]
+    return (torch.stack(spreads) < inf).all(0)
