@@ -26,6 +26,16 @@ KINDS = (*ORDINARY, *EXTREME)
 SMALL = ("small", "zeros", "constant", "denormal")
 
 _SAME_VALUES = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Slice"})
+# Where integers are no index, size or axis, by operator and position; what comes out of it may yet become one.
+_COUNTED: Mapping[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Add", "Sub", "Mul", "Min", "Max", "Sum", "Concat"), tuple(range(100))),
+    **dict.fromkeys(("Neg", "Abs", "Sign", "Clip", "Relu", "Div", "Mod", "Pow", "ReduceSum", "ReduceMax"), (0,)),
+    **dict.fromkeys(_SAME_VALUES, (0,)),
+    "Where": (1, 2),
+}
+_COMPARISONS = ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual")
+_MOST = 8  # bits of the integers that are counted with
+_WIDE = ("large", "mixed")
 _SPATIAL = (32, 48, 64, 128, 224, 299)
 _LENGTH = (16, 7, 32, 64)
 
@@ -61,12 +71,14 @@ class InputSpec:
         dtype: Its element type.
         shape: A size per axis, or a string: the name of one that varies.
         bound: Integers are drawn from 0 up to, not including, this.
+        wide: They are no index, no size and no axis: kinds with large numbers draw up to 255, half of them below 16.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
     bound: int
+    wide: bool = False
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
@@ -92,7 +104,9 @@ def _spec_of(value: ir.Value) -> InputSpec:
         sizes.append(
             size if isinstance(size, int) else symbol if isinstance(symbol, str) and symbol else f"axis {axis}"
         )
-    return InputSpec(value.name or "", value.dtype.numpy(), tuple(sizes), _index_bound(value))
+    dtype, bound = value.dtype.numpy(), _index_bound(value)
+    wide = bound == 2 and dtype.kind in "iu" and np.iinfo(dtype).bits > _MOST and _is_counted_with(value)
+    return InputSpec(value.name or "", dtype, tuple(sizes), bound, wide)
 
 
 def _index_bound(value: ir.Value) -> int:
@@ -113,6 +127,31 @@ def _index_bound(value: ir.Value) -> int:
             elif node.op_type in _SAME_VALUES and position == 0:
                 pending.extend(node.outputs)
     return max(1, min(bounds)) if bounds else 2
+
+
+def _is_counted_with(value: ir.Value) -> bool:
+    """Tell whether integers only meet arithmetic and comparisons, or become floats."""
+    pending, seen = [value], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for node, position in current.uses():
+            if node.domain not in ("", "ai.onnx"):
+                return False
+            if node.op_type in _COMPARISONS or (node.op_type == "Cast" and _makes_no_integers(node)):
+                continue
+            if position not in _COUNTED.get(node.op_type, ()):
+                return False
+            pending.extend(node.outputs)
+    return True
+
+
+def _makes_no_integers(cast: ir.Node) -> bool:
+    to = cast.attributes.get("to")
+    kind = ir.DataType.UNDEFINED if to is None or to.is_ref() else ir.DataType(to.as_int())
+    return kind.is_floating_point() or kind is ir.DataType.BOOL
 
 
 def size_plans(specs: Sequence[InputSpec], batch: int, given: Mapping[str, int]) -> Iterator[dict[str, int]]:
@@ -146,7 +185,8 @@ def make_trial(specs: Sequence[InputSpec], kind: str, sizes: Mapping[str, int], 
         specs: The inputs.
         kind: One of `KINDS`: "normal" N(0, 1); "uniform" in [0, 1); "image" in [0, 1] with a 1/f spectrum over the
             spatial axes; "large" and "small" N(0, 1) x 1e4 and x 1e-4; "mixed" N(0, 1) x 10^[-2, 2] per channel;
-            "zeros"; "constant" 1; "denormal" below the smallest normal number.
+            "zeros"; "constant" 1; "denormal" below the smallest normal number. Integers are those of `InputSpec`;
+            an image of integers has large ones too.
         sizes: A value for each size that varies.
         seed: Of numpy's default generator.
     """
@@ -165,6 +205,8 @@ def _draw(rng: np.random.Generator, kind: str, spec: InputSpec, shape: tuple[int
         return rng.integers(0, 2, shape).astype(np.bool_)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
+        if spec.wide and (kind in _WIDE or (kind == "image" and len(shape) > 2)):
+            return (2.0 ** rng.uniform(0, _MOST, shape) - 1).round().astype(dtype)
         low, high = (int(info.min), int(info.max) + 1) if info.bits == 8 else (0, spec.bound)
         return rng.integers(low, high, shape).astype(dtype)
     values = _floats(rng, kind, shape, dtype)

@@ -63,6 +63,35 @@ def test_indices_stay_within_the_table_that_they_index():
     assert feeds["byte"].max() > 200
 
 
+@pytest.mark.parametrize(
+    ("body", "wide"),
+    [
+        ("f = Cast<to=1>(i) y = Reshape(f, s)", True),
+        ("b = Less(i, k) y = Cast<to=1>(b)", True),
+        ("t = Add(i, k) u = Unsqueeze(t, k) y = Cast<to=1>(u)", True),
+        ("f = Cast<to=1>(i) y = Reshape(f, i)", False),
+        ("t = Mul(i, k) y = Gather(x, t)", False),
+        ("d = Div(k, i) y = Cast<to=1>(d)", False),  # 0 would be divided by
+        ("y = custom.Add(x, i)", False),
+        ("t = Cast<to=6>(i) y = Expand(x, t)", False),
+        ("y = TopK(x, i)", False),
+    ],
+)
+def test_integers_that_are_only_counted_with_are_large_among_large_numbers(body, wide):
+    text = f"""<ir_version: 8, opset_import: ["" : 17, "custom" : 1]>
+    g (int64[N,3] i, float[3] x) => (float[M] y) <int64[1] k = {{2}}, int64[1] s = {{-1}}> {{ {body} }}"""
+    spec = input_specs(ir.from_proto(onnx.parser.parse_model(text)))[0]
+    assert spec.wide == wide
+    drawn = {kind: make_trial([spec], kind, {"N": 400}, 0).feeds["i"] for kind in KINDS}
+    assert all(set(np.unique(drawn[kind])) == {0, 1} for kind in set(KINDS) - {"large", "mixed"})
+    for kind in ("large", "mixed"):
+        assert drawn[kind].dtype == np.int64
+        assert set(np.unique(drawn[kind])) == {0, 1} if not wide else drawn[kind].max() > 200
+        assert not wide or 0.4 < (drawn[kind] < 16).mean() < 0.6
+    image = InputSpec("i", np.dtype(np.uint16), (2, 3, 8, 8), 2, wide)
+    assert (make_trial([image], "image", {}, 0).feeds["i"].max() > 200) == wide
+
+
 def test_sizes_of_one_name_agree_and_several_are_tried():
     specs = specs_of("float[N,3,H,H] x, float[N] z")
     plans = list(size_plans(specs, 8, {}))

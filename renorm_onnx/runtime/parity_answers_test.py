@@ -236,3 +236,25 @@ def test_a_narrow_type_grants_nothing_to_an_output_that_is_not_computed_from_it(
     assert "output 'y'" in verdict.reason
     # The same error behind the narrow type is less than its rounding.
     assert verify(beside_a_narrow_branch(1.5, "z"), beside_a_narrow_branch(1.5001, "z")).ok
+
+
+def counting(limit, then="f = Cast<to=1>(i)"):
+    """Integers that are compared with a number, and added to what comes out."""
+    body = f"k = Constant<value_int={limit}>() b = Less(i, k) h = Cast<to=1>(b) {then} y = Add(f, h)"
+    return model_of("int64[N,3] i", "float[N,3] y", body)
+
+
+def test_integers_that_are_compared_are_not_0_and_1_alone():
+    assert verify(counting(40), counting(40)).ok
+    verdict = verify(counting(40), counting(90))
+    assert verdict.outcome == "no", verdict
+    assert "inputs large" in verdict.reason
+
+
+def test_where_large_integers_cannot_be_run_the_small_ones_are_said_to_be_all():
+    index = "table = Constant<value_floats=[1.0, 2.0, 4.0]>() g = Cast<to=1>(i) t = Cast<to=7>(g) f = Gather(table, t)"
+    verdict = verify(counting(5, index), counting(5, index))
+    assert verdict.ok, verdict
+    said = "integers of 'i' were 0 and 1 alone, because the reference fails on larger ones"
+    assert verdict.remarks == (said,)
+    assert verify(counting(5), counting(5)).remarks == ()

@@ -1,6 +1,7 @@
 """The sets of inputs that one verdict uses, each with the float64 outputs that belong to it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -69,14 +70,30 @@ def trials(
         if kind == "normal" and (other := next(plans, None)):
             yield other[1:]
         else:
-            trial = make_trial(specs, kind, first, seed + number)
-            yield trial, run(trial)
+            yield _ran(run, specs, kind, first, seed + number)
     if inputs is None and specs:
         affordable = int(_SUITE_FLOPS / max(cost.flops * batch, 1.0)) // len(_REPEATED)
         repeats = min(-(-ENOUGH // max(1, _smallest(want))) - 1, affordable)
         for number, kind in product(range(repeats), _REPEATED):
-            trial = make_trial(specs, kind, first, seed + count + number)
-            yield trial, run(trial)
+            yield _ran(run, specs, kind, first, seed + count + number)
+
+
+def _ran(
+    run: "_Reference", specs: Sequence[InputSpec], kind: str, sizes: Mapping[str, int], seed: int
+) -> tuple[Trial, dict[str, Array]]:
+    """Make inputs that the reference runs, with integers of 0 and 1 alone where it cannot take larger ones."""
+    trial = make_trial(specs, kind, sizes, seed)
+    wide = [spec.name for spec in specs if spec.wide]
+    try:
+        return trial, run(trial)
+    except ReferenceUnusableError:
+        raise
+    except InputError:
+        if not wide:
+            raise
+    trial = make_trial([replace(spec, wide=False) for spec in specs], kind, sizes, seed)
+    note = f"integers of {', '.join(map(repr, wide))} were 0 and 1 alone, because the reference fails on larger ones"
+    return replace(trial, note=note), run(trial)
 
 
 def _smallest(outputs: Mapping[str, Array]) -> int:
