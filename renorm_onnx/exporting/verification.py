@@ -28,10 +28,11 @@ from renorm_onnx.errors import InputError, MachineError, ModelFileError, Verific
 from renorm_onnx.exporting.surroundings import quiet
 from renorm_onnx.exporting.training import UPDATED, training_state
 from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.model_walk import nodes_of, scopes_of
 from renorm_onnx.runtime.ancestry import largest_before
 from renorm_onnx.runtime.comparison import Comparison, Tolerance, compare
 from renorm_onnx.runtime.estimate import LIMIT, estimate
-from renorm_onnx.runtime.reference import evaluate
+from renorm_onnx.runtime.reference import UNUSABLE, evaluate
 from renorm_onnx.runtime.session import open_session
 
 Array = npt.NDArray[Any]
@@ -47,6 +48,7 @@ RUN = {
 }
 #: Larger weights are left out for the structural checks: protobuf holds 2 GB, and their values do not matter there.
 _LARGE = 4096
+_RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -119,10 +121,15 @@ def verify_export(
     names = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
     if len(leaves) != len(names):
         return _skip(report, f"values, because the model has {len(names)} inputs for {len(leaves)} tensors")
-    if _is_random(module):
-        return _skip(report, "values, because a layer of the module is random in training mode")
+    if drawing := next((node for scope in scopes_of(model) for node in nodes_of(scope) if _is_random(node)), None):
+        return _skip(report, f"values, because {drawing.op_type} {drawing.name!r} draws random numbers")
     feeds = {name: _numpy(leaf) for name, leaf in zip(names, leaves, strict=True)}
-    reference = evaluate(model, feeds)
+    try:
+        reference = evaluate(model, feeds)
+    except InputError as error:
+        if UNUSABLE not in str(error):
+            raise
+        return _skip(report, "values, because " + str(error).removeprefix("evaluate: ").removesuffix(f" {UNUSABLE}"))
     coarsest = _coarsest(model)
     problem = _check_translation(module, args, kwargs, reference, coarsest)
     if problem:
@@ -312,8 +319,12 @@ def _numpy(tensor: torch.Tensor) -> Array:
     return tensor.numpy()
 
 
-def _is_random(module: nn.Module) -> bool:
-    return any(m.training and isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+def _is_random(node: ir.Node) -> bool:
+    if node.domain or node.op_type != "Dropout":
+        return not node.domain and node.op_type in _RANDOM
+    training = node.inputs[2] if len(node.inputs) > 2 else None
+    tensor = None if training is None else ir.convenience.get_const_tensor(training)
+    return training is not None and (tensor is None or bool(tensor.numpy()))
 
 
 def _count_foldable(model: ir.Model, report: ExportReport) -> ExportReport:

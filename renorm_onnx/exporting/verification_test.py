@@ -13,6 +13,7 @@ from renorm_onnx.exporting import verification
 from renorm_onnx.exporting.verification import ExportReport, check_structure, verify_export
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
 from renorm_onnx.runtime.estimate import Cost
+from renorm_onnx.runtime.operators import registry
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 REPORT = ExportReport(calls=1, trained=0, opset=20)
@@ -217,3 +218,69 @@ def test_the_mean_that_a_norm_learns_behind_a_norm_is_measured_in_standard_devia
         wrong.graph.outputs[position] = off.outputs[0]
         with pytest.raises(VerificationError, match=rf"does not compute .*worst output '\d\.{statistic}\.updated'"):
             verify_export(wrong, norms, (x,), {}, trained)
+
+
+class Calling(nn.Module):
+    """A norm whose result goes through a function."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.norm, self.function = BatchRenorm1d(4), function
+        self.norm.num_batches_tracked.fill_(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "operator"),
+    [
+        (lambda y: y + torch.randn_like(y), "RandomNormalLike"),
+        (lambda y: y * torch.rand_like(y), "RandomUniformLike"),
+        (lambda y: torch.bernoulli(y.sigmoid()), "Bernoulli"),
+        (lambda y: nn.functional.dropout(y, 0.5, True), "Dropout"),
+        (lambda y: nn.functional.dropout(y, 0.5, False), ""),
+    ],
+)
+def test_a_model_that_draws_random_numbers_is_written_and_not_compared(function, operator, caplog) -> None:
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(Calling(function).eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+    assert (f"not checked: values, because {operator} 'node_" in caplog.text) == bool(operator)
+    assert ("draws random numbers" in caplog.text) == bool(operator)
+    assert ("max error" in caplog.text) != bool(operator)
+
+
+def test_a_layer_that_is_random_in_training_is_found_in_the_graph(caplog) -> None:
+    net, x = nn.Sequential(BatchRenorm1d(4), nn.Dropout(0.3)), torch.randn(3, 4)
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(net.train(), x, mode="train")
+    assert "not checked: values, because Dropout 'node_" in caplog.text
+    caplog.clear()
+    net[1].eval()
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(net, x, mode="train")
+    assert "not checked" not in caplog.text
+
+
+def test_an_operator_that_the_reference_does_not_cover_is_a_skip(model, net, monkeypatch) -> None:
+    monkeypatch.delitem(registry.OPERATORS, "Conv")
+    report = verify_export(model, net, (X,), {}, REPORT)
+    assert report.error is None
+    (reason,) = report.skipped
+    assert reason.startswith("values, because node 'node_conv2d")
+    assert reason.endswith("not covered by the float64 reference")
+
+
+@pytest.mark.parametrize("trained", [None, False, True])
+def test_a_dropout_at_inference_draws_nothing(model, net, trained) -> None:
+    dropping = model.clone()
+    (y,) = dropping.graph.outputs
+    truth = ir.node("Constant", [], {"value": ir.tensor(bool(trained))})
+    share = ir.node("Constant", [], {"value_float": 0.5})
+    given = [share.outputs[0], truth.outputs[0]] if trained is not None else []
+    drop = ir.node("Dropout", [y, *given], name="drop")
+    dropping.graph.extend([truth, share, drop])
+    drop.outputs[0].name, drop.outputs[0].type, drop.outputs[0].shape = "dropped", y.type, y.shape
+    dropping.graph.outputs[0] = drop.outputs[0]
+    report = verify_export(dropping, net, (X,), {}, REPORT)
+    assert report.skipped == (("values, because Dropout 'drop' draws random numbers",) if trained else ())

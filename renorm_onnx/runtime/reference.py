@@ -27,6 +27,9 @@ from renorm_onnx.runtime.shape_arithmetic import Origin, Origins, rounded_as_sto
 OLDEST_OPSET = 6
 """Lowest opset of the ONNX domain that is evaluated."""
 
+UNUSABLE = "(reference unusable)"
+"""How an error ends that says of a model that it cannot be evaluated, whatever it is fed."""
+
 _MAX_DEPTH = 120  # function calls and bodies inside one another; deeper would overflow Python's stack
 
 _HINTS = {
@@ -159,7 +162,7 @@ class _Evaluation:
                 like = node.outputs[0].dtype or (node.inputs[-1].dtype if node.inputs[-1] is not None else None)
                 result = stored_in(np.asarray(result), call.integer("to", 0) if node.op_type == "Cast" else like)
         except UnusableError as error:
-            raise InputError(f"{_who(node, domain, opset)}: {error} (reference unusable)") from error
+            raise InputError(f"{_who(node, domain, opset)}: {error} {UNUSABLE}") from error
         except InputError as error:
             inner = str(error).startswith("evaluate: node")  # a node of a body has said so already
             raise error if inner else InputError(f"{_who(node, domain, opset)}: {error}") from error

@@ -12,6 +12,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.runtime.estimate import Cost
 from renorm_onnx.runtime.inputs import InputSpec, Trial, given_trials, make_trial, size_plans
 from renorm_onnx.runtime.judging.verdict import ENOUGH
+from renorm_onnx.runtime.reference import UNUSABLE
 
 Array = npt.NDArray[Any]
 Evaluate = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -109,7 +110,7 @@ class _Reference:
         try:
             return self._evaluate(trial.feeds)
         except InputError as error:
-            if "reference unusable" in str(error):
+            if UNUSABLE in str(error):
                 raise ReferenceUnusableError(str(error)) from error
             raise
 
