@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from renorm_onnx.runtime.estimate import Cost, estimate
 from renorm_onnx.runtime.reference import evaluate
 
 Array = npt.NDArray[Any]
@@ -166,6 +167,25 @@ class Cut:
         Raises:
             InputError: It cannot be evaluated on these.
         """
+        model = self._alone({})
+        graph = model.graph
+        if absolute:
+            for value in graph.initializers.values():
+                value.const_value = _absolute(value.const_value)
+            for node in tuple(graph):
+                _make_absolute(graph, node)
+                if _makes_floats(node):
+                    _append_absolute(graph, node)
+        name = self.output.name or ""
+        result = np.asarray(evaluate(model, {k: v for k, v in feeds.items() if k in self.inputs})[name])
+        return np.abs(result) if absolute else result
+
+    def cost(self, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
+        """Return what one run takes where its inputs have these shapes."""
+        return estimate(self._alone(shapes))
+
+    def _alone(self, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+        """Return a copy as a model, whose inputs have these shapes, or any, whatever the file declares."""
         view = ir.GraphView(
             list(self.inputs.values()),
             [self.output],
@@ -175,17 +195,10 @@ class Cut:
             name="place",
         )
         graph = view.clone()
-        if absolute:
-            for value in graph.initializers.values():
-                value.const_value = _absolute(value.const_value)
-            for node in tuple(graph):
-                _make_absolute(graph, node)
-                if _makes_floats(node):
-                    _append_absolute(graph, node)
-        model = ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
-        name = self.output.name or ""
-        result = np.asarray(evaluate(model, {k: v for k, v in feeds.items() if k in self.inputs})[name])
-        return np.abs(result) if absolute else result
+        for value in graph.inputs:
+            known = shapes.get(value.name or "")
+            value.shape = None if known is None else ir.Shape(known)
+        return ir.Model(graph, ir_version=self.model.ir_version, functions=list(self.model.functions.values()))
 
 
 def _attribute(attr: ir.Attr) -> str:

@@ -6,6 +6,7 @@ import onnx.numpy_helper as onh
 import onnx_ir as ir
 import pytest
 
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.runtime.judging.cuts import GraphByNames
 from renorm_onnx.runtime.judging.sites import check_sites
 from renorm_onnx.runtime.parity import verify
@@ -306,3 +307,60 @@ def test_a_place_behind_a_mask_is_checked_with_masks_of_both_kinds():
     weight = models[1].graph.initializers["ws"]
     weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.001), name="ws")
     assert not check_sites(*models).ok
+
+
+def normed_image(size, *, reshaped=False):
+    """A convolution and a norm at a declared size, which the file states of every value."""
+    rng, f = np.random.default_rng(0), np.float32
+    weights = [onh.from_array(rng.normal(size=(16, 16, 3, 3)).astype(f), "w")]
+    weights += [onh.from_array(rng.uniform(0.5, 1.5, 16).astype(f), name) for name in ("scale", "bias", "mean", "var")]
+    weights += [onh.from_array(np.int64([1, 16, size * size]), "flat")]
+    nodes = [oh.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1])]
+    nodes += [oh.make_node("Reshape", ["c", "flat"], ["r"])] if reshaped else []
+    nodes += [oh.make_node("BatchNormalization", ["r" if reshaped else "c", "scale", "bias", "mean", "var"], ["y"])]
+    shape = [1, 16, size, size]
+    outer = [info("x", shape, f)], [info("y", [1, 16, size * size] if reshaped else shape, f)]
+    graph = oh.make_graph(nodes, "g", *outer, weights, value_info=[info("c", shape, f)])
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_place_of_declared_size_is_fed_a_crop_all_the_same():
+    model = normed_image(256)
+    fused, report = fuse(model)
+    assert report.folded
+    found = check_sites(load(model), load(fused))
+    assert found.complete, found
+    assert found.sites[0].elements <= 16 * 20 * 20
+    (weight,) = (t.name for t in fused.graph.initializer if t.dims == [16, 16, 3, 3])
+
+    def change(array):
+        array[3, 4, 1, 1] += 1e-3
+
+    (wrong,) = check_sites(load(model), load(edit(fused, weight, change))).wrong
+    assert wrong.elements == 16 * 256 * 256  # before it is called wrong
+
+
+@pytest.mark.parametrize(("size", "checked"), [(64, True), (2048, False)])
+def test_a_place_that_takes_whole_images_is_run_within_the_limit(size, checked):
+    model = normed_image(size, reshaped=True)
+    fused, report = fuse(model)
+    assert report.folded
+    found = check_sites(load(model), load(fused))
+    assert found.ok
+    assert found.complete == checked
+    assert checked or (found.unchecked["y"].startswith("one run of it takes 19.") and "and the limit is" in str(found))
+
+
+@pytest.mark.parametrize(("size", "right"), [(32, True), ("h", False)])
+def test_a_place_that_is_right_at_its_declared_size_alone_is_right_there(size, right):
+    def mean(nodes):
+        outer = [info("x", [1, 3, size, size], np.float32)], [info("y", [1, 3, 1, 1], np.float32)]
+        weights = [onh.from_array(np.int64([2, 3]), "axes"), onh.from_array(np.float32(1 / 1024), "share")]
+        return oh.make_model(
+            oh.make_graph(nodes, "g", *outer, weights), opset_imports=[oh.make_opsetid("", 17)], ir_version=8
+        )
+
+    before = mean([oh.make_node("GlobalAveragePool", ["x"], ["y"])])
+    total = oh.make_node("ReduceSum", ["x", "axes"], ["total"])
+    after = mean([total, oh.make_node("Mul", ["total", "share"], ["y"])])
+    assert check_sites(load(before), load(after)).complete == right
