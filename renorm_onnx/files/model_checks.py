@@ -38,10 +38,11 @@ class Findings:
 
 
 def check_model(model: onnx.ModelProto) -> Findings:
-    """Judge a model; make its sparse tensors dense in place.
+    """Judge a model; make its sparse tensors dense and its comments readable in place.
 
     Args:
-        model: Changed in one way only: sparse initializers become ordinary ones.
+        model: Changed in two ways only: sparse initializers become ordinary ones; and of comments, which are what no
+            value and no operator is called by, whatever is not UTF-8 becomes U+FFFD, since runtimes read such files.
 
     Raises:
         ModelFileError: It is no model, or breaks a rule of ONNX, or exceeds a limit.
@@ -142,8 +143,25 @@ def _check_header(model: onnx.ModelProto) -> None:
             "it has training_info, which would be lost; remove it first (del model.training_info[:] in Python)"
         )
     _check_unknown(model, "the model")
+    _decode(model, "producer_name", "producer_version", "domain")
+    for opset in model.opset_import:
+        if isinstance(opset.domain, bytes):
+            raise ModelFileError(f"an opset is of domain {quoted(opset.domain)}; expected a name in UTF-8")
     _check_map(((plain_domain(opset.domain), opset.version) for opset in model.opset_import), "opset")
     _check_map(((entry.key, entry.value) for entry in model.metadata_props), "metadata entry")
+
+
+def _decode(message: Any, *fields: str) -> None:
+    """Make comments of a message readable, in place: protobuf gives text that is not UTF-8 as bytes."""
+    for name in ("doc_string", *fields):
+        text = getattr(message, name)
+        if isinstance(text, bytes):
+            setattr(message, name, text.decode("utf-8", "replace"))
+    for entry in () if isinstance(message, AttributeProto) else message.metadata_props:
+        for part in ("key", "value"):
+            text = getattr(entry, part)
+            if isinstance(text, bytes):
+                setattr(entry, part, text.decode("utf-8", "replace"))
 
 
 def _check_map(entries: Iterable[tuple[str, object]], what: str) -> None:
@@ -182,6 +200,9 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
         if scope.depth > MAX_NESTING:
             raise ModelFileError(f"{scope.label} lies {scope.depth} graphs deep; expected at most {MAX_NESTING}")
         _check_unknown(proto, scope.label)
+        _decode(proto, *(("name",) if isinstance(proto, GraphProto) else ()))
+        for value in (*proto.value_info, *([*proto.input, *proto.output] if isinstance(proto, GraphProto) else ())):
+            _decode(value)
         if isinstance(proto, GraphProto):
             for sparse in proto.sparse_initializer:
                 dense = densified(sparse, budget=budget)
@@ -192,8 +213,15 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
                 _note_tensor(tensor, findings)
         for index, node in enumerate(scope.nodes):
             _check_unknown(node, scope.label)
+            _decode(node, "name")
             if not node.op_type:
                 raise ModelFileError(f"{title(node)} in {scope.label} has no operator type")
+            for name in (node.op_type, node.domain, node.overload):
+                if isinstance(name, bytes):
+                    raise ModelFileError(
+                        f"{title(node)} in {scope.label}: operator, domain or overload is {quoted(name)}; expected a "
+                        "name in UTF-8"
+                    )
             if node.attribute:
                 budget = _check_attributes(node, scope, findings, budget)
                 graphs = [
@@ -207,6 +235,7 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
 
 def _note_tensor(tensor: TensorProto, findings: Findings) -> None:
     _check_unknown(tensor, "a tensor")
+    _decode(tensor)
     if tensor.data_location == TensorProto.EXTERNAL:
         findings.external.append(tensor)
     else:
@@ -241,6 +270,7 @@ def _check_attributes(node: NodeProto, scope: Scope, findings: Findings, budget:
     for attribute in node.attribute:
         name, kind = attribute.name, attribute.type
         _check_unknown(attribute, "attribute", name)
+        _decode(attribute)
         if name in seen or not name or isinstance(name, bytes):
             raise ModelFileError(
                 f"{title(node)} in {scope.label} has "

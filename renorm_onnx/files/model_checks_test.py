@@ -298,3 +298,50 @@ def test_sparse_tensors_become_dense_wherever_they_are() -> None:
         np.testing.assert_array_equal(numpy_helper.to_array(tensor), [0, 2, 0, 0])
     assert saved.graph.node[0].attribute[0].name == "value"
     onnx.checker.check_model(saved, full_check=True)
+
+
+def commented() -> ModelProto:
+    """Texts everywhere that no value and no operator is called by."""
+    made = model([node("Gain", ["x"], ["y"], "NAME", domain="f"), RELU], (weight("w"),), producer_name="NAME")
+    made.graph.node[1].output[0] = "z"
+    made.functions.append(function("Gain", [node("Abs", ["a"], ["b"], doc_string="NAME")]))
+    made.graph.value_info.append(info("z"))
+    inner, relu = made.graph, made.graph.node[1]
+    relu.attribute.append(helper.make_attribute("alpha", 1.0, "NAME"))
+    holders = (made, inner, relu, inner.initializer[0], inner.input[0], inner.value_info[0], made.functions[0])
+    for holder in holders:
+        holder.doc_string = "NAME"
+        holder.metadata_props.add(key="NAME", value="NAME")
+    inner.name = made.producer_version = made.domain = "NAME"
+    return made
+
+
+def spoilt(proto: ModelProto) -> ModelProto:
+    return ModelProto.FromString(proto.SerializeToString().replace(b"NAME", b"M\xfcll"))
+
+
+def test_comments_that_are_not_utf_8_are_read_with_a_replacement() -> None:
+    count = commented().SerializeToString().count(b"NAME")
+    bad = spoilt(commented())
+    assert bad.SerializeToString().count(b"M\xfcll") == count > 20
+    written = model_file.to_proto(model_file.load(bad)).SerializeToString()
+    assert written.count("M\ufffdll".encode()) == count
+    assert b"\xfc" not in written
+    assert bad.SerializeToString().count(b"M\xfcll") == count  # what was given is untouched
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m.graph.node[0], "op_type", "NAME"), r"operator, domain or overload is b'M\\xfcll'"),
+        (lambda m: setattr(m.graph.node[0], "domain", "NAME"), r"operator, domain or overload is b'M\\xfcll'"),
+        (lambda m: m.opset_import.append(helper.make_opsetid("NAME", 1)), r"an opset is of domain b'M\\xfcll'"),
+        (lambda m: m.graph.node[0].output.append("NAME"), r"an output of node .* is named b'M\\xfcll'"),
+        (lambda m: setattr(m.graph.input[0], "name", "NAME"), r"an input of graph 'g' is named b'M\\xfcll'"),
+    ],
+)
+def test_what_names_a_value_or_an_operator_must_be_utf_8(change, message) -> None:
+    bad = model([node("Relu", ["x"], ["y"])])
+    change(bad)
+    with pytest.raises(ModelFileError, match=message):
+        model_file.load(spoilt(bad))
