@@ -21,6 +21,7 @@ from renorm_onnx.errors import InputError, MachineError, ModelFileError, RenormE
 from renorm_onnx.runtime.comparison import TOLERANCES, Comparison, Tolerance, compare
 from renorm_onnx.runtime.estimate import LIMIT, Cost, estimate
 from renorm_onnx.runtime.inputs import Trial, input_specs
+from renorm_onnx.runtime.judging.cuts import digest
 from renorm_onnx.runtime.judging.deviation import errors_of
 from renorm_onnx.runtime.judging.layerwise import compare_layers
 from renorm_onnx.runtime.judging.outputs import Variation, largest_difference, tensors_of
@@ -185,10 +186,11 @@ class _Comparison:
         placement = {one.provider: dict(Counter(node.provider for node in one.fused.placement)) for one in runners}
         base.environment["placement"] = placement
         try:
-            specs = input_specs(pair.model)
+            specs, fed = input_specs(pair.model), set[Any]()
             for trial, want in trials(pair.evaluate, specs, inputs, cost, self._seed, self._sizes):
                 tensors = tensors_of(want)
-                if trial.ordinary:
+                if trial.ordinary and (mark := _mark(trial.feeds)) not in fed:
+                    fed.add(mark)
                     for name, array in tensors.items():
                         self._variations.setdefault(name, Variation()).add(array)
                 self._trials.append((trial, tensors))
@@ -346,6 +348,11 @@ class _Comparison:
             if row.ok is False
         ]
         return [replace(row, optimize="all", decides=False) for row in rows]
+
+
+def _mark(feeds: Mapping[str, Array]) -> tuple[Any, ...]:
+    """Return what is equal for equal sets of inputs: what they give cannot differ either."""
+    return tuple((name, digest(feeds[name])) for name in sorted(feeds))
 
 
 def _skipped(base: Verdict, why: str) -> Verdict:

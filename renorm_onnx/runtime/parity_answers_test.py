@@ -29,6 +29,14 @@ def test_a_dead_output_beside_a_live_one_is_no_yes():
     assert verify(two_outputs(0.5, 1.0), two_outputs(0.5, 1.0)).ok
 
 
+def test_equal_sets_of_inputs_are_no_sign_of_a_dead_output():
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    for inputs in ({"x": np.stack([x, x, x])}, [{"x": x}, {"x": x.copy()}]):
+        assert verify(two_outputs(0.5, 1.0), two_outputs(0.5, 1.0), inputs=inputs).ok
+        verdict = verify(two_outputs(-1e9, 1.0), two_outputs(-1e9, 1.0), inputs=[{"x": x}, {"x": -x}])
+        assert "'dead' had one value on all ordinary inputs" in verdict.reason
+
+
 def test_a_dead_output_is_forgiven_where_every_place_was_checked_by_itself():
     verdict = verify(two_outputs(-1e9, 1.0), two_outputs(-1e9, 1.0), sites=True)
     assert verdict.ok

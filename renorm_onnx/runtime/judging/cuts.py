@@ -203,7 +203,7 @@ class Cut:
 
 def _attribute(attr: ir.Attr) -> str:
     if attr.type is ir.AttributeType.TENSOR:
-        return repr(_digest(attr.as_tensor().numpy()))
+        return repr(digest(attr.as_tensor().numpy()))
     graphs = {ir.AttributeType.GRAPH: lambda: [attr.as_graph()], ir.AttributeType.GRAPHS: attr.as_graphs}.get(attr.type)
     if graphs is None:
         return repr(attr.value)
@@ -215,10 +215,11 @@ def _attribute(attr: ir.Attr) -> str:
 
 def _fingerprint(value: ir.Value) -> tuple[Any, ...]:
     tensor = value.const_value
-    return ("absent",) if tensor is None else _digest(tensor.numpy())
+    return ("absent",) if tensor is None else digest(tensor.numpy())
 
 
-def _digest(array: Array) -> tuple[Any, ...]:
+def digest(array: Array) -> tuple[Any, ...]:
+    """Return what is equal for equal arrays, of one type and shape, and for no others."""
     flat = np.ascontiguousarray(array).reshape(-1)
     content = repr(flat.tolist()).encode() if flat.dtype.hasobject else flat.view(np.uint8).data
     return array.shape, str(array.dtype), hashlib.blake2b(content).digest()

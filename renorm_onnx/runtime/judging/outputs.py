@@ -43,7 +43,10 @@ class Variation:
         self._varied = self._compared = False
 
     def add(self, array: Array) -> None:
-        """Take in the output for one more set of inputs. Labels and masks, of few values, may well be all the same."""
+        """Take in the output for one more set of inputs, another than before.
+
+        Labels and masks, of few values, may well be all the same.
+        """
         if array.dtype.kind != "f":
             self._varied = True
         if self._varied:
