@@ -41,7 +41,14 @@ from renorm_onnx.exporting.interface import (
 from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, uncompiled
 from renorm_onnx.exporting.options import check_options
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
-from renorm_onnx.exporting.training import WRAPPED, TrainingStep, name_results, open_statistics, set_defaults
+from renorm_onnx.exporting.training import (
+    WRAPPED,
+    TrainingStep,
+    lost_updates,
+    name_results,
+    open_statistics,
+    set_defaults,
+)
 from renorm_onnx.exporting.verification import ExportReport, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops
 from renorm_onnx.onnx_function import (
@@ -108,8 +115,9 @@ def to_onnx(
         The model. If its weights lie in a file beside it, the message refers to that file.
 
     Raises:
-        InputError: A module in the wrong mode, a program captured in training mode, an opset that cannot be reached,
-            args that do not fit, a layer that torch cannot export; the message names the layer.
+        InputError: A module in the wrong mode, or one of which a training step changes more than statistics; a program
+            captured in training mode, an opset that cannot be reached, args that do not fit, a layer that torch cannot
+            export; the message names the layer.
         ModelFileError: `path` lies in a missing or read-only folder, or the model is too large for memory.
         VerificationError: The exported model does not compute what the module computes.
         TypeError: An argument of `torch.onnx.export` that has another name here or is decided here; any other name.
@@ -140,6 +148,7 @@ def to_onnx(
         )
     given = {"dynamic_shapes": shapes, "input_names": input_names, "output_names": output_names}
     program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **given)
+    lost = lost_updates(program, live, mode)
     model = program.model
     name_sizes(model, arguments, shapes)
     check_names(model, input_names, output_names)
@@ -150,7 +159,9 @@ def to_onnx(
     elif not calls:
         advice = "" if live is not None else "; capture the program inside keep_ops()"
         _log.warning("to_onnx: the model has no batch renorm layer%s", advice)
-    report = ExportReport(len(calls), sum(name != INFERENCE for name in calls), opset)
+    later = f"later calls, because each changes the module's buffers {', '.join(map(repr, lost))} and not the model's"
+    skipped = (later,) if lost else ()
+    report = ExportReport(len(calls), sum(name != INFERENCE for name in calls), opset, skipped=skipped)
     if verify:
         judge = module.module() if isinstance(module, torch.export.ExportedProgram) else module
         report = verify_export(model, judge, args, kwargs, report)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporting.surroundings import quiet
@@ -36,7 +37,8 @@ def check_modes(module: nn.Module, mode: str) -> None:
 
     Raises:
         InputError: mode="eval" with a module in training mode; mode="train" with none of our layers in it, with one
-            that has several names, or with a BatchNorm in training mode, which torch's exporter turns into inference.
+            that has several names, or with a BatchNorm in training mode, which torch's exporter turns into inference,
+            or an InstanceNorm whose running statistics it leaves out.
     """
     training = [name for name, m in module.named_modules() if m.training]
     if mode == "eval":
@@ -83,6 +85,11 @@ def check_modes(module: nn.Module, mode: str) -> None:
             raise InputError(
                 f"to_onnx(mode='train'): {_at(name)} is a {type(m).__name__} in training mode, which torch exports "
                 "as inference; convert it with convert_batchnorm or call .eval() on it"
+            )
+        if isinstance(m, _InstanceNorm) and m.training and m.track_running_stats:
+            raise InputError(
+                f"to_onnx(mode='train'): {_at(name)} is a {type(m).__name__} in training mode with "
+                "track_running_stats=True, whose updated statistics torch leaves out; call .eval() on it"
             )
 
 
