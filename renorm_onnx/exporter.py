@@ -38,7 +38,7 @@ from renorm_onnx.exporting.interface import (
     name_sizes,
     shapes_of_axes,
 )
-from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, uncompiled
+from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, unwrapped
 from renorm_onnx.exporting.options import check_options
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
 from renorm_onnx.exporting.training import (
@@ -128,7 +128,7 @@ def to_onnx(
         model_file.check_output(path, force=True)
     if args is None and kwargs is None and isinstance(module, torch.export.ExportedProgram) and module.example_inputs:
         args, kwargs = module.example_inputs
-    args, kwargs, module = as_args(args), dict(kwargs or {}), uncompiled(module)
+    args, kwargs, module = as_args(args), dict(kwargs or {}), unwrapped(module)
     live = module if isinstance(module, nn.Module) else None
     arguments, shapes = {}, dynamic_shapes
     if live is not None:

@@ -22,9 +22,18 @@ _FOREIGN = re.compile(r"batch_?re_?norm", re.IGNORECASE)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def uncompiled(module: Any) -> Any:
-    """Return the module inside of what `torch.compile` returned, whose paths lack the wrapper's name; else the same."""
-    return getattr(module, "_orig_mod", module)
+def unwrapped(module: Any) -> Any:
+    """Return the module inside of what `torch.compile` or data parallelism made of it, whose paths lack the wrapper's.
+
+    A module that nothing is wrapped around is returned as it is.
+    """
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
 
 
 def layers_of(module: nn.Module) -> dict[str, _BatchRenorm]:

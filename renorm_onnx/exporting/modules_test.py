@@ -10,6 +10,7 @@ from torch import nn
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting.conftest import X, small
+from renorm_onnx.exporting.restoring import restore
 from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import BatchRenorm2d
 
@@ -149,3 +150,26 @@ def test_a_masked_layer_in_training_is_not_said_to_be_missing(caplog):
     to_onnx(Masked(), (X, torch.ones(2, 6, 6, dtype=torch.bool)), mode="train")
     assert "no batch renorm layer became a call" in caplog.text
     assert "the model has no batch renorm layer" not in caplog.text
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_module_that_data_parallelism_wraps_is_exported_without_the_wrapper(compiled, tmp_path) -> None:
+    net = small()
+    net[1].running_mean.fill_(0.3)
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    wrapped = (torch.compile(wrapped, backend="eager") if compiled else wrapped).eval()
+    names = {value.name for value in to_onnx(wrapped, X, tmp_path / "model.onnx").graph.initializer}
+    assert names == {value.name for value in to_onnx(net, X).graph.initializer}
+    net[1].running_mean.zero_()
+    assert restore(wrapped, tmp_path / "model.onnx") == 1
+    assert net[1].running_mean.any()
+    outputs = [value.name for value in to_onnx(wrapped.train(), X, mode="train").graph.output]
+    assert "1.running_mean.updated" in outputs

@@ -9,7 +9,7 @@ from torch import nn
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporting.modules import layers_of, uncompiled
+from renorm_onnx.exporting.modules import layers_of, unwrapped
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.swap import check_module
 from renorm_onnx.onnx_layers import LayerInfo, layers_in
@@ -44,7 +44,7 @@ def restore(module: nn.Module, path: str | os.PathLike[str] | onnx.ModelProto, *
     shown = "the model" if isinstance(path, onnx.ModelProto) else repr(os.fspath(path))
     model = model_file.load(path, allow_symlinks=allow_symlinks)
     found = {info.name: info for info in layers_in(model)}
-    layers = layers_of(uncompiled(module))
+    layers = layers_of(unwrapped(module))
     if not found:
         raise InputError(
             f"restore: {shown} has no batch renormalization calls; pass the file that "
