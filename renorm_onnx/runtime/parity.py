@@ -89,7 +89,8 @@ def verify(
 
     Raises:
         ModelFileError: A model cannot be read.
-        InputError: `inputs` do not fit, or the model cannot be fed generated ones, here or on a provider.
+        InputError: `inputs` do not fit, or the model cannot be fed generated ones, here or on a provider; it has no
+            outputs.
         MachineError: onnxruntime or a provider is missing here, or has no kernel for the reference.
     """
     started = time.perf_counter()

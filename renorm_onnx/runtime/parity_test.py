@@ -148,7 +148,8 @@ def test_nothing_to_compare_is_not_a_yes():
     assert "nothing was compared" in verdict.reason
     silent = model_of("float[N] x", "float[N] y", "y = Relu(x)")
     del silent.graph.output[:]
-    assert verify(silent, silent).outcome == "no"
+    with pytest.raises(InputError, match="the reference has no outputs, so there is nothing to compare"):
+        verify(silent, silent)
 
 
 def model_of(inputs, outputs, body, opset=17):
@@ -278,7 +279,7 @@ def test_the_number_of_generated_inputs_can_be_chosen_and_not_be_zero():
         "image",
         "ordinary",
     }
-    with pytest.raises(InputError, match="inputs=0, expected at least 1"):
+    with pytest.raises(InputError, match="inputs=0, expected 1 to 10000 sets"):
         verify(build("mlp"), build("mlp", fold=True), inputs=0)
     with pytest.raises(InputError, match="providers='cuda' given, expected a sequence"):
         verify(build("mlp"), providers="cuda")

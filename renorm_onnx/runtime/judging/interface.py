@@ -2,6 +2,8 @@
 
 import onnx_ir as ir
 
+from renorm_onnx.errors import InputError
+
 # Before IR version 4 every initializer had to be listed as an input, and was a constant all the same.
 _FIRST_OVERRIDABLE_IR = 4
 
@@ -11,15 +13,18 @@ def interface_problems(reference: ir.Model, candidate: ir.Model) -> list[str]:
 
     Compared are inputs (those that must be fed, and those that may be overridden) and outputs: names as sets, then
     their order, element types, and sizes that both declare as fixed.
+
+    Raises:
+        InputError: `reference` has no outputs.
     """
+    if not reference.graph.outputs:
+        raise InputError("verify: the reference has no outputs, so there is nothing to compare")
     problems = _names("outputs", _output_names(reference), _output_names(candidate))
     required = [_required(model) for model in (reference, candidate)]
     problems += _names("inputs", *required)
     if reference.ir_version >= _FIRST_OVERRIDABLE_IR:
         lost = sorted(set(_optional(reference)) - set(_optional(candidate)) - set(required[1]))
         problems += [f"inputs that a caller may override are missing: {lost}"] if lost else []
-    if not reference.graph.outputs:
-        problems.append("the reference has no outputs, so there is nothing to compare")
     if not problems:
         for kind in ("inputs", "outputs"):
             problems += _types(kind, reference, candidate)

@@ -37,7 +37,7 @@ class Pair:
 
     Raises:
         ModelFileError: A model cannot be read.
-        InputError: A torch reference is in training mode.
+        InputError: A torch reference is in training mode; a model has no outputs.
     """
 
     def __init__(self, reference: Any, candidate: Any, *, allow_symlinks: bool) -> None:
