@@ -56,6 +56,8 @@ _SIGNATURES: Final = (
     (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
     (b"PK\x03\x04", "a zip archive, as torch.save writes; export the model to ONNX first"),
     (b"\x89HDF", "an HDF5 file, as Keras writes; convert the model to ONNX first"),
+    (b"<ir_version", "ONNX in its text form; give it to onnx.parser.parse_model, and save what comes out"),
+    (b"ir_version:", "protobuf in its text form; read it with onnx.load(path, format='textproto'), and save it"),
     (b"<", "a web page or XML; download the file itself"),
     (b"{", "JSON; expected the binary ONNX format"),
 )
@@ -136,7 +138,11 @@ def _parsed(data: bytes, path: str) -> onnx.ModelProto:
     except ModelFileError as error:
         raise ModelFileError(f"{path!r}: {error}") from None
     except DecodeError as error:
-        kind = next((kind for signature, kind in _SIGNATURES if data.startswith(signature)), None)
+        squeezed = b"".join(data[:100].split())  # of text forms, whose spaces are anybody's
+        kinds = (
+            kind for signature, kind in _SIGNATURES if data.startswith(signature) or squeezed.startswith(signature)
+        )
+        kind = next(kinds, None)
         if kind is None and "depth" in str(error).lower():
             kind = "nested deeper than the 100 messages that protobuf reads"
         kind = kind or "no ONNX model, or a damaged or truncated one; export or download it again"

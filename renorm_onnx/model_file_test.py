@@ -76,6 +76,14 @@ def test_the_input_is_never_changed(path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", r"it is a Git LFS pointer; fetch the file .* `git lfs pull`"),
         (b"PK\x03\x04....", r"it is a zip archive, as torch\.save writes; export the model to ONNX first"),
         (b"\x89HDF\r\n", r"it is an HDF5 file, as Keras writes; convert the model to ONNX first"),
+        (
+            b'<\n   ir_version: 10,\n   opset_import: ["" : 20]\n>',
+            r"it is ONNX in its text form; give it to onnx\.parser",
+        ),
+        (
+            b'ir_version: 10\nproducer_name: "x"',
+            r"it is protobuf in its text form; read it with onnx\.load\(path, form",
+        ),
         (b"<!DOCTYPE html>", r"it is a web page or XML; download the file itself"),
         (b'{"irVersion": 10}', r"it is JSON; expected the binary ONNX format"),
         (b"\x08\x07", r"model\.onnx': it has no graph, so it is not an ONNX model"),
