@@ -204,7 +204,10 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a name, or several with commas")
+    return names
 
 
 def _numbers(text: str) -> tuple[int, ...]:

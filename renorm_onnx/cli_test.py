@@ -261,13 +261,32 @@ def test_bench_compares_by_its_exit_status(model, capsys, monkeypatch):
         (["fuse", "model.onnx", "--bogus"], "renorm-onnx fuse"),
         (["verify", "a.onnx", "b.onnx", "c.onnx"], "renorm-onnx verify"),
         (["--bogus"], "renorm-onnx"),
+        (["fuse", "model.onnx", "--ep", ""], "renorm-onnx fuse: argument --ep: '' given, expected a name"),
+        (["bench", "model.onnx", "--opt", ","], "renorm-onnx bench: argument --opt: ',' given, expected a name"),
     ],
 )
 def test_wrong_usage_is_one_line_that_names_the_help(capsys, arguments, who):
     assert run(*arguments) == cli.BAD_INPUT
     said = one_line(capsys)
-    assert said.startswith(f"{who}: ")
-    assert said.endswith(f"; see {who} --help\n")
+    assert said.startswith(who)
+    assert said.endswith(f"; see {who.partition(':')[0]} --help\n")
+
+
+@pytest.mark.parametrize("inputs", ["", "99999999999999999999", "0"])
+def test_inputs_that_are_none_or_too_many_are_refused(model, capsys, inputs):
+    assert run("verify", "model.onnx", "--inputs", inputs) == cli.BAD_INPUT
+    assert f"inputs={inputs or repr(inputs)}, expected" in one_line(capsys)
+    assert run("verify", "model.onnx", "--inputs", "2") == cli.YES
+
+
+def test_a_model_without_outputs_is_bad_input_and_not_called_wrong(model, capsys):
+    bad = onnx.load("model.onnx")
+    del bad.graph.output[:]
+    onnx.save(bad, "none.onnx")
+    for command in ("fuse", "verify"):
+        assert run(command, "none.onnx") == cli.BAD_INPUT
+        said = "the reference has no outputs, so there is nothing to compare"
+        assert one_line(capsys) == f"renorm-onnx {command}: {'verify: ' * (command == 'fuse')}{said}\n"
 
 
 def test_errors_are_json_too_when_json_is_asked_for(model, capsys):

@@ -263,12 +263,14 @@ def given_trials(specs: Sequence[InputSpec], inputs: Any) -> list[Trial]:
     """
     if isinstance(inputs, Mapping):
         trials = _split(specs, inputs, "inputs")
-    elif isinstance(inputs, str | os.PathLike):
+    elif isinstance(inputs, str | os.PathLike) and os.fspath(inputs):
         trials = [trial for path in _data_files(Path(inputs)) for trial in _split(specs, _read(path, specs), path.name)]
-    elif isinstance(inputs, Sequence):
+    elif isinstance(inputs, Sequence) and not isinstance(inputs, str):
         trials = [trial for n, one in enumerate(inputs) for trial in _split(specs, one, f"inputs[{n}]")]
     else:
-        raise InputError(f"verify: inputs={inputs!r}, expected a number, a mapping of arrays, a .npz file or a folder")
+        raise InputError(
+            f"verify: inputs={inputs!r}, expected a number, a mapping of arrays, a .npz or .npy file, or a folder"
+        )
     if not trials:
         raise InputError("verify: inputs= holds no batch, so there is nothing to compare")
     for trial in trials:

@@ -143,6 +143,7 @@ def test_a_batch_longer_than_a_fixed_one_is_cut_into_batches():
         ({"x": np.ones((2, 4, 3)), "z": np.array([1, 2])}, "different numbers of batches"),
         ([], "no batch, so there is nothing to compare"),
         (3.5, "inputs=3.5, expected a number, a mapping"),
+        ("", "inputs='', expected a number, a mapping"),
         ("/no/such/file.npz", "neither a file nor a folder"),
     ],
 )

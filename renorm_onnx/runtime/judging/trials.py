@@ -23,6 +23,7 @@ _SUITE = (
     *("uniform", "normal", "normal", "image"),
 )
 _FEWEST = 3
+_MOST = 10_000
 
 # Kinds of which a model with few output elements gets more sets.
 _REPEATED = ("normal", "large", "mixed")
@@ -58,8 +59,8 @@ def trials(
     if inputs is not None and not isinstance(inputs, int):
         yield from ((trial, run(trial)) for trial in given_trials(specs, inputs))
         return
-    if inputs is not None and inputs < 1:
-        raise InputError(f"verify: inputs={inputs!r}, expected at least 1, or there is nothing to compare")
+    if inputs is not None and not 1 <= inputs <= _MOST:
+        raise InputError(f"verify: inputs={inputs!r}, expected 1 to {_MOST} sets of them, so that it compares and ends")
     batch = next((size for size, flops in _BATCHES if cost.flops < flops), 1)
     fewest = _FEWEST if cost.flops < _LARGE else _FEWEST - 1
     count = inputs or int(np.clip(_SUITE_FLOPS / max(cost.flops * batch, 1.0), fewest, len(_SUITE)))
