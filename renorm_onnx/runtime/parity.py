@@ -261,6 +261,7 @@ class _Comparison:
         if reason := self._dead_outputs():
             self._uncovered = True
             return self._answer(base, runners, "unusable", reason)
+        self._remarks += self._pair.never_ran()
         return self._answer(base, runners, "yes", "")
 
     def _answer(self, base: Verdict, runners: Sequence[_Runners], outcome: str, reason: str, **more: Any) -> Verdict:

@@ -266,3 +266,15 @@ def test_where_large_integers_cannot_be_run_the_small_ones_are_said_to_be_all():
     said = "integers of 'i' were 0 and 1 alone, because the reference fails on larger ones"
     assert verdict.remarks == (said,)
     assert verify(counting(5), counting(5)).remarks == ()
+
+
+@pytest.mark.parametrize(("limit", "never"), [(1e7, "then_branch"), (-1e7, "else_branch"), (3.0, "")])
+def test_a_branch_that_no_inputs_lead_into_is_said(limit, never):
+    body = f"""k = Constant<value_float={limit}>() m = ReduceMax<keepdims=0>(x) c = Greater(m, k)
+    y = If(c) <then_branch = t () => (float[N,3] a) {{ a = Neg(x) }},
+               else_branch = e () => (float[N,3] b) {{ b = Abs(x) }}>"""
+    model = model_of("float[N,3] x", "float[N,3] y", body)
+    verdict = verify(model, model)
+    assert verdict.ok, verdict
+    said = f"{never} of If 'y' ran on no inputs, so that this says nothing of it"
+    assert verdict.remarks == ((said,) if never else ())

@@ -59,8 +59,38 @@ class Pair:
         return source_of(self.model), source_of(self.candidate)
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return R."""
-        return self.torch.evaluate(feeds) if self.torch else evaluate(self.model, feeds)
+        """Return R; note which ways the conditions of the main graph went."""
+        if self.torch:
+            return self.torch.evaluate(feeds)
+        found = evaluate(self.model, feeds, keep=list(self._went))
+        for name, ways in self._went.items():
+            ways.add(bool(found[name]))
+        return {value.name or "": found[value.name or ""] for value in self.model.graph.outputs}
+
+    @functools.cached_property
+    def _conditions(self) -> dict[ir.Node, str]:
+        """The Ifs of the main graph whose condition is no constant, and the name of that."""
+        asked = ((node, node.inputs[0]) for node in self.model.graph if node.op_type == "If")
+        return {
+            node: value.name
+            for node, value in asked
+            if value is not None and value.name and ir.convenience.get_const_tensor(value) is None
+        }
+
+    @functools.cached_property
+    def _went(self) -> dict[str, set[bool]]:
+        return {name: set() for name in self._conditions.values()}
+
+    def never_ran(self) -> list[str]:
+        """Return a sentence for each branch of the main graph that no inputs of `evaluate` led into."""
+        if self.torch:
+            return []
+        return [
+            f"{branch} of If {(node.name or node.outputs[0].name)!r} ran on no inputs, so that this says nothing of it"
+            for node, name in self._conditions.items()
+            for branch, way in (("then_branch", True), ("else_branch", False))
+            if way not in self._went[name]
+        ]
 
     def neighbour(self, seed: int, provider: str) -> TorchReference | Session:
         """Return the original with its weights rounded otherwise (`neighbours`), ready to run.
