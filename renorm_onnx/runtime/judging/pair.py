@@ -136,8 +136,8 @@ def _roundoff(of: ir.Value | ir.Node) -> float:
         kind = of.dtype
     elif of.op_type in _QUANTIZED:
         return PRECISIONS["quantized"].u
-    elif of.op_type == "Cast" and not of.attributes["to"].is_ref():
-        kind = ir.DataType(of.attributes.get_int("to", 1))
+    elif of.op_type == "Cast" and (to := of.attributes.get("to")) is not None and to.type is ir.AttributeType.INT:
+        kind = None if to.is_ref() else ir.DataType(to.as_int())
     else:
         return 0.0
     found = None if kind is None else PRECISIONS.get(_NAMES.get(kind, kind.name.lower()))
