@@ -302,12 +302,16 @@ def _check_arguments(call: ir.Node, function: ir.Function, who: str) -> None:
             raise InputError(f"{who} passes a graph as attribute {attribute.name!r}; this is not supported")
 
 
+#: Definitions that differ from the one before in what their documentation says alone.
+_CHANGED_IN_PROSE = {("PRelu", 7), ("OneHot", 11)}
+
+
 @functools.cache
 def _same_meaning(domain: str, op_type: str, version: int, other: int) -> bool:
     """Whether an operator written for one opset of its domain means the same at another.
 
-    It does where both are one definition, or where the other takes the same inputs and attributes, with the same
-    defaults, and all the types of the first: versions that only add types are most.
+    It does where both are one definition, or where the other is newer and takes the same inputs and attributes, with
+    the same defaults, and all the types of the first: most versions only add types, or negative axes.
     """
     if version == other:
         return True
@@ -317,10 +321,11 @@ def _same_meaning(domain: str, op_type: str, version: int, other: int) -> bool:
         return False
     if written.since_version == read.since_version:
         return True
-    formals = [(*schema.inputs, *schema.outputs) for schema in (written, read)]
-    return _form(written) == _form(read) and all(
-        mine.types <= theirs.types for mine, theirs in zip(*formals, strict=True)
-    )
+    told = any((op_type, v) in _CHANGED_IN_PROSE for v in range(written.since_version + 1, read.since_version + 1))
+    if told or other < version or written.deprecated != read.deprecated or _form(written) != _form(read):
+        return False
+    mine, theirs = ((*schema.inputs, *schema.outputs) for schema in (written, read))
+    return all(one.types <= two.types for one, two in zip(mine, theirs, strict=True))
 
 
 def _form(schema: onnx.defs.OpSchema) -> object:

@@ -186,6 +186,8 @@ def test_a_body_of_another_opset_is_inlined_where_it_means_the_same() -> None:
         inline(opsets("10", "Clip"))
     with pytest.raises(InputError, match=r"and Softmax differs"):  # another default of its axis alone
         inline(opsets("12", "Softmax"))
+    with pytest.raises(InputError, match=r"and PRelu differs"):  # whose slope broadcasts another way from opset 7 on
+        inline(opsets("6", "PRelu"))
     older = opsets("22", "Relu")
     older.opset_imports[""] = 9
     with pytest.raises(InputError, match=r"and Relu differs"):  # which has bfloat16 in opset 22, and had not in 9

@@ -284,3 +284,25 @@ def test_a_dropout_at_inference_draws_nothing(model, net, trained) -> None:
     dropping.graph.outputs[0] = drop.outputs[0]
     report = verify_export(dropping, net, (X,), {}, REPORT)
     assert report.skipped == (("values, because Dropout 'drop' draws random numbers",) if trained else ())
+
+
+class Amplified(nn.Module):
+    """Rounds to float32 by name, where torch in float64 has more digits, and makes much of the difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchRenorm2d(3)
+        self.norm.num_batches_tracked.fill_(1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.to(torch.bfloat16).float(), torch.sin(self.norm(x).float() * 1e3)
+
+
+def test_code_that_names_float32_beside_a_narrow_type_is_judged_by_its_own_run() -> None:
+    net = Amplified().eval()
+    model = ir.from_proto(to_onnx(net, X, opset=22, verify=False))
+    assert not [reason for reason in verify_export(model, net, (X,), {}, REPORT).skipped if "values" in reason]
+    with torch.no_grad():
+        net.norm.bias.add_(1.0)
+    with pytest.raises(VerificationError, match="does not compute what the module computes"):
+        verify_export(model, net, (X,), {}, REPORT)

@@ -77,6 +77,38 @@ def test_what_it_may_not_hold_stays_behind_the_cast(model, reason, text, monkeyp
         assert not error(model, wrong) < 1
 
 
+@pytest.mark.parametrize("beta", [-10.0, -4.0, 4.0, 10.0])
+def test_a_chain_is_judged_as_the_norm_that_it_spells_out(beta) -> None:
+    """Which side of zero the mean lies on tells an output near zero from one twice as far away."""
+    spelled = "c = Cast<to=1>(t) d = Sub(c, m) e = Mul(d, g) y = Add(e, b)"
+    parameters = {"m": 20.0, "b": beta}
+    model = mixed(spelled, **parameters, g=0.25)
+    for name in "mgb":
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).reshape(4, 1, 1), name))
+    same = mixed(BN, **parameters, s=1.0, v=16.0)
+    outcomes = [fuse(each)[1].entries[0].outcome for each in (model, same)]
+    assert outcomes == ["folded"] * 2  # 10 is less than 4 times sqrt(1 + 5^2)
+
+
+@pytest.mark.parametrize(
+    "constants", [{"s": [1.5, 1.2, 0.8, 2.0], "b": [-0.5, 3, 1, 2]}, {"s": [0.1] * 4, "b": [2.0, 1, 2, 1]}]
+)
+def test_a_norm_that_scales_first_is_not_judged_by_guesses(constants) -> None:
+    """As constant folding leaves a norm: neither its mean nor its deviation is in the file."""
+    model = mixed("c = Cast<to=1>(t) d = Mul(c, s) y = Add(d, b)", s=1.0, b=1.0)
+    for name, numbers in constants.items():
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(np.float32(numbers).reshape(4, 1, 1), name))
+    (entry,) = fuse(model)[1].entries
+    assert (entry.kind, entry.outcome) == ("norm", "folded")
+
+
+def test_a_norm_whose_scale_is_zero_loses_nothing_in_the_narrow_type() -> None:
+    (entry,) = fuse(mixed(BN, **USUAL | {"s": 0.0, "b": 0.1}))[1].entries
+    assert entry.outcome == "folded"
+
+
 def test_cancellation_may_be_allowed_and_overflow_may_not() -> None:
     allowed = FuseOptions(allow_cancellation=True)
     outcomes = [fuse(model, allowed)[1].entries[0].outcome for model, *_ in TOO_MUCH]

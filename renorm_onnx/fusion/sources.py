@@ -101,23 +101,31 @@ class Norm:
 
             sqrt(sum of shift_B^2 / sum of gain^2 (1 + ratio^2))        shift_B = shift + ratio * gain
 
-        An input of which no mean is known is taken for one of mean 0 and variance 1.
+        The input of an affine operator that normalizes nothing is taken for one of mean 0 and variance 1. Nothing is
+        known of a norm that scales first; and what does not vary has nothing to lose.
         """
         gains, ratios, shift = self._spread()
         total = float(np.sum(gains**2 * (1 + ratios**2)))
         far = float(np.sum((shift + ratios * gains) ** 2))
-        return float(np.sqrt(far / total)) if total > 0 else math.inf if far else 0.0
+        return float(np.sqrt(far / total)) if total > 0 and self._is_known() else 0.0
 
     def reach(self, limit: float) -> float:
         """How large the output may become: 64 standard deviations beyond its mean, or as far as that of `limit` itself.
 
         Args:
-            limit: The largest absolute value of an input of which no mean is known.
+            limit: The largest absolute value of the input of an affine operator; of a norm that scales first nothing
+                is known, and 0 returned.
         """
         gains, ratios, shift = self._spread()
+        if not self._is_known():
+            return 0.0
         if not self.gains.any():
             return float(np.max(np.abs(gains), initial=0.0)) * limit
         return float(np.max(np.abs(shift + ratios * gains) + 64 * np.abs(gains), initial=0.0))
+
+    def _is_known(self) -> bool:
+        """Whether anything is known of the input: not where a norm scales first, as constant folding leaves it."""
+        return bool(self.gains.any()) or self.kind == "affine"
 
     def _spread(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """The gains, the ratios and the shift of all channels; the scale where no gain is known."""
@@ -249,7 +257,7 @@ def _ratios_and_gains(links: Sequence[_Link]) -> tuple[npt.NDArray[np.float64], 
     if not rest or not shift.has_shift:
         return _ZERO, _ZERO
     gain = functools.reduce(AffineMap.then, rest[1:], IDENTITY)
-    return shift.shift * rest[0].scale, gain.scale
+    return -shift.shift * rest[0].scale, gain.scale  # x - mean, whichever way it is spelled
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:

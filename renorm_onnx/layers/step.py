@@ -93,8 +93,8 @@ def take_step(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         y of the shape and type of x.
 
     Raises:
-        InputError: As `counter_of`, or the schedule returns bounds that cannot be used, or a function transform has
-            taken x, but not the statistics.
+        InputError: As `counter_of`, or the schedule returns bounds that cannot be used, or `vmap` or `functionalize`
+            has taken x, but not the statistics.
     """
     step = counter_of(layer)
     eager = kernels.is_eager() and not isinstance(x, FakeTensor)

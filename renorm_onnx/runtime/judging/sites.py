@@ -180,7 +180,6 @@ def _check(name: str, before: Cut, after: Cut, shapes: Mapping[str, tuple[int, .
     values = {**before.inputs, **after.inputs}
     declared = all(value.shape is not None and value.shape.is_static() for value in values.values())
     last: Exception | None = None
-    site: Site | None = None
     for crop in _CROPS:
         try:
             if crop is None:
@@ -194,11 +193,10 @@ def _check(name: str, before: Cut, after: Cut, shapes: Mapping[str, tuple[int, .
             last = error
             continue
         site = _site(name, before, after, want, got, bound)
-        if site.ok or not declared:  # where other sizes are none of the model's, a crop alone can be what goes wrong
+        if site.ok or not declared or crop is None:
             return site
-    if site is None:
-        raise _UncheckableError(str(last))
-    return site
+        last = InputError("it holds on none of the crops, which are not of the size that the file declares")
+    raise _UncheckableError(str(last))
 
 
 def _check_cost(before: Cut, after: Cut, shapes: Mapping[str, tuple[int, ...]]) -> None:

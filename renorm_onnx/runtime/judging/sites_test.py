@@ -364,3 +364,21 @@ def test_a_place_that_is_right_at_its_declared_size_alone_is_right_there(size, r
     total = oh.make_node("ReduceSum", ["x", "axes"], ["total"])
     after = mean([total, oh.make_node("Mul", ["total", "share"], ["y"])])
     assert check_sites(load(before), load(after)).complete == right
+
+
+def test_a_place_of_which_crops_prove_nothing_is_not_checked_beyond_the_limit():
+    """Its sum is divided by the declared size: wrong on every crop, and the image too large to be run."""
+
+    def mean(*nodes):
+        outer = [info("x", [1, 64, 400, 400], np.float32)], [info("y", [1, 64, 1, 1], np.float32)]
+        weights = {"axes": np.int64([2, 3]), "share": np.float32(1 / 400**2)}
+        weights["W"] = np.full((64, 64, 3, 3), 0.01, np.float32)
+        stored = [onh.from_array(np.asarray(array), name) for name, array in weights.items()]
+        graph = oh.make_graph([oh.make_node("Conv", ["x", "W"], [nodes[0].input[0]]), *nodes], "g", *outer, stored)
+        return oh.make_model(graph, opset_imports=[oh.make_opsetid("", 17)], ir_version=8)
+
+    before = mean(oh.make_node("GlobalAveragePool", ["c"], ["y"]))
+    after = mean(oh.make_node("ReduceSum", ["d", "axes"], ["total"]), oh.make_node("Mul", ["total", "share"], ["y"]))
+    found = check_sites(load(before), load(after))
+    assert (found.ok, found.complete) == (True, False)
+    assert found.unchecked["y"].startswith("one run of it takes ")
