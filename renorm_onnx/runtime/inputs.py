@@ -5,7 +5,7 @@ show what ordinary data hide: overflow, underflow, division by zero, a shift tha
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,28 +109,8 @@ def _spec_of(value: ir.Value) -> InputSpec:
     return InputSpec(value.name or "", dtype, tuple(sizes), bound, wide)
 
 
-def _index_bound(value: ir.Value) -> int:
-    """Return the number of rows of the smallest constant table that an integer input indexes, else 2."""
-    bounds, pending, seen = [], [value], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        for node, position in current.uses():
-            if node.op_type in ("Gather", "GatherElements") and position == 1 and node.inputs[0] is not None:
-                axis = node.attributes.get_int("axis", 0)
-                shape = node.inputs[0].shape
-                rows = shape[axis] if shape is not None else None
-                if isinstance(rows, int):
-                    bounds.append(rows)
-            elif node.op_type in _SAME_VALUES and position == 0:
-                pending.extend(node.outputs)
-    return max(1, min(bounds)) if bounds else 2
-
-
-def _is_counted_with(value: ir.Value) -> bool:
-    """Tell whether integers only meet arithmetic and comparisons, or become floats."""
+def _uses_behind(value: ir.Value, passes: Callable[[ir.Node, int], bool]) -> Iterator[tuple[ir.Node, int]]:
+    """Yield every use of a value, and of what comes out of the uses that pass it on."""
     pending, seen = [value], set()
     while pending:
         current = pending.pop()
@@ -138,14 +118,35 @@ def _is_counted_with(value: ir.Value) -> bool:
             continue
         seen.add(current)
         for node, position in current.uses():
-            if node.domain not in ("", "ai.onnx"):
-                return False
-            if node.op_type in _COMPARISONS or (node.op_type == "Cast" and _makes_no_integers(node)):
-                continue
-            if position not in _COUNTED.get(node.op_type, ()):
-                return False
-            pending.extend(node.outputs)
-    return True
+            yield node, position
+            if passes(node, position):
+                pending.extend(node.outputs)
+
+
+def _index_bound(value: ir.Value) -> int:
+    """Return the number of rows of the smallest constant table that an integer input indexes, else 2."""
+    bounds = []
+    for node, position in _uses_behind(value, lambda node, at: node.op_type in _SAME_VALUES and at == 0):
+        if node.op_type in ("Gather", "GatherElements") and position == 1 and node.inputs[0] is not None:
+            axis = node.attributes.get_int("axis", 0)
+            shape = node.inputs[0].shape
+            rows = shape[axis] if shape is not None else None
+            if isinstance(rows, int):
+                bounds.append(rows)
+    return max(1, min(bounds)) if bounds else 2
+
+
+def _is_counted_with(value: ir.Value) -> bool:
+    """Tell whether integers only meet arithmetic and comparisons, or become floats."""
+
+    def goes_on(node: ir.Node, position: int) -> bool:
+        return node.domain in ("", "ai.onnx") and position in _COUNTED.get(node.op_type, ()) and not ends(node)
+
+    def ends(node: ir.Node) -> bool:
+        ending = node.op_type in _COMPARISONS or (node.op_type == "Cast" and _makes_no_integers(node))
+        return ending and node.domain in ("", "ai.onnx")
+
+    return all(ends(node) or goes_on(node, position) for node, position in _uses_behind(value, goes_on))
 
 
 def _makes_no_integers(cast: ir.Node) -> bool:
