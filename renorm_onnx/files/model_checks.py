@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import onnx
 from google.protobuf import unknown_fields  # type: ignore[import-untyped]
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+from onnx import AttributeProto, GraphProto, NodeProto, StringStringEntryProto, TensorProto
 
 from renorm_onnx.errors import ModelFileError
 from renorm_onnx.files.name_checks import MAX_NODES, Scope, check_calls, define, plain_domain, resolve, title
@@ -160,10 +160,14 @@ def _decode(message: Any, *fields: str) -> None:
         if type(text := getattr(message, name)) is bytes:
             setattr(message, name, text.decode("utf-8", "replace"))
     if type(message) is not AttributeProto and len(message.metadata_props):
-        for entry in message.metadata_props:
-            for part in ("key", "value"):
-                if type(text := getattr(entry, part)) is bytes:
-                    setattr(entry, part, text.decode("utf-8", "replace"))
+        _decode_entries(message.metadata_props)
+
+
+def _decode_entries(entries: Iterable[StringStringEntryProto]) -> None:
+    for entry in entries:
+        for part in ("key", "value"):
+            if type(text := getattr(entry, part)) is bytes:
+                setattr(entry, part, text.decode("utf-8", "replace"))
 
 
 def _check_map(entries: Iterable[tuple[str, object]], what: str) -> None:
@@ -206,6 +210,8 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
         for value in (*proto.value_info, *([*proto.input, *proto.output] if isinstance(proto, GraphProto) else ())):
             _decode(value)
         if isinstance(proto, GraphProto):
+            for annotation in proto.quantization_annotation:
+                _decode_entries(annotation.quant_parameter_tensor_names)
             for sparse in proto.sparse_initializer:
                 dense = densified(sparse, budget=budget)
                 budget -= len(dense.raw_data)

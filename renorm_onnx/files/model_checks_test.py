@@ -312,6 +312,8 @@ def commented() -> ModelProto:
     for holder in holders:
         holder.doc_string = "NAME"
         holder.metadata_props.add(key="NAME", value="NAME")
+    annotation = inner.quantization_annotation.add(tensor_name="w")
+    annotation.quant_parameter_tensor_names.add(key="NAME", value="NAME")
     inner.name = made.producer_version = made.domain = "NAME"
     return made
 
