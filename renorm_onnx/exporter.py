@@ -301,7 +301,7 @@ def _export(
                 name_results(program.model, len(options["output_names"] or ()))
             for call in calls_in(program.model):
                 name = module_of(call)
-                call.metadata_props[MODULE_KEY] = name.removeprefix(WRAPPED) if stepping else name
+                call.metadata_props[MODULE_KEY] = f"{name}.".removeprefix(WRAPPED)[:-1] if stepping else name
             program.optimize()
             set_defaults(program.model, defaults)
     except Exception as error:

@@ -26,7 +26,8 @@ def restore(module: nn.Module, path: str | os.PathLike[str] | onnx.ModelProto, *
     alone; from other files it starts as a copy of the first, as from a checkpoint that has one set.
 
     Args:
-        module: A model with layers of the same paths and sizes. Unchanged if this raises.
+        module: A model with layers of the same paths and sizes, or one layer for the only one of the file. Unchanged if
+            this raises.
         path: A file that `to_onnx` wrote, or the model that it returned; not fused: folding leaves nothing to restore.
         allow_symlinks: Follow links to data files outside the model's folder.
 
@@ -35,7 +36,8 @@ def restore(module: nn.Module, path: str | os.PathLike[str] | onnx.ModelProto, *
 
     Raises:
         InputError: `module` is no module, or `path` no path or model.
-        InputError: The file has no such calls; its layers and the module's differ in path or size.
+        InputError: The file has no such calls; its layers and the module's differ in path or size, or in what they
+            learn.
         ModelFileError: The file cannot be read.
     """
     check_module(module, "restore")
@@ -50,6 +52,8 @@ def restore(module: nn.Module, path: str | os.PathLike[str] | onnx.ModelProto, *
             f"restore: {shown} has no batch renormalization calls; pass the file that "
             "to_onnx wrote, before fusing or inlining"
         )
+    if layers.keys() == {""} and len(found) == 1:  # the module is a layer itself, which has no path in the file
+        found = {"": next(iter(found.values()))}
     if found.keys() != layers.keys():
         only_file, only_module = sorted(found.keys() - layers.keys()), sorted(layers.keys() - found.keys())
         raise InputError(
@@ -77,10 +81,12 @@ class _Plan:
         for name in _TENSORS:
             target, value = getattr(layer, name), getattr(info, name)
             if target is None:
-                if name == "running_mean" or name == "running_var":
+                if name in ("running_mean", "running_var"):
                     raise InputError(
                         f"{who} of the module has track_running_stats=False, the file has statistics for it"
                     )
+                if value is None or (value != (1 if name == "weight" else 0)).any():
+                    raise InputError(f"{who} of the module has no {name} (affine, bias), the file has one for it")
                 continue
             if value is None:
                 raise InputError(f"{who}: {name} is computed by the model in the file, not stored")

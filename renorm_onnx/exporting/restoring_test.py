@@ -107,6 +107,31 @@ def test_a_module_that_does_not_fit_is_refused_and_left_alone(path, make, messag
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "options"), [("weight", {"affine": False}), ("bias", {"bias": False})])
+def test_a_layer_that_cannot_hold_what_the_file_has_learned_is_refused(name, options) -> None:
+    layer = BatchRenorm1d(4)
+    layer(torch.randn(8, 4))
+    unlearned = to_onnx(layer.eval(), torch.randn(3, 4), verify=False)
+    getattr(layer, name).data[2] = 0.5
+    learned = to_onnx(layer, torch.randn(3, 4), verify=False)
+    with pytest.raises(InputError, match=rf"layer '.+' of the module has no {name} \(affine, bias\), the file has one"):
+        restore(BatchRenorm1d(4, **options), learned)
+    assert restore(BatchRenorm1d(4, **options), unlearned) == 1
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_module_that_is_a_layer_takes_the_only_layer_of_a_file(mode) -> None:
+    layer = BatchRenorm1d(4)
+    layer(torch.randn(8, 4))
+    exported = to_onnx(layer.train(mode == "train"), torch.randn(3, 4), mode=mode)
+    other = BatchRenorm1d(4)
+    assert restore(other, exported) == 1
+    assert torch.equal(other.running_mean, layer.running_mean)
+    assert restore(nn.Sequential(other), to_onnx(nn.Sequential(layer).eval(), torch.randn(3, 4))) == 1
+    with pytest.raises(InputError, match=r"only in the module: \['0'\]"):
+        restore(nn.Sequential(other), exported)
+
+
 def test_a_file_without_calls_is_refused_with_advice(trained, tmp_path) -> None:
     to_onnx(trained, torch.randn(2, 3), tmp_path / "plain.onnx", functions=False, verify=False)
     with pytest.raises(InputError, match="has no batch renormalization calls; pass the file that to_onnx wrote"):
