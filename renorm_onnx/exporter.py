@@ -27,6 +27,7 @@ from torch import nn
 
 from renorm_onnx import model_file, opset_lowering
 from renorm_onnx.errors import InputError
+from renorm_onnx.exporting.buffers import lost_updates, noting_assigned
 from renorm_onnx.exporting.failures import explain_failure, without_colour
 from renorm_onnx.exporting.interface import (
     arguments_of,
@@ -41,14 +42,7 @@ from renorm_onnx.exporting.interface import (
 from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, unwrapped
 from renorm_onnx.exporting.options import check_options
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
-from renorm_onnx.exporting.training import (
-    WRAPPED,
-    TrainingStep,
-    lost_updates,
-    name_results,
-    open_statistics,
-    set_defaults,
-)
+from renorm_onnx.exporting.training import WRAPPED, TrainingStep, name_results, open_statistics, set_defaults
 from renorm_onnx.exporting.verification import ExportReport, verify_export
 from renorm_onnx.layers.functional import keep_ops as keep_ops
 from renorm_onnx.onnx_function import (
@@ -129,7 +123,8 @@ def to_onnx(
     if args is None and kwargs is None and isinstance(module, torch.export.ExportedProgram) and module.example_inputs:
         args, kwargs = module.example_inputs
     args, kwargs, module = as_args(args), dict(kwargs or {}), unwrapped(module)
-    live = module if isinstance(module, nn.Module) else None
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    live = module if isinstance(module, nn.Module) and not scripted else None
     arguments, shapes = {}, dynamic_shapes
     if live is not None:
         check_modes(live, mode)
@@ -145,10 +140,12 @@ def to_onnx(
     else:
         raise InputError(
             f"to_onnx: module is a {type(module).__name__}; expected a torch.nn.Module or torch.export.ExportedProgram"
+            + (", before torch.jit.script or trace" if scripted else "")
         )
     given = {"dynamic_shapes": shapes, "input_names": input_names, "output_names": output_names}
-    program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **given)
-    lost = lost_updates(program, live, mode)
+    with noting_assigned(live) as assigned:
+        program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **given)
+    lost = lost_updates(program, live, assigned, mode)
     model = program.model
     name_sizes(model, arguments, shapes)
     check_names(model, input_names, output_names)

@@ -63,6 +63,7 @@ ORDER = [
     "exporting.failures exporting.surroundings exporting.options",
     "exporting.modules exporting.interface",
     "exporting.training exporting.restoring",
+    "exporting.buffers",
     "exporting.verification",
     "exporter",
     "cli",

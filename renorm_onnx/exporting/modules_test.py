@@ -12,7 +12,7 @@ from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting.conftest import X, small
 from renorm_onnx.exporting.restoring import restore
 from renorm_onnx.layers.distributed import SyncBatchRenorm
-from renorm_onnx.layers.modules import BatchRenorm2d
+from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
 
 
 class BatchReNorm(nn.Module):
@@ -95,6 +95,14 @@ def test_a_synchronized_training_step_is_exported_as_that_of_one_process_with_a_
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(InputError, match=r"module is a function; expected a torch\.nn\.Module or torch\.export"):
         to_onnx(lambda x: x, X)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("script", [torch.jit.script, lambda net: torch.jit.trace(net, torch.ones(2, 4))])
+def test_a_scripted_module_is_refused_as_torch_does(script) -> None:
+    scripted = script(BatchRenorm1d(4).eval())
+    with pytest.raises(InputError, match=r"module is a \w+; expected .* before torch\.jit\.script or trace"):
+        to_onnx(scripted, torch.ones(2, 4))
 
 
 def test_the_root_is_named_as_such():

@@ -17,7 +17,6 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from renorm_onnx.errors import InputError
 from renorm_onnx.exporting.modules import layers_of
 from renorm_onnx.inlining import Names, names_in
 from renorm_onnx.onnx_function import INFERENCE, calls_in
@@ -58,33 +57,6 @@ def training_state(module: nn.Module) -> dict[str, torch.Tensor]:
         for name in STATE
         if (tensor := layer._buffers.get(name)) is not None
     }
-
-
-def lost_updates(program: torch.onnx.ONNXProgram, module: nn.Module | None, mode: str) -> list[str]:
-    """Return the buffers that a call of the module changes and the model does not, by path.
-
-    Args:
-        program: What torch captured.
-        module: What it was captured from; None for an ExportedProgram, which says itself what it changes.
-        mode: As for `to_onnx`.
-
-    Raises:
-        InputError: mode="train", and there is one: already the second step would be another than the module's.
-    """
-    captured = program.exported_program
-    changed = [] if captured is None else list(captured.graph_signature.buffers_to_mutate.values())
-    kept = {} if module is None else training_state(module)
-    lost = sorted(
-        path for path in (name.removeprefix(WRAPPED) if kept else name for name in changed) if path not in kept
-    )
-    if lost and mode == "train":
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        raise InputError(
-            f"to_onnx(mode='train'): a step changes the buffer {lost[0]!r}{more}, expected only statistics of batch "
-            "renorm layers, because the model would lose it; call .eval() on the module that it belongs to, or change "
-            "it outside of the module"
-        )
-    return lost
 
 
 def open_statistics(model: ir.Model, module: nn.Module) -> dict[str, ir.TensorProtocol]:
