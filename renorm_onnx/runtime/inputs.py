@@ -4,6 +4,7 @@ Ordinary kinds look like what networks are fed; the verdict's limits were calibr
 show what ordinary data hide: overflow, underflow, division by zero, a shift that grows or vanishes with the input.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ ORDINARY = ("normal", "uniform", "image")
 EXTREME = ("large", "small", "mixed", "zeros", "constant", "denormal")
 KINDS = (*ORDINARY, *EXTREME)
 
-# Kinds whose values are no larger than ordinary ones, so that ordinary rounding errors are the yardstick for them too.
+# Kinds whose values are no larger than ordinary ones, so that ordinary rounding errors are the yardstick for them too,
+# and so alike that behind a bias all positions are equal, or nearly.
 SMALL = ("small", "zeros", "constant", "denormal")
 
 _SAME_VALUES = frozenset({"Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Transpose", "Slice"})
@@ -60,6 +62,14 @@ class Trial:
     def ordinary(self) -> bool:
         """Whether the calibrated limits hold."""
         return self.kind in ORDINARY or self.kind == "data"
+
+    @property
+    def alike(self) -> int:
+        """How many equal numbers a pool may sum: the positions of a sample where all are about alike, else 1."""
+        if self.kind not in SMALL:
+            return 1
+        samples = [array.shape[1:] for array in self.feeds.values() if array.ndim > 2 and array.size]
+        return max((math.prod(shape) // min(shape) for shape in samples), default=1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.runtime.inputs import KINDS, InputSpec, given_trials, input_specs, make_trial, size_plans
+from renorm_onnx.runtime.inputs import KINDS, InputSpec, Trial, given_trials, input_specs, make_trial, size_plans
 
 IMAGE = InputSpec("x", np.dtype(np.float32), ("N", 3, 32, 32), 2)
 
@@ -36,6 +36,24 @@ def test_each_kind_is_what_its_name_says():
     assert 0 < np.abs(x["denormal"]).max() < np.finfo(np.float32).tiny
     spread = x["mixed"].std(axis=(0, 2, 3))
     assert spread.max() > 3 * spread.min()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind", "alike"),
+    [
+        ([(2, 3, 5, 7)], "zeros", 35),
+        ([(2, 5, 7, 3)], "small", 35),
+        ([(2, 64, 9)], "constant", 64),
+        ([(2, 3, 4), (2, 3, 5, 5), (2, 900)], "denormal", 25),
+        ([(2, 900)], "zeros", 1),
+        ([(2, 3, 0)], "zeros", 1),
+        ([(2, 3, 5, 7)], "normal", 1),
+        ([(2, 3, 5, 7)], "large", 1),
+        ([], "zeros", 1),
+    ],
+)
+def test_positions_are_counted_where_they_are_about_alike(shapes, kind, alike):
+    assert Trial(kind, {str(i): np.zeros(shape) for i, shape in enumerate(shapes)}, kind).alike == alike
 
 
 def test_images_have_a_1_over_f_spectrum():

@@ -192,3 +192,24 @@ def test_long_sums_in_float64_are_granted_what_another_order_changes(seed):
     weight = next(t for t in candidate.graph.initializer if len(t.dims) == 2)
     weight.CopyFrom(onh.from_array(onh.to_array(weight) * (1 + 1e-12), weight.name))
     assert verify(model, candidate, sites=False).outcome == "no"
+
+
+@pytest.mark.parametrize("seed", [2, 10, 15])
+def test_a_pool_of_equal_numbers_is_granted_what_its_digits_cost(seed):
+    """A fold changes the number that a pool sums 3136 times where the image is flat, and with it the rounding error."""
+    rng = np.random.default_rng(seed)
+    b = Builder(False, EPS, False, np.float32)
+    b.normed("Conv", "x", rng.normal(size=(4, 3, 1, 1)), rng.normal(size=4), make_norm(4, seed), "c")
+    b.add("GlobalAveragePool", ["c"], "p")
+    b.add("Flatten", ["p"], "f")
+    norm = make_norm(4, seed + 100)
+    names = [b.weight(f"n_{k}", getattr(norm, k)) for k in ("gamma", "beta", "mean", "var")]
+    b.add("BatchNormalization", ["f", *names], "n", epsilon=1e-3)
+    b.add("Gemm", ["n", b.weight("w", rng.normal(size=(4, 3))), b.weight("bias", rng.normal(size=3))], "y")
+    model = b.model([info("x", ["N", 3, 56, 56])], [info("y", ["N", 3])])
+    candidate, report = fuse(model)
+    assert len(report.folded) == 2
+    assert (verdict := verify(model, candidate)).ok, verdict
+    weight = next(t for t in candidate.graph.initializer if list(t.dims) == [4, 3])
+    weight.CopyFrom(onh.from_array(onh.to_array(weight) * np.float32(1 + 1e-5), weight.name))
+    assert verify(model, candidate, sites=False).outcome == "no"

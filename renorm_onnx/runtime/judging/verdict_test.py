@@ -76,6 +76,23 @@ def test_inputs_no_larger_than_ordinary_ones_are_forgiven_ordinary_errors():
     assert [row.inputs for row in failures(judge)] == ["more zeros"]
 
 
+@pytest.mark.parametrize(("kind", "ok"), [("zeros", True), ("small", True), ("large", False), ("normal", False)])
+def test_where_all_positions_are_alike_the_limits_of_a_set_widen(kind, ok):
+    """By the root of 10x10 positions, in the RMS and at the worst element, and no further."""
+
+    def failed(size):
+        judge = Judge("cpu", PRECISIONS["float32"])
+        for number in range(20):
+            judge.add(Trial("normal", {}, "normal"), "y", errors_of(R, R + noisy(1e-6, 50 + number), R))
+        trial = Trial(kind, {"x": np.zeros((2, 3, 10, 10))}, "set")
+        judge.add(trial, "y", errors_of(R, R + noisy(1e-6, 1), R + noisy(size, 2)))
+        return [row.inputs for row in failures(judge) if row.inputs != POOLED]
+
+    assert failed(2e-6) == []
+    assert (failed(2e-5) == []) is ok
+    assert failed(5e-5) == ["set"]
+
+
 def test_the_gate_refuses_to_judge_by_a_reference_that_u_does_not_reach():
     judge = judge_of((noisy(1e-2, 1), noisy(1e-2, 2)))
     assert "reference unusable" in judge.unusable()
