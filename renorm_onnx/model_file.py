@@ -36,6 +36,7 @@ from renorm_onnx.files.model_tensors import (
 )
 from renorm_onnx.files.protobuf_writing import PROTOBUF_LIMIT, write_model, write_tensor
 from renorm_onnx.files.tensor_checks import quoted, tensor_bytes
+from renorm_onnx.model_walk import graphs_with_nodes, scopes_of
 
 __all__ = ["check_output", "collection_paused", "copy_file", "load", "model_bytes", "save", "to_proto"]
 
@@ -204,6 +205,11 @@ def _copied(model: ir.Model) -> ir.Model:
         fresh = with_tensors(model, renamable)
     except (RuntimeError, ValueError) as error:
         raise ModelFileError(f"the model cannot be copied: {_reason(error)}") from error
+    for graph, nodes in (found for scope in scopes_of(fresh) for found in graphs_with_nodes(scope)):
+        for value in (*graph.inputs, *(output for node in nodes for output in node.outputs)):
+            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+                # As `check_model` does with a file.
+                value.shape = ir.Shape([None if isinstance(n, int) and n < 0 else n for n in value.shape])
     if model.meta.get(KEEP_EXTERNAL):
         fresh.meta[KEEP_EXTERNAL] = True
     return fresh

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import onnx
 from google.protobuf import unknown_fields  # type: ignore[import-untyped]
-from onnx import AttributeProto, GraphProto, NodeProto, StringStringEntryProto, TensorProto
+from onnx import AttributeProto, GraphProto, NodeProto, StringStringEntryProto, TensorProto, TypeProto
 
 from renorm_onnx.errors import ModelFileError
 from renorm_onnx.files.name_checks import MAX_NODES, Scope, check_calls, define, plain_domain, resolve, title
@@ -38,11 +38,12 @@ class Findings:
 
 
 def check_model(model: onnx.ModelProto) -> Findings:
-    """Judge a model; make its sparse tensors dense and its comments readable in place.
+    """Judge a model; make its sparse tensors dense, its sizes no less than 0 and its comments readable in place.
 
     Args:
-        model: Changed in two ways only: sparse initializers become ordinary ones; and of comments, which are what no
-            value and no operator is called by, whatever is not UTF-8 becomes U+FFFD, since runtimes read such files.
+        model: Changed in three ways only: sparse initializers become ordinary ones; sizes below 0 become open ones; and
+            of comments, which are what no value and no operator is called by, whatever is not UTF-8 becomes U+FFFD,
+            since runtimes read such files.
 
     Raises:
         ModelFileError: It is no model, or breaks a rule of ONNX, or exceeds a limit.
@@ -209,6 +210,7 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
         _decode(proto, *(("name",) if isinstance(proto, GraphProto) else ()))
         for value in (*proto.value_info, *([*proto.input, *proto.output] if isinstance(proto, GraphProto) else ())):
             _decode(value)
+            _open_sizes(value.type)
         if isinstance(proto, GraphProto):
             for annotation in proto.quantization_annotation:
                 _decode_entries(annotation.quant_parameter_tensor_names)
@@ -240,6 +242,16 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
                     scope.inner[index] = graphs
                     scopes += graphs
     return scopes
+
+
+def _open_sizes(kind: TypeProto) -> None:
+    """Make sizes below 0, by which some converters say "any" and which runtimes take so, open ones, in place."""
+    for name in ("sequence_type", "optional_type"):
+        while kind.HasField(name):
+            kind = getattr(kind, name).elem_type
+    for dim in kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ():
+        if dim.dim_value < 0:
+            dim.ClearField("dim_value")
 
 
 def _note_tensor(tensor: TensorProto, findings: Findings) -> None:
