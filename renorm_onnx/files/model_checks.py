@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import onnx
 from google.protobuf import unknown_fields  # type: ignore[import-untyped]
-from onnx import AttributeProto, GraphProto, NodeProto, StringStringEntryProto, TensorProto, TypeProto
+from onnx import AttributeProto, GraphProto, NodeProto, StringStringEntryProto, TensorProto, ValueInfoProto
 
 from renorm_onnx.errors import ModelFileError
 from renorm_onnx.files.name_checks import MAX_NODES, Scope, check_calls, define, plain_domain, resolve, title
@@ -210,7 +210,7 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
         _decode(proto, *(("name",) if isinstance(proto, GraphProto) else ()))
         for value in (*proto.value_info, *([*proto.input, *proto.output] if isinstance(proto, GraphProto) else ())):
             _decode(value)
-            _open_sizes(value.type)
+            _check_type(value)
         if isinstance(proto, GraphProto):
             for annotation in proto.quantization_annotation:
                 _decode_entries(annotation.quant_parameter_tensor_names)
@@ -244,14 +244,20 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
     return scopes
 
 
-def _open_sizes(kind: TypeProto) -> None:
+def _check_type(value: ValueInfoProto) -> None:
     """Make sizes below 0, by which some converters say "any" and which runtimes take so, open ones, in place."""
+    kind = value.type
     for name in ("sequence_type", "optional_type"):
         while kind.HasField(name):
             kind = getattr(kind, name).elem_type
     for dim in kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ():
         if dim.dim_value < 0:
             dim.ClearField("dim_value")
+    if kind.HasField("map_type"):
+        raise ModelFileError(
+            f"{quoted(value.name)} is a map, which is not supported here; let the model hand out tensors instead "
+            "(skl2onnx: options={'zipmap': False})"
+        )
 
 
 def _note_tensor(tensor: TensorProto, findings: Findings) -> None:

@@ -138,6 +138,10 @@ def extended(change: Callable[[ModelProto], object]) -> ModelProto:
         (lambda m: m.graph.input.append(info("x")), r"'x' is defined twice, once as an input of graph 'g'"),
         (lambda m: m.MergeFromString(b"\xfa\x3f\x01a"), r"the model has a field \(number 1023\) that onnx .* not know"),
         (lambda m: m.graph.node[0].MergeFromString(b"\xfa\x3f\x01a"), r"graph 'g' has a field \(number 1023\)"),
+        (
+            lambda m: setattr(m.graph.output[0].type.sequence_type.elem_type.map_type, "key_type", 7),
+            r"'y' is a map, which is not supported here; let the model hand out tensors .*'zipmap': False",
+        ),
     ],
 )
 def test_what_would_be_lost_is_refused(change: Callable[[ModelProto], object], message: str) -> None:
