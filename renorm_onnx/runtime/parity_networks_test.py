@@ -144,6 +144,17 @@ def two_inputs_two_outputs(b, rng):
     return b.model([info("token", ["N"], np.int64), info("x", ["N", 12], b.dtype)], outputs)
 
 
+def classifier(labels):
+    """The name of the largest of five scores, and the scores."""
+    rng, b = np.random.default_rng(7), Builder(False, EPS, False, np.float32)
+    b.normed("Gemm", "x", rng.normal(size=(12, 5)), rng.normal(size=5), make_norm(5), "h", channel_axis=1)
+    b.add("ArgMax", ["h"], "best", axis=1, keepdims=0)
+    b.weights["labels"] = np.array(labels, object)
+    b.add("Gather", ["labels", "best"], "label")
+    text = oh.make_tensor_value_info("label", onnx.TensorProto.STRING, ["N"])
+    return b.model([info("x", ["N", 12])], [info("h", ["N", 5]), text])
+
+
 NETWORKS = {f.__name__: f for f in (mlp, convnet, residual_chain, upsampler, scalar_output, two_inputs_two_outputs)}
 
 
@@ -169,6 +180,19 @@ def test_a_correct_fold_is_accepted_for_other_seeds_too(name, seed):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_model_equals_itself(name):
     assert verify(build(name), build(name)).ok
+
+
+def test_names_of_classes_are_compared_as_text():
+    model = classifier(["cat", "dog", "b\xe4r", "", "a longer name"])
+    candidate, report = fuse(model)
+    assert len(report.folded) == 1
+    assert (verdict := verify(model, candidate)).ok, verdict
+    renamed = next(t for t in candidate.graph.initializer if t.name == "labels")
+    renamed.string_data[1] = b"hound"
+    verdict = verify(model, candidate, sites=False)
+    assert verdict.outcome == "no"
+    assert "label" in verdict.reason
+    assert "hound" in str(verdict)
 
 
 @pytest.mark.parametrize("seed", [2, 3])

@@ -132,7 +132,7 @@ def _discrete_errors(r: Array, u: Array, f: Array) -> Errors:
     fused = np.asarray(f != r)
     flat = int(np.argmax(both if both.any() else fused)) if f.size else 0
     index = tuple(int(i) for i in np.unravel_index(flat, f.shape)) if f.size else ()
-    values = (r[index].item(), u[index].item(), f[index].item()) if f.size else (None, None, None)
+    values = (r.item(index), u.item(index), f.item(index)) if f.size else (None, None, None)  # of text too
     us, fs, neither = (float(wrong.mean()) if f.size else 0.0 for wrong in (unfused, fused, both))
     return Errors(f.size, 1.0, 1.0, us, us, fs, neither, index, values, discrete=True)
 

@@ -102,8 +102,11 @@ def promoted_onnx_type(code: int) -> np.dtype[Any]:
 
 
 def promote(array: Array) -> Array:
-    """`array` in its promoted type, read-only where it still shares memory with the original."""
+    """`array` in its promoted type, read-only where it still shares memory with the original; text as `str`."""
     result = np.asarray(array).astype(promoted_type(array.dtype), copy=False).view()
+    if result.dtype.kind in "OS":  # a file stores bytes, and runtimes return text
+        texts = [each.decode("utf-8", "replace") if isinstance(each, bytes) else each for each in result.flat]
+        result = np.array(texts, object).reshape(result.shape)
     result.flags.writeable = False
     return result
 
