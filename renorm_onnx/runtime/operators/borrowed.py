@@ -12,7 +12,7 @@ import onnx_ir as ir
 from renorm_onnx.runtime.operators.call import Call, Kernel, UnusableError
 
 _NAMES = (
-    "AffineGrid", "BlackmanWindow", "Col2Im", "DFT", "DeformConv", "Det", "HammingWindow", "HannWindow",
+    "AffineGrid", "BlackmanWindow", "Col2Im", "DFT", "Det", "HammingWindow", "HannWindow",
     "MelWeightMatrix", "NegativeLogLikelihoodLoss", "RotaryEmbedding", "STFT",
     "SoftmaxCrossEntropyLoss", "TensorScatter", "Unique",
 )  # fmt: skip
