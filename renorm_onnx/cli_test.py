@@ -119,13 +119,28 @@ def test_nothing_is_written_when_the_verdict_is_no(model, capsys, monkeypatch):
     assert not Path("model.fused.onnx").exists()
 
 
-def test_a_fold_that_could_not_be_judged_is_not_called_wrong(model, capsys, monkeypatch):
+@pytest.mark.parametrize(("places", "options"), [(False, ()), (True, ("--require-verify",)), (False, ("--check",))])
+def test_a_fold_that_could_not_be_judged_is_not_called_wrong(places, options, model, capsys, monkeypatch):
+    from renorm_onnx.runtime.judging import sites, verdict
+
+    monkeypatch.setattr(verdict.Judge, "unusable", lambda self: "reference unusable: it is off")
+    monkeypatch.setattr(sites.SiteReport, "complete", places)
+    assert run("fuse", "model.onnx", *options) == cli.NO
+    assert "the fused model could not be judged, so 'model.fused.onnx' was not" in capsys.readouterr().err
+    assert not Path("model.fused.onnx").exists()
+
+
+def test_a_fold_whose_places_hold_is_written_though_the_original_is_no_yardstick(model, capsys, monkeypatch):
     from renorm_onnx.runtime.judging import verdict
 
     monkeypatch.setattr(verdict.Judge, "unusable", lambda self: "reference unusable: it is off")
-    assert run("fuse", "model.onnx") == cli.NO
-    assert "the fused model could not be judged, so 'model.fused.onnx' was not" in capsys.readouterr().err
-    assert not Path("model.fused.onnx").exists()
+    assert run("fuse", "model.onnx") == cli.YES
+    said = capsys.readouterr()
+    assert "verdict: skipped. Not judged end to end: reference unusable: it is off" in said.out
+    assert "places checked one by one" in said.out
+    assert said.err == ""
+    assert Path("model.fused.onnx").exists()
+    assert run("verify", "model.onnx", "model.fused.onnx") == cli.NO
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ def verify(
         sizes: Values for named sizes that vary, in generated inputs.
         limit: Skip running the models, and say so, if one run costs more. With a limit, on the CPU and on generated
             inputs, whatever else prevents running them is a skip too: onnxruntime is absent or lacks a kernel, the
-            reference evaluation lacks an operator, no generated input fits. None: such things are errors.
+            reference evaluation lacks an operator, no generated input fits, or the reference runs so badly that it is
+            no yardstick, and every rewritten place holds by itself. None: such things are errors.
         sites: Check every rewritten place by itself too (`check_sites`), which also decides. It takes a candidate in
             which a name means the same value as in the reference; None: if `verify` fused it itself, or the candidate
             is a file that `renorm-onnx fuse` wrote.
@@ -245,6 +246,8 @@ class _Comparison:
             self._uncovered = True
             return self._answer(base, runners, "unusable", reason)
         if reason := _first_of(one.judge.unusable() for one in runners):
+            # An original that is run so badly says nothing against a candidate whose every place holds.
+            self._uncovered = self._sites is not None and self._sites.complete
             return self._answer(base, runners, "unusable", reason)
         doubtful = [one for one in runners if _wrong(one)]
         if doubtful and self._neighbours_may_count():
@@ -358,7 +361,7 @@ def _mark(feeds: Mapping[str, Array]) -> tuple[Any, ...]:
 
 
 def _skipped(base: Verdict, why: str) -> Verdict:
-    return replace(base, outcome="skipped", reason=f"Not run end to end: {why}", skipped=(why,))
+    return replace(base, outcome="skipped", reason=f"Not judged end to end: {why}", skipped=(why,))
 
 
 def _environment(providers: Sequence[str]) -> dict[str, Any]:
