@@ -146,6 +146,13 @@ def test_the_body_of_a_loop_absorbs_a_norm_behind_what_it_stacks() -> None:
         assert_fuses(repeated(asked, "m = Mul(l, k) y = Add(m, t)", **scale))
 
 
+def test_what_a_loop_hands_on_from_run_to_run_takes_no_map() -> None:
+    """Not even where one convolution makes it, and nobody but the next run reads it."""
+    body = "a = Conv(s, V) d = Relu(s)"
+    assert_fuses(repeated(body, "y = Mul(f, k)", k=np.array(-0.75)), [Reason.CONSUMER])
+    assert_fuses(repeated(body, f"y = {bn('f')}", **norm(4)), [Reason.CONSUMER])
+
+
 def turned(given: AffineMap) -> AffineMap:
     """A map with its numbers the other way round, as a naive engine would have it."""
     return given._replace(scale=given.scale[::-1])
