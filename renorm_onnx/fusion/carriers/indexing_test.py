@@ -176,6 +176,13 @@ def test_gather_along_other_axes_moves_the_map_with_its_axis() -> None:
     backward("d = Gather<axis=-1>(c, i)", 4, i=np.array(1))
 
 
+def test_channels_that_become_two_axes_pass_no_map_of_one() -> None:
+    """Rows of indices have the right number of channels, and so does each of them."""
+    lines, rows = "d = Gather<axis=1>(c, i)", np.array([[1, 0], [3, 2]])
+    backward(lines, 2, [Reason.AXIS], i=rows)
+    forward(f"e = {lines[4:]} d = Reshape(e, p)", 4, [Reason.AXIS], i=rows, p=np.array([0, 4, 4, 5]))
+
+
 def test_a_table_of_constants_absorbs_what_follows_its_look_up() -> None:
     text = "i = Shape(x) e = Gather(T, i) m = Mul(e, k) y = Add(m, l)"
     model = build(text, "double[N,H] x", "y", T=quarters([5, 4]), k=quarters([4], 1), l=quarters([4], 2))
