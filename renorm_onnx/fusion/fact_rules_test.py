@@ -43,6 +43,7 @@ SIZES = [
     ("y = DepthToSpace<blocksize=2>(x)", (1, 14, 10)),
     ("y = Slice(x, o, e, a)", (2, 7, 5)),
     ("y = ReduceMean<keepdims=0>(x, k)", (4, 5)),
+    ("y = ReduceMean(x, k)", (4, 1, 5)),
     ("y = Unsqueeze(x, a)", (1, 4, 7, 5)),
 ]
 
@@ -78,6 +79,15 @@ def test_only_a_size_that_is_proven_equal_is_the_same_size() -> None:
     assert twice[0] is not batches[0]
     assert joined[0] is not batches[1]
     assert [facts[n].dtype for n in "aby"] == [ir.DataType.FLOAT] * 3
+
+
+def test_a_layer_that_reads_values_of_unknown_rank_makes_its_own_number_of_channels() -> None:
+    weights = {"w": np.zeros((8, 4, 3, 3), np.float32), "u": np.zeros((4, 6, 3, 3), np.float32)}
+    facts = facts_of("s = Squeeze(x) a = Conv(s, w) y = ConvTranspose<group=2>(s, u)", "float[1,N,4,7,5] x", **weights)
+    for name, channels in (("a", 8), ("y", 12)):
+        dims = facts[name].dims
+        assert dims is not None
+        assert [d if isinstance(d, int) else None for d in dims] == [None, channels, None, None]
 
 
 def test_sizes_of_one_are_squeezed_and_no_others() -> None:
