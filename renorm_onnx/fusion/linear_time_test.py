@@ -123,6 +123,16 @@ def test_a_dead_end_for_one_norm_is_none_for_another_that_is_cut_off_before_it()
     assert [e.outcome for e in report.entries] == ["kept", "folded"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_dead_end_behind_one_piece_is_none_for_another_piece_of_the_same_value(order: int) -> None:
+    b = Builder()
+    joined = b.node("Concat", *[b.node("Softmax", "x", axis=1), b.conv("x", 4, 4, 1)][::order], axis=1)
+    starts, ends, axes = ([b.constant(np.array([n])) for n in numbers] for numbers in ((0, 4), (4, 8), (1, 1)))
+    pieces = [b.node("Slice", joined, *bounds) for bounds in zip(starts, ends, axes, strict=True)]
+    _, report = fuse(b.model({"x": ["n", 4, 5, 5]}, [b.node("Sigmoid", b.norm(piece, 4)) for piece in pieces]))
+    assert [e.outcome for e in report.entries] == ["kept", "folded"][::order]
+
+
 @pytest.mark.parametrize("pairs", [20, 80])
 def test_a_deep_network_asks_each_convolution_once(
     asked: Callable[[onnx.ModelProto], tuple[int, FusionReport]], pairs: int
