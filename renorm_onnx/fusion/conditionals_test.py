@@ -205,6 +205,19 @@ def test_nodes_of_two_branches_that_bear_one_name_are_told_apart():
     assert_same(model, fused)
 
 
+def test_nodes_of_two_branches_that_are_both_taken_are_told_apart_where_no_third_bears_their_name():
+    b = Builder()
+    taken = [
+        choose(b, b.constant(np.array(True)), lambda: [b.conv("x", 4, 6)], lambda: [b.node("Relu", "x")]) for _ in "ab"
+    ]
+    model = b.model(IMAGE, [b.norm(t, 6) for t in taken])
+    for chooser in (n for n in model.graph.node if n.op_type == "If"):
+        next(a.g for a in chooser.attribute if a.name == "then_branch").node[0].name = "conv"
+    fused, _ = fuse(model)
+    assert sorted(n.name for n in fused.graph.node) == ["conv", "conv_1"]
+    assert_same(model, fused)
+
+
 def test_names_inside_a_branch_make_way_for_those_of_the_opened_if():
     b = Builder()
     h = b.conv("x", 4, 6)
