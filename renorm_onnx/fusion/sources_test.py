@@ -54,6 +54,15 @@ def test_constants_over_width_or_of_higher_rank_are_no_channel_maps(shape):
     assert_same(model, fused, n=C)
 
 
+def test_a_constant_that_raises_the_rank_of_what_it_meets_is_no_map():
+    b = Builder()
+    h = b.node("Gemm", "x", b.normal(4, C))
+    model = b.model({"x": ["n", 4]}, [b.node("Mul", h, b.normal(1, 1, C))])
+    fused, _ = fuse(model)
+    assert operators(fused) == ["Gemm", "Mul"]
+    assert_same(model, fused)
+
+
 def test_a_constant_that_broadcasts_its_operand_is_no_map():
     b = Builder()
     h = b.conv("x", 4, 1)
