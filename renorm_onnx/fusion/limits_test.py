@@ -41,6 +41,15 @@ def test_parameters_that_cannot_be_folded_are_refused_by_name(changes, reason):
     assert operators(fused) == ["Conv", "BatchNormalization"]
 
 
+def test_a_filter_with_zeros_in_it_loses_its_digits_as_any_other():
+    b = Builder()
+    weight = b.rng.normal(size=(6, 4, 1, 1))
+    weight[:, 0] = 0
+    y = b.node("Conv", b.node("Mul", "x", b.constant(np.full((4, 1, 1), 1e-39))), b.constant(weight))
+    _, report = fuse(b.model({"x": ["n", 4, "h", "w"]}, [y]))
+    assert report.entries[0].refusals[-1].reason == Reason.UNDERFLOW
+
+
 def forward_model(kappa: float) -> onnx.ModelProto:
     b = Builder()
     stats = [b.constant(v) for v in (np.full(4, 0.7), np.full(4, 0.1), np.full(4, kappa), np.ones(4))]
