@@ -140,3 +140,15 @@ def test_a_norm_behind_a_dynamically_quantized_layer_folds_into_its_scale_and_bi
     assert not report.kept
     assert "BatchNormalization" not in counted(fused)
     assert_close(model, fused)
+
+
+def test_pieces_are_cut_along_the_first_axis_where_none_is_named() -> None:
+    facts = facts_of("y, z = Split<num_outputs=2>(x)", "float[6,N] x")
+    assert [facts[name].dims[0] for name in "yz"] == [3, 3]
+
+
+def test_quantized_values_have_the_sizes_of_what_they_stand_for() -> None:
+    body = "a = QuantizeLinear(x, s) b = QuantizeLinear<output_dtype=3>(x, s) y = DequantizeLinear(a, s)"
+    facts = facts_of(body, "float[4,7] x", opset=21, s=np.float32(0.5))
+    assert [facts[name].dims for name in "aby"] == [(4, 7)] * 3
+    assert [facts[name].dtype for name in "aby"] == [DataType.UINT8, DataType.INT8, DataType.FLOAT]

@@ -38,3 +38,13 @@ def test_a_slice_is_what_onnxruntime_cuts_or_unknown(size: int, step: int) -> No
         sized = facts_of("y = Slice(x, o, e, , s)", f"float[{size}] x", **bounds)["y"]
         assert sized.dims == want.shape, (start, end)
         np.testing.assert_array_equal(evaluate(graph, {"x": k, **bounds})["y"], want, str((start, end)))
+
+
+def test_an_open_size_is_the_same_where_nothing_is_cut_off_or_merged_with_it() -> None:
+    bounds = {"o": np.array([0]), "e": np.array([2**31 - 1]), "a": np.array([1])}
+    facts = facts_of(
+        "i = Identity(x) s = Slice(i, o, e, a) f = Flatten<axis=3>(s) y = Relu(f)", "float[1,N,1,4] x", **bounds
+    )
+    whole, cut, flat = (facts[name].dims for name in "isf")
+    assert cut[1] is whole[1]
+    assert flat[0] is whole[1]

@@ -180,6 +180,7 @@ CONTENTS = [
     ("t = Transpose(k) y = MatMul(k, t)", lambda k: k @ k.T),
     ("a, b = Split<axis=1, num_outputs=2>(k) y = Sub(a, b)", lambda k: k[:, :2] - k[:, 2:]),
     ("a = EyeLike<k=1>(k) y = Mul(a, k)", lambda k: np.eye(3, 4, 1) * k),
+    ("a = EyeLike(k) y = Mul(a, k)", lambda k: np.eye(3, 4) * k),
     ("a = Cast<to=1>(r) y = Mul(a, k)", lambda k: np.array([1.0, 3, 5, 7]) * k),
     ("y = Tile(k, p)", lambda k: np.tile(k, (2, 1))),
     ("a = Mul(k, u) b = Cast<to=7>(a) c = Cast<to=1>(b) y = Mul(c, k)", lambda k: np.trunc(4 * k) * k),
