@@ -129,6 +129,20 @@ def test_slices_before_opset_10_have_attributes() -> None:
     forward("d = Slice<starts=[0,1,-2], ends=[9,3,9]>(c)", 2, opset=9)
 
 
+def test_slices_have_operands_from_opset_10_on() -> None:
+    for way in (backward, forward):
+        way("d = Slice(c, o, e, a)", 2, opset=10, o=np.array([1]), e=np.array([3]), a=np.array([1]))
+
+
+def test_a_slice_whose_end_is_a_size_of_the_input_passes_no_map_of_channels() -> None:
+    text = f"e = Shape<end=1>(z) c = Conv(x, W) d = Slice(c, o, e, a) y = {bn('d')}"
+    constants = {"o": np.array([0]), "a": np.array([1]), "W": WEIGHTS["W"]}
+    assert_fuses(build(text, f"{IMAGE}, double[N,H] z", "y", **constants, **norm(2)), [Reason.SHAPE])
+    text = f"e = Shape<end=1>(z) c = {bn('x')} d = Slice(c, o, e, a) y = Conv(d, W)"
+    constants["W"] = quarters([3, 2, 1, 1])
+    assert_fuses(build(text, "double[N,4,H,W] x, double[N,H] z", "y", **constants, **norm(4)), [Reason.SHAPE])
+
+
 def test_a_norm_behind_one_slice_leaves_the_channels_of_another_as_they_are() -> None:
     text = f"c = Conv(x, W) a = Slice(c, o, e, i) b = Slice(c, e, f, i) y = {bn('a')} z = Relu(b)"
     bounds = {"o": np.array([0]), "e": np.array([2]), "f": np.array([4]), "i": np.array([1])}
