@@ -142,3 +142,24 @@ def test_a_new_border_of_unknown_type_is_refused() -> None:
     )
     [entry] = engine.fuse(model)[1].entries
     assert Reason.DTYPE in [r.reason for r in entry.refusals]
+
+
+def test_pads_and_values_that_are_not_constant_are_refused() -> None:
+    sizes = "s = Shape<end=1>(z) p = Concat<axis=0>(n, s)"
+    places = {"n": np.array([0, 1, 0, 0, 0, 0, 0])}
+    inputs, weights = "double[N,4,H,W] x, double[N] z", {"W": quarters([4, 4, 1, 1])}
+    behind, before = f"c = Conv(x, W) d = Pad(c, p) y = {bn('d')}", f"c = {bn('x')} d = Pad(c, p) y = Conv(d, V)"
+    constants = weights | places | norm(5, shift=False)
+    assert_fuses(build(f"{sizes} {behind}", inputs, "y", **constants), [Reason.SHAPE])
+    constants = {"V": quarters([3, 5, 1, 1])} | places | norm(4, shift=False)
+    assert_fuses(build(f"{sizes} {before}", inputs, "y", **constants), [Reason.SHAPE])
+    value = "v = ReduceMax<keepdims=0>(z)"
+    for text, more in ((behind, {"W": weights["W"]}), (before, {"V": weights["W"]})):
+        model = build(f"{value} {text.replace('Pad(c, p)', 'Pad(c, p, v)')}", inputs, "y", p=AROUND, **more, **norm(4))
+        assert_fuses(model, [Reason.NOT_CONSTANT])
+
+
+def test_a_scale_of_zero_gives_no_border_back() -> None:
+    body = "c = Mul(x, k) e = Add(c, l) d = Pad(e, p, v) y = Conv(d, W)"
+    constants = {"k": np.array(0.0), "l": np.array(0.75), "v": np.array(0.5), "W": quarters([3, 4, 2, 2])}
+    assert_fuses(build(body, "double[N,4,H,W] x", "y", p=AROUND, **constants), [Reason.PADDING])
