@@ -19,8 +19,15 @@ def test_every_map_passes_on_both_sides(lines: str) -> None:
 def test_dropout_in_training_mode_is_refused() -> None:
     backward("d = Dropout(c, r, t)", 4, [Reason.TRAINING], r=np.array(0.5), t=np.array(True))
     backward("d = Dropout(c, r, t)", 4, r=np.array(0.5), t=np.array(False))
+    backward("d = Dropout(c, , t)", 4, [Reason.TRAINING], t=np.array(True))
     asked = "s = Size(x) t = Cast<to=9>(s) d = Dropout(c, r, t)"
     backward(asked, 4, [Reason.TRAINING], r=np.array(0.5))
+
+
+@pytest.mark.parametrize(("attributes", "kept"), [("", [Reason.TRAINING]), ("<is_test=1>", [])])
+def test_dropout_before_opset_7_is_in_training_mode_unless_it_says_so(attributes: str, kept: list[Reason]) -> None:
+    body = f"c = Conv(x, W) d = Dropout{attributes}(c) y = Mul(d, k)"
+    assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=6, W=quarters([4, 3, 1, 1]), k=np.array(-1.5)), kept)
 
 
 def test_a_cast_to_a_narrower_float_is_refused() -> None:
