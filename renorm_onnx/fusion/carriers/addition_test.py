@@ -93,6 +93,10 @@ def test_different_scales_do_not_go_forward_through_one_sum() -> None:
     assert_fuses(model, [Reason.SHIFT])
 
 
+def test_channels_in_another_order_lack_other_scales() -> None:
+    forward("e = Gather<axis=1>(c, i) d = Add(c, e)", 4, [Reason.CONFLICT], i=np.array([1, 0, 3, 2]))
+
+
 @pytest.mark.parametrize("last", ["Add(p, k)", "Sub(p, k)", "Sub(k, p)"])
 def test_a_map_goes_forward_past_a_constant_of_its_axis(last: str) -> None:
     lines = f"p = MaxPool<kernel_shape=[2,2]>(c) d = {last}"
