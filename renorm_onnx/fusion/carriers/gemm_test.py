@@ -120,3 +120,12 @@ def test_a_chain_before_the_right_factor_scales_the_constant_left_one(c: tuple[i
     weights |= {} if c is None else {"C": quarters(c, 2)}
     inputs = "double[6,3] x" if trans_b else "double[3,6] x"
     assert operators(assert_fuses(build(body, inputs, "y", **weights))) == {"Gemm": 1}
+
+
+@pytest.mark.parametrize(("line", "shape"), [("g = Gemm(a, B)", [5, 1]), ("g = Gemm<transA=1>(a, C)", [1, 3])])
+def test_a_scale_of_rows_goes_past_gemm_into_what_sums_over_them(line: str, shape: list[int]) -> None:
+    weights = {"B": quarters([3, 6]), "C": quarters([5, 6], 1)} | {"k": quarters(shape, 2)}
+    name = line[-2]
+    body = f"a = Mul(x, k) {line} y = MatMul(A, g)"
+    used = {n: w for n, w in weights.items() if n in ("k", name)} | {"A": quarters([2, 3 if name == "C" else 5], 3)}
+    assert operators(assert_fuses(build(body, "double[5,3] x", "y", **used))) == {"Gemm": 1, "MatMul": 1}

@@ -221,3 +221,10 @@ def test_axes_that_do_not_move_with_the_elements_are_seen(monkeypatch: pytest.Mo
     monkeypatch.setattr(AffineMap, "moved", fault)
     with pytest.raises(AssertionError):
         backward(SHUFFLE, 6, filters=6, inputs="double[N,3,4,5] x", **SHUFFLED)
+
+
+def test_without_axes_all_sizes_of_one_are_squeezed() -> None:
+    backward("d = Squeeze(c)", 4, inputs="double[2,3,1,5] x")
+    text = f"c = {bn('x')} d = Squeeze(c) y = Conv(d, W)"
+    model = build(text, "double[2,4,1,5] x", "y", W=quarters([3, 4, 1]), **norm(4))
+    assert operators(assert_fuses(model)) == {"Squeeze": 1, "Conv": 1}
