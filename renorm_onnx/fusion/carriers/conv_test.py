@@ -124,3 +124,13 @@ def test_one_number_for_all_channels_goes_into_every_group() -> None:
     body = "c = Mul(x, k) d = Add(c, l) y = Conv<group=2>(d, W)"
     constants = {"W": quarters([6, 2, 2, 2]), "k": np.array(-1.5), "l": np.array(0.75)}
     assert operators(assert_fuses(build(body, "double[N,4,H,W] x", "y", **constants))) == {"Conv": 1}
+
+
+@pytest.mark.parametrize("operator", ["Conv", "ConvTranspose", "InstanceNormalization"])
+def test_a_norm_of_parameters_stays(operator: str) -> None:
+    """It would have to change the numbers that something else is multiplied by."""
+    vector = operator == "InstanceNormalization"
+    inputs = f"double[N,4,H,W] x, {'double[4] z, double[4] m' if vector else 'double[4,4,1,1] z'}"
+    shape = [4] if vector else [4, 1, 1]
+    body = f"e = Mul(z, k) c = Add(e, l) y = {operator}(x, c{', m' if vector else ''})"
+    assert_fuses(build(body, inputs, "y", k=quarters(shape), l=quarters(shape, 1)), [Reason.WEIGHT])
