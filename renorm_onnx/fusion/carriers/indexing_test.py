@@ -97,6 +97,12 @@ def test_a_norm_behind_one_output_of_split_leaves_the_other_as_it_is() -> None:
     assert_fuses(build(text, "double[N,3,4,5] x", "y, z", W=WEIGHTS["W"], **norm(4)), [Reason.AXIS])
 
 
+def test_a_norm_that_nobody_reads_goes_and_what_else_reads_the_pieces_stays() -> None:
+    text = f"c = Conv(x, W) a, b = Split<axis=1, num_outputs=2>(c) n = {bn('a')} y = Relu(b)"
+    fused = assert_fuses(build(text, IMAGE, "y", W=WEIGHTS["W"], **norm(2)))
+    assert operators(fused) == {"Conv": 1, "Split": 1, "Relu": 1}
+
+
 def test_an_output_of_split_that_nobody_reads_follows_the_others() -> None:
     text = f"c = Conv(x, W) a, b = Split<axis=2, num_outputs=2>(c) y = {bn('a')}"
     assert_fuses(build(text, "double[N,3,4,5] x", "y", W=WEIGHTS["W"], **norm(4)))
@@ -148,6 +154,8 @@ def test_a_norm_behind_one_slice_leaves_the_channels_of_another_as_they_are() ->
     bounds = {"o": np.array([0]), "e": np.array([2]), "f": np.array([4]), "i": np.array([1])}
     fused = assert_fuses(build(text, IMAGE, "y, z", W=WEIGHTS["W"], **bounds, **norm(2)))
     assert operators(fused) == {"Conv": 1, "Slice": 2, "Relu": 1}
+    alone = f"{text[: text.index(' y = ')]} y = Mul(a, k) z = Relu(b)"
+    assert operators(assert_fuses(build(alone, IMAGE, "y, z", W=WEIGHTS["W"], **bounds, k=np.array(-1.5))))["Mul"] == 0
     both = f"{text} u = {bn('b', 'bm')} v = Relu(u)"
     fused = assert_fuses(
         build(both, IMAGE, "y, z, v", W=WEIGHTS["W"], **bounds, **norm(2), **norm(2, "bm", 5)), [Reason.CONSUMER]
