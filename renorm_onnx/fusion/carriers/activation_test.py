@@ -32,6 +32,12 @@ def test_clip_moves_its_bounds(k: float) -> None:
     assert operators(assert_fuses(model)) == {"Conv": 1, "Clip": 1}
 
 
+def test_bounds_are_operands_from_opset_11_on() -> None:
+    body = "c = Conv(x, W) d = Clip(c, lo, hi) y = Mul(d, k)"
+    constants = {"lo": np.array(-0.5), "hi": np.array(1.25), "k": np.array(1.5), "W": quarters([4, 3, 1, 1])}
+    assert operators(assert_fuses(build(body, "double[N,3,H,W] x", "y", opset=11, **constants)))["Mul"] == 0
+
+
 def test_bounds_in_attributes_move_too() -> None:
     body = "c = Conv(x, W) d = Clip<min=0.0, max=6.0>(c) m = Mul(d, k) y = Add(m, l)"
     constants = {"W": quarters([4, 3, 1, 1]), "k": np.array(1.5), "l": np.array(0.25)}
