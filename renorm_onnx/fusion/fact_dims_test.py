@@ -105,6 +105,11 @@ def test_einsum_hands_on_the_sizes_of_its_letters() -> None:
         assert facts_of(f'y = Einsum<equation="{equation}">(x, w)', "float[N,4,7,H] x", **weights)["y"].dims is None
 
 
+def test_an_open_size_stays_the_same_where_only_sizes_of_one_meet_it() -> None:
+    facts = facts_of("i = Identity(x) y = Add(i, k)", "float[N,4] x", k=np.zeros((1, 4), np.float32))
+    assert facts["y"].dims == facts["i"].dims
+
+
 def test_a_letter_of_size_one_is_broadcast() -> None:
     for weight, sizes in (((1, 5), (3, 5)), ((3, 1), (3, 5)), ((3, 5), (3, 5))):
         facts = facts_of('y = Einsum<equation="bij,ij->bij">(x, w)', "float[2,3,5] x", w=np.zeros(weight, np.float32))
