@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from renorm_onnx.runtime.judging.outputs import Variation
+from renorm_onnx.runtime.judging.outputs import Variation, largest_difference
 from renorm_onnx.runtime.judging.verdict import ENOUGH
 
 
@@ -29,3 +29,18 @@ def test_what_never_changes_is_dead(arrays, dead):
     for array in arrays:
         variation.add(array)
     assert variation.is_dead == dead
+
+
+@pytest.mark.parametrize(
+    ("once", "again", "difference"),
+    [
+        ([1.0, np.nan, np.inf], [1.0, np.nan, np.inf], 0.0),
+        ([1.0, 2.0, -3.0], [1.0, 2.5, -3.25], 0.5),
+        ([1, 2], [1, 5], 3.0),
+        (["a", "b"], ["a", "b"], 0.0),
+        (["a", "b"], ["a", "c"], 1.0),
+        ([1.0], [1.0, 1.0], np.inf),
+    ],
+)
+def test_two_runs_differ_by_the_largest_difference_of_an_element(once, again, difference):
+    assert largest_difference(np.array(once), np.array(again)) == difference
