@@ -1,4 +1,5 @@
 import numpy as np
+import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
 import pytest
@@ -12,6 +13,14 @@ IMAGE = InputSpec("x", np.dtype(np.float32), ("N", 3, 32, 32), 2)
 def specs_of(inputs, body="y = Identity(x)", opset=17):
     text = f'<ir_version: 8, opset_import: ["" : {opset}]> g ({inputs}) => (float[N] y) {{ {body} }}'
     return input_specs(ir.from_proto(onnx.parser.parse_model(text)))
+
+
+def test_an_input_with_a_default_is_not_fed():
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[N] x, float[1] k) => (float[N] y) { y = Mul(x, k) }'
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([2.0]), "k"))
+    assert [spec.name for spec in input_specs(ir.from_proto(model))] == ["x"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
