@@ -91,6 +91,19 @@ def test_fewer_than_two_valid_positions_teach_nothing_where_nobody_looks(valid):
     assert layer.num_batches_tracked.item() == 1
 
 
+def test_one_position_is_refused_though_the_mask_leaves_it():
+    with pytest.raises(InputError, match="the mask leaves 1 valid"):
+        layer_for(2)(torch.ones(1, 3, dtype=torch.float64), torch.tensor([True]))
+
+
+def test_the_unbiased_variance_of_two_valid_positions_is_that_of_a_sample():
+    layer, x, mask = layer_for(3, stat="var_unbiased"), make_batch(3), mask_of(2)
+    before = layer.running_var.clone()
+    layer(x, mask)
+    sample = x.movedim(1, -1)[mask].var(0, correction=1)
+    torch.testing.assert_close(layer.running_var, 0.9 * before + 0.1 * sample, rtol=1e-12, atol=0)
+
+
 def test_a_batch_without_positions_and_an_evaluation_need_no_valid_ones():
     layer = layer_for(3)
     assert layer(torch.zeros(0, 3, 5, dtype=torch.float64), torch.zeros(0, 5, dtype=torch.bool)).shape == (0, 3, 5)
