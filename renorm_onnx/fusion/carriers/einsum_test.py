@@ -112,3 +112,8 @@ def test_a_weight_that_broadcasts_a_letter_counts_every_element_of_it() -> None:
     fused = assert_fuses(build(text, "double[N,4] x", "y", **weights))
     assert operators(fused) == {"Einsum": 1, "Add": 1}
     assert_fuses(build(text, "double[N,W] x", "y", **weights), [Reason.SHIFT])
+
+
+def test_a_norm_that_both_factors_read_stays() -> None:
+    text = f'c = {bn("x")} y = Einsum<equation="bchw,bdhw->bcd">(c, c)'
+    assert_fuses(build(text, IMAGE, "y", **norm(4)), [Reason.WEIGHT])
