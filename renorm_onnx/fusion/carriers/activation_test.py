@@ -95,3 +95,9 @@ def test_a_jump_takes_no_shift() -> None:
     body = "c = Conv(x, W) d = ThresholdedRelu<alpha=0.5>(c) y = Add(d, k)"
     model = build(body, "double[N,3,H,W] x", "y", W=quarters([4, 3, 1, 1]), k=np.array(1.5))
     assert_fuses(model, [Reason.SHIFT])
+
+
+def test_a_bound_that_is_not_constant_is_refused() -> None:
+    text = "lo = ReduceMin<keepdims=0>(x) c = Conv(x, W) d = Clip(c, lo) y = Mul(d, k)"
+    constants = {"W": quarters([4, 3, 1, 1]), "k": np.array(1.5)}
+    assert_fuses(build(text, "double[N,3,H,W] x", "y", **constants), [Reason.NOT_CONSTANT])
