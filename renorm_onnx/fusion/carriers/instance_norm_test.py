@@ -98,3 +98,11 @@ def test_the_statistics_take_no_map() -> None:
     b.node("Mul", "m", b.constant(0.75), out="y")
     _, report = fuse(b.model({"x": [2, 5]}, ["y", "z"]))
     assert [r.reason for r in report.entries[0].refusals] == [Reason.OUTPUTS, Reason.GRAPH_OUTPUT]
+
+
+@pytest.mark.parametrize("parameters", ["z, b", "s, z"])
+def test_a_layer_normalization_whose_parameters_are_not_constant_keeps_a_norm(parameters: str) -> None:
+    text = f"c = LayerNormalization(x, {parameters}) m = Mul(c, k) y = Add(m, l)"
+    constants = {"k": quarters([5], 1), "l": quarters([5], 2), "s": quarters([5], 3), "b": quarters([5], 4)}
+    used = {name: value for name, value in constants.items() if name in "kl" or name in parameters}
+    assert_fuses(build(text, "double[N,4,5] x, double[5] z", "y", **used), [Reason.WEIGHT])
