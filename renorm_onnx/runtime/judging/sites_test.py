@@ -85,6 +85,12 @@ def test_a_bias_moved_in_the_fifth_digit_is_found_where_it_is(name, size):
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["ok"] is False
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bias_that_is_no_number_is_found_where_it_is(value):
+    report = check_sites(load(build("mlp")), load(edit(build("mlp", fold=True), "h_b", lambda a: a.fill(value))))
+    assert [site.name for site in report.wrong] == ["h"], report
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_weight_off_in_the_fourth_digit_is_found(name):
     def change(array):
