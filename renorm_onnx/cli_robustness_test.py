@@ -215,9 +215,12 @@ def test_a_disk_that_takes_no_more_leaves_nothing_behind(folder, command):
 def test_an_interrupt_is_one_line_and_leaves_nothing_behind(folder, command):
     before = sorted(os.listdir(folder))
     interrupted = 0
-    for delay in (0.4, 0.8, 1.6):
+    began = time.monotonic()
+    assert finished(folder, "--version")[0] == cli.YES
+    entered = 1.5 * (time.monotonic() - began)  # before that, Python itself has the signal
+    for delay in (0.2, 0.6, 1.4):
         process = started(folder, *command, "model.onnx")
-        time.sleep(delay)
+        time.sleep(entered + delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
         # The signal itself ends Python where it comes inside `exec`, as of a named tuple, or after all is done, when
