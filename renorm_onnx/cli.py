@@ -147,9 +147,12 @@ def _fuse(arguments: argparse.Namespace) -> _Outcome:
         allow_symlinks=arguments.allow_symlinks,
     )
     if not result.ok:
-        wrong = result.verdict is not None and result.verdict.outcome == "no"
-        said = "is not right" if wrong else "could not be judged"
-        print(f"renorm-onnx fuse: the fused model {said}, so {result.target!r} was not written", file=sys.stderr)
+        said, hint = "could not be judged", ""
+        if result.only_rounds_worse:
+            said, hint = "rounds worse", "; every rewritten place holds by itself (--no-verify writes it)"
+        elif result.verdict is not None and result.verdict.outcome == "no":
+            said = "is not right"
+        print(f"renorm-onnx fuse: the fused model {said}, so {result.target!r} was not written{hint}", file=sys.stderr)
     return NO if not result.ok or (arguments.check and result.report.changed) else YES, result
 
 

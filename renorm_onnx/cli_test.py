@@ -119,6 +119,19 @@ def test_nothing_is_written_when_the_verdict_is_no(model, capsys, monkeypatch):
     assert not Path("model.fused.onnx").exists()
 
 
+def test_a_fold_that_only_rounds_worse_is_not_called_wrong(model, capsys, monkeypatch):
+    from renorm_onnx.runtime.judging import verdict
+
+    monkeypatch.setattr(verdict, "WORST", 1e-9)
+    assert run("fuse", "model.onnx") == cli.NO
+    said = capsys.readouterr()
+    assert (
+        "the fused model rounds worse, so 'model.fused.onnx' was not written; every rewritten place holds" in said.err
+    )
+    assert "verdict: no. On cpu" in said.out
+    assert not Path("model.fused.onnx").exists()
+
+
 @pytest.mark.parametrize(("places", "options"), [(False, ()), (True, ("--require-verify",)), (False, ("--check",))])
 def test_a_fold_that_could_not_be_judged_is_not_called_wrong(places, options, model, capsys, monkeypatch):
     from renorm_onnx.runtime.judging import sites, verdict

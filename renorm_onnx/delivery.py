@@ -7,6 +7,7 @@ no function is opened is copied byte for byte.
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -65,6 +66,14 @@ class FusedFile:
     def ok(self) -> bool:
         """Whether the fused model is not known to be wrong."""
         return self.verdict is None or self.verdict.outcome in ("yes", "skipped")
+
+    @property
+    def only_rounds_worse(self) -> bool:
+        """Whether the check said no though every rewritten place holds: the same is computed, with larger errors."""
+        verdict = self.verdict
+        if verdict is None or verdict.outcome != "no" or verdict.problems:
+            return False
+        return _places_hold(verdict) and not any(math.isinf(row.typical) for row in verdict.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
