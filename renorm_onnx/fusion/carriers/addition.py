@@ -8,17 +8,17 @@ Formula:
     y = sum of k_i x_i with k = 1, 1 (Add, Sum), 1, -1 (Sub) or 1/n (Mean). At the output every x_i takes the scale;
     one of them, x, takes the shift t / (sum of the k_i at which x stands). At the inputs the scales must be one and
     the same, and the shifts add up; a shift alone ends in a constant operand, and a scale goes past a constant c:
-    s x + t + c = s (x + c) + (t + c - s c). Constants are widened to vary along the map.
+    s x + t + c = s (x + c) + (t + c - s c) = s (x + c / s) + t. Constants are widened to vary along the map.
     Source: ONNX Add, Sub, Sum, Mean in all versions.
 Refuses when:
     a per-channel scale meets a computed operand that is not proven to have all the channels, or whose rank is
-    unknown; no operand can take the shift; at the inputs, an operand that does not come from the norm would need
-    the scale.
+    unknown; no operand can take the shift; at the inputs, a computed operand that does not come from the norm would
+    need the scale, or a constant one a scale of zero taken back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -182,7 +182,7 @@ class Addition(Carrier):
                 return refuse(Reason.CONFLICT, node, "gets operands that lack different scales")
         assert total is not None, "some operand brought the node here"
         if len(maps) < len(node.inputs) and total.has_scale:
-            return _commuted(node, total, desk)
+            return _commuted(node, total, rank, desk, [i for i in range(len(node.inputs)) if i not in maps])
         for index in () if total.has_scale or not total.has_shift else range(len(node.inputs)):
             parameter = desk.parameter(node, index)
             share = total.with_shift(total.shift / coefficient(node, index))
@@ -212,13 +212,27 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
     return next((f for f in fits if absorbs_soon(node.inputs[f[0]], desk, shift=True)), fits[0])
 
 
-def _commuted(node: ir.Node, total: AffineMap, desk: Desk) -> Step | Refusal:
-    """``s x + t + c = s (x + c) + (t + c - s c)``: a scale goes past a constant."""
+def _commuted(
+    node: ir.Node, total: AffineMap, rank: int | None, desk: Desk, constants: Sequence[int]
+) -> Step | Refusal:
+    """``s x + t + c = s (x + c) + (t + c - s c)`` for a constant along the map, ``= s (x + c / s) + t`` for another."""
     link = constant_operator(node, desk)
-    if link is None:
+    if link is not None and set(link.map.axes) <= set(total.axes):
+        total, added = together(total, link.map)
+        return Step((), {0: total.with_shift(total.shift + added.shift - total.scale * added.shift)})
+    parameters = [desk.parameter(node, index) for index in constants]
+    if None in parameters:
         return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
-    total, added = together(total, link.map)
-    return Step((), {0: total.with_shift(total.shift + added.shift - total.scale * added.shift)})
+    if not total.scale.all():
+        return refuse(Reason.SCALE, node, "adds a constant, which a scale of zero would take with it")
+    inverse = AffineMap(1 / total.scale, np.zeros(total.shift.shape), total.axes, total.periodic)
+    edits: list[Edit] = []
+    for index, parameter in zip(constants, parameters, strict=True):
+        changed = None if parameter is None else widened(parameter, inverse, rank, desk)
+        if changed is None:
+            return refuse(Reason.SHAPE, node, f"has operand {index}, a constant that is not widened")
+        edits.append(SetInput(node, index, changed))
+    return Step(tuple(edits), {0: total})
 
 
 def _sum(one: AffineMap, two: AffineMap) -> AffineMap | None:

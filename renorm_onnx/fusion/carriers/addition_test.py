@@ -104,6 +104,23 @@ def test_a_map_goes_forward_past_a_constant_of_its_axis(last: str) -> None:
     assert operators(fused) == {"MaxPool": 1, "Conv": 1}
 
 
+@pytest.mark.parametrize("shape", [(4, 4, 5), (4, 5), (5,), (1, 4, 4, 5), (1, 4, 1)])
+@pytest.mark.parametrize("order", ["Add(c, k)", "Add(k, c)", "Sub(c, k)", "Sub(k, c)", "Sum(c, k, k)", "Mean(k, c)"])
+def test_a_map_goes_forward_past_a_constant_of_other_axes_which_is_divided(shape: tuple[int, ...], order: str) -> None:
+    """As a position embedding behind a norm; scales that divide without rounding."""
+    text = f"e = Mul(x, s) c = Add(e, t) d = {order} y = Conv(d, W)"
+    scale = np.array([2.0, -0.5, 4, -1]).reshape(4, 1, 1)
+    constants = {"s": scale, "t": quarters([4, 1, 1]), "k": quarters(shape, 3), "W": quarters([3, 4, 1, 1])}
+    fused = assert_fuses(build(text, "double[N,4,H,W] x", "y", **constants))
+    assert operators(fused) == {order.partition("(")[0]: 1, "Conv": 1}
+
+
+def test_a_scale_of_zero_takes_no_constant_with_it() -> None:
+    text = "c = Mul(x, s) e = Add(c, t) d = Add(e, k) y = Conv(d, W)"
+    constants = {"s": np.array([2.0, 0, -1]).reshape(3, 1, 1), "t": quarters([3, 1, 1]), "k": quarters([3, 4, 5], 1)}
+    assert_fuses(build(text, "double[N,3,H,W] x", "y", W=WEIGHTS["W"], **constants), [Reason.SCALE])
+
+
 def test_the_axis_of_a_map_is_counted_from_the_end_where_an_operand_broadcasts() -> None:
     text = "c = Add(x, k) d = Add(c, z) y = Conv(d, W)"
     constants = {"k": quarters([3, 1, 1]), "W": WEIGHTS["W"]}
