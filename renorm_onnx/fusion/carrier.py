@@ -76,8 +76,9 @@ class Step(NamedTuple):
 class Desk:
     """What carriers may read: facts about values, and constant operands with the folds already planned for them."""
 
-    def __init__(self, facts: Facts) -> None:
+    def __init__(self, facts: Facts, max_weight: float = float("inf")) -> None:
         self.facts = facts
+        self.max_weight = max_weight
         self.pending: dict[tuple[ir.Node, int], Parameter] = {}
         # Whether others read what Slice and Gather leave out of their data, so that it must stay as it is.
         self.apart = False

@@ -133,7 +133,7 @@ class _Engine:
         self._limits = options.limits()
         assumed = options.assume_constant_initializers
         facts = Facts(model, RULES, CONSTANT_OPERATORS, assume_constant_initializers=assumed)
-        self._desk = Desk(facts)
+        self._desk = Desk(facts, self._limits.max_weight)
         self._rewriter = Rewriter(model, facts.opset)
         training = count_training_layers(model)
         self._report = FusionReport(training_layers=training, operators_before=count_operators(model))
