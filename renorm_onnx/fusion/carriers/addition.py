@@ -8,7 +8,8 @@ Formula:
     y = sum of k_i x_i with k = 1, 1 (Add, Sum), 1, -1 (Sub) or 1/n (Mean). At the output every x_i takes the scale;
     one of them, x, takes the shift t / (sum of the k_i at which x stands). At the inputs the scales must be one and
     the same, and the shifts add up; a shift alone ends in a constant operand, and a scale goes past a constant c:
-    s x + t + c = s (x + c) + (t + c - s c) = s (x + c / s) + t. Constants are widened to vary along the map.
+    s x + t + c = s (x + (c + t) / s), or for a scale next to nothing s (x + c) + (t + c - s c), and past one of other
+    axes s (x + c / s) + t. Constants are widened to vary along the map.
     Source: ONNX Add, Sub, Sum, Mean in all versions.
 Refuses when:
     a per-channel scale meets a computed operand that is not proven to have all the channels, or whose rank is
@@ -26,11 +27,13 @@ import onnx_ir as ir
 from renorm_onnx.fusion.affine import AffineMap, together
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetInput, Step, refuse
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.parameters import Parameter
+from renorm_onnx.fusion.parameters import Parameter, largest
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import constant_operator
 
 ABSORBING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "DequantizeLinear")
+# A scale below it leaves a constant as it is: W s would lose digits that c / s needs.
+SMALL = 2.0**-10
 BENDING = ("Relu", "LeakyRelu", "PRelu", "Mul", "Div")
 PASSING = (
     *("Identity", "Dropout", "Relu", "LeakyRelu", "MaxPool", "AveragePool", "Reshape", "Transpose", "Flatten"),
@@ -215,16 +218,35 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
 def _commuted(
     node: ir.Node, total: AffineMap, rank: int | None, desk: Desk, constants: Sequence[int]
 ) -> Step | Refusal:
-    """``s x + t + c = s (x + c) + (t + c - s c)`` for a constant along the map, ``= s (x + c / s) + t`` for another."""
+    """``s x + t + c = s (x + (c + t) / s)``: a constant stays as far from x, in units of x, as it was.
+
+    Where s is next to nothing, or the quotient too large, ``s x + t + c = s (x + c) + (t + c - s c)``.
+    """
     link = constant_operator(node, desk)
-    if link is not None and set(link.map.axes) <= set(total.axes):
-        total, added = together(total, link.map)
-        return Step((), {0: total.with_shift(total.shift + added.shift - total.scale * added.shift)})
+    if link is None or not set(link.map.axes) <= set(total.axes):
+        return _divided(node, total, rank, desk, constants)
+    index = 1 if node.inputs[0] is link.data else 0
+    total, added = together(total, link.map)
+    left = np.abs(total.scale) < SMALL
+    divisor = np.where(left, 1.0, total.scale)
+    share = np.where(left, 0.0, total.shift / coefficient(node, index) / divisor)
+    constant = desk.parameter(node, index)
+    own = total._replace(scale=1.0 / divisor, shift=share)
+    changed = None if constant is None else widened(constant, own, rank, desk)
+    onward = total.shift + added.shift - total.scale * added.shift
+    limit = 0.0 if changed is None else min(largest(changed.dtype), desk.max_weight)
+    if changed is None or not np.abs(changed.float64()).max(initial=0.0) <= limit:
+        return Step((), {0: total.with_shift(onward)})
+    return Step((SetInput(node, index, changed),), {0: total.with_shift(np.where(left, onward, 0.0))})
+
+
+def _divided(node: ir.Node, total: AffineMap, rank: int | None, desk: Desk, constants: Sequence[int]) -> Step | Refusal:
+    """``s x + t + c = s (x + c / s) + t``, for constants that do not run along the map alone."""
     parameters = [desk.parameter(node, index) for index in constants]
     if None in parameters:
         return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
-    if not total.scale.all():
-        return refuse(Reason.SCALE, node, "adds a constant, which a scale of zero would take with it")
+    if (np.abs(total.scale) < SMALL).any():
+        return refuse(Reason.SCALE, node, "adds a constant, which a scale next to nothing would take with it")
     inverse = AffineMap(1 / total.scale, np.zeros(total.shift.shape), total.axes, total.periodic)
     edits: list[Edit] = []
     for index, parameter in zip(constants, parameters, strict=True):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from renorm_onnx import model_file
+from renorm_onnx.fusion.affine import AffineMap
+from renorm_onnx.fusion.carrier import Desk, SetInput, Step
+from renorm_onnx.fusion.carriers.addition import Addition
 from renorm_onnx.fusion.carriers.exact_folding_test import (
     assert_fuses,
     backward,
@@ -15,6 +19,8 @@ from renorm_onnx.fusion.carriers.exact_folding_test import (
     operators,
     quarters,
 )
+from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
+from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.report import Reason
 
 WEIGHTS = {"W": quarters([4, 3, 1, 1]), "V": quarters([4, 3, 1, 1], 1), "U": quarters([4, 3, 1, 1], 2)}
@@ -100,7 +106,7 @@ def test_channels_in_another_order_lack_other_scales() -> None:
 @pytest.mark.parametrize("last", ["Add(p, k)", "Sub(p, k)", "Sub(k, p)"])
 def test_a_map_goes_forward_past_a_constant_of_its_axis(last: str) -> None:
     lines = f"p = MaxPool<kernel_shape=[2,2]>(c) d = {last}"
-    fused = forward(lines, 4, positive=True, k=quarters([4, 1, 1], 3))
+    fused = forward(lines, 4, positive=True, powers=True, k=quarters([4, 1, 1], 3))
     assert operators(fused) == {"MaxPool": 1, "Conv": 1}
 
 
@@ -119,6 +125,36 @@ def test_a_scale_of_zero_takes_no_constant_with_it() -> None:
     text = "c = Mul(x, s) e = Add(c, t) d = Add(e, k) y = Conv(d, W)"
     constants = {"s": np.array([2.0, 0, -1]).reshape(3, 1, 1), "t": quarters([3, 1, 1]), "k": quarters([3, 4, 5], 1)}
     assert_fuses(build(text, "double[N,3,H,W] x", "y", W=WEIGHTS["W"], **constants), [Reason.SCALE])
+
+
+@pytest.mark.parametrize("last", ["Add(c, k)", "Add(k, c)", "Sub(c, k)", "Sub(k, c)"])
+def test_a_scale_goes_past_a_constant_alone_and_so_past_what_bends(last: str) -> None:
+    """``relu(s x + t + c) = s relu(x + (c + t) / s)``; the negative scale of a channel still ends there."""
+    lines = f"e = {last} d = Relu(e)"
+    text = f"c = {bn('x')} {lines} y = Conv(d, W)"
+    constants = {"k": quarters([3, 1, 1], 3), "W": WEIGHTS["W"]}
+    for positive in (True, False):
+        parameters = norm(3, positive=positive, powers=True)
+        # What is left is the Add before the Relu, or the norm that took it up.
+        fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", **constants, **parameters), [Reason.SHIFT])
+        assert operators(fused)["BatchNormalization"] == (not positive)
+
+
+@pytest.mark.parametrize(("last", "sign"), [("Add(x, k)", 1.0), ("Sub(x, k)", -1.0), ("Sub(k, x)", 1.0)])
+def test_a_scale_next_to_nothing_leaves_a_constant_as_it_is(last: str, sign: float) -> None:
+    """``s x + t + c``: a channel of 1024 takes c along, one of 0 or 2^-12 leaves it behind."""
+    loaded = model_file.load(build(f"y = {last}", "double[N,3,H,W] x", "y", k=np.full((3, 1, 1), 512.0)))
+    desk = Desk(Facts(loaded, RULES, CONSTANT_OPERATORS))
+    position = 1 if last == "Sub(k, x)" else 0
+    given = AffineMap.of([1024.0, 0.0, 2.0**-12], [256.0, 3.0, 3.0], 1)
+    step = Addition().forward(loaded.graph[0], {position: given}, desk)
+    assert isinstance(step, Step)
+    [edit] = step.edits
+    assert isinstance(edit, SetInput)
+    t = (-1.0 if position else 1.0) * given.shift
+    assert edit.parameter.float64().reshape(-1).tolist() == [sign * (sign * 512 + t[0]) / 1024, 512.0, 512.0]
+    behind = [0.0, t[1] + sign * 512, t[2] + sign * 512 * (1 - 2.0**-12)]
+    assert step.onward[0].equals(given.with_shift(np.array(behind)))
 
 
 def test_the_axis_of_a_map_is_counted_from_the_end_where_an_operand_broadcasts() -> None:

@@ -207,12 +207,13 @@ def forward(
     opset: int = 20,
     positive: bool = False,
     shift: bool = True,
+    powers: bool = False,
     **constants: Any,
 ) -> onnx.ModelProto:
     """``x -> BatchNormalization -> lines -> Conv``, where `lines` make `d` of `c` with `channels` channels."""
     spatial = inputs.count(",") - 1
     weights = {"W": quarters([3, channels, *[1] * spatial]), "b": quarters([3], 2)}
-    parameters = norm(4, positive=positive, shift=shift)
+    parameters = norm(4, positive=positive, shift=shift, powers=powers)
     body = f"c = {bn('x')} {lines} y = {read}"
     model = build(body, inputs, "y", opset=opset, **(weights | constants), **parameters)
     fused = assert_fuses(model, kept)

@@ -6,8 +6,8 @@ After:
     ``y = (s * a) b``              ``y = s * (a b)``, ``y = (s c) a + t c``       ``y = -(s * x - t)``
 Formula:
     At the output the scale goes to one factor (to the numerator of a quotient), a constant one first. At the inputs the
-    scales of all factors multiply (one of a divisor is turned over) and end in a constant factor, widened to vary along
-    the map. A shift only goes past a constant c: (s x + t) c = s (c x) + t c.
+    scales of all factors multiply (one of a divisor is turned over) and end in a constant factor or, turned over, in a
+    constant divisor, widened to vary along the map. A shift only goes past a constant c: (s x + t) c = s (c x) + t c.
     Source: ONNX Mul, Div, Neg in all versions.
 Refuses when:
     a shift arrives at the output of a product, or at an input that is multiplied by something computed, or is
@@ -78,7 +78,10 @@ class Multiplication(Carrier):
             changed = None if parameter is None else widened(parameter, total, rank, desk)
             if changed is not None:
                 return Step((SetInput(node, index, changed),))
-        return Step((), {0: total})
+        divisor = desk.parameter(node, 1) if node.op_type == "Div" and (total.scale != 0).all() else None
+        turned = total._replace(scale=1.0 / total.scale)
+        changed = None if divisor is None else widened(divisor, turned, rank, desk)
+        return Step((), {0: total}) if changed is None else Step((SetInput(node, 1, changed),))
 
     def _shifted(self, node: ir.Node, maps: Mapping[int, AffineMap], rank: int | None, desk: Desk) -> Step | Refusal:
         """``(s x + t) c = s (c x) + t c``: the map goes past the constant."""
