@@ -47,7 +47,7 @@ ORDER = [
     "fusion.sources fusion.calls fusion.conditionals fusion.sequences fusion.shadowing",
     "fusion.carriers.*",
     "fusion.carriers",
-    "fusion.branches fusion.dead_ends fusion.ranges",
+    "fusion.branches fusion.dead_ends fusion.node_queue fusion.ranges fusion.units",
     "fusion.plan",
     "fusion.engine",
     "runtime.table",

@@ -34,6 +34,7 @@ from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.fusion.sequences import open_sequences
 from renorm_onnx.fusion.shadowing import rename_shadowing
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
+from renorm_onnx.fusion.units import multiplied
 from renorm_onnx.model_walk import graphs_of, in_order, nodes_of
 from renorm_onnx.onnx_function import MODULE_KEY
 from renorm_onnx.onnx_layers import count_training_layers
@@ -335,6 +336,8 @@ class _Engine:
                 value, total = edit.node.outputs[0], self._add_behind(edit)
                 source = total if value is source else source
                 changed = [total if v is value else v for v in changed]
+        for node, unit in plan.units.items():
+            self._desk.units[node] = multiplied(self._desk.units.get(node), unit)
         for value in changed:
             self._rewriter.rename(value)
         self._leave_out(plan, source)

@@ -14,7 +14,6 @@ What makes the walk sound, and linear in the nodes it visits:
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -24,9 +23,11 @@ from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
 from renorm_onnx.fusion.dead_ends import DeadEnds
 from renorm_onnx.fusion.facts import MALFORMED
+from renorm_onnx.fusion.node_queue import NodeQueue
 from renorm_onnx.fusion.ranges import Ranges
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.sources import Norm
+from renorm_onnx.fusion.units import unit_after
 
 # Who reads a value: a node at one of its operands; or an operator that hands it out of a body, as that value.
 Reader = tuple[ir.Node, int] | ir.Value
@@ -42,6 +43,7 @@ class Plan:
         edits: Changes of operands and attributes.
         changed: Values that will hold something else than before and so need another name.
         into: The operators that absorb.
+        units: Operators that multiply in another unit from now on; see `units`.
     """
 
     norm: Norm
@@ -49,6 +51,7 @@ class Plan:
     edits: list[Edit] = field(default_factory=list)
     changed: list[ir.Value] = field(default_factory=list)
     into: list[str] = field(default_factory=list)
+    units: dict[ir.Node, AffineMap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class Planner:
         Returns:
             The first obstacle, if there is one.
         """
-        queue = _Queue(self._order, backward=True)
+        queue = NodeQueue(self._order, backward=True)
         trail: list[tuple[ir.Node, Step]] = []
         queue.add([v.producer() for v in demands])
         while queue:
@@ -168,6 +171,8 @@ class Planner:
                 return step
             trail.append((node, step))
             refusal = self._take(plan, node, step)
+            if (unit := unit_after("backward", node, demands.get(node.outputs[0]), step)) is not None:
+                plan.units[node] = unit
             if refusal is not None:
                 return refusal
             if node.op_type in ("Cast", "CastLike") and (why := self._ranges.objection_to_cast(node, plan.norm)):
@@ -284,7 +289,7 @@ class Planner:
         arrivals: dict[ir.Value, AffineMap] = {norm.output: given}
         demands: dict[ir.Value, AffineMap] = {}
         settled: set[Reader] = set()
-        queue = _Queue(self._order, backward=False)
+        queue = NodeQueue(self._order, backward=False)
         trail: list[tuple[ir.Node, Step]] = []
         lone: list[tuple[ir.Node, Step]] = []
         refusal = self._spread(norm.output, norm, queue)
@@ -300,6 +305,8 @@ class Planner:
             trail.append((node, step))
             lone += trail[-1:] if len(maps) == 1 else []
             refusal = self._take(plan, node, step)
+            if (unit := unit_after("forward", node, None, step)) is not None:
+                plan.units[node] = unit
             for index, demand in step.demands.items():
                 refusal = refusal or self._demand(plan, node, index, demand, demands, settled)
             for index, onward in step.onward.items():
@@ -316,7 +323,7 @@ class Planner:
         plan.changed += [o for o in _unread(trail) if o not in arrivals]
         return plan
 
-    def _spread(self, value: ir.Value, norm: Norm, queue: _Queue) -> Refusal | None:
+    def _spread(self, value: ir.Value, norm: Norm, queue: NodeQueue) -> Refusal | None:
         """Line up every reader of a value that changed."""
         if value.is_graph_output():
             return Refusal(Reason.GRAPH_OUTPUT, value.name or "", f"{value.name!r} is an output of the graph")
@@ -345,30 +352,6 @@ def reads_no_elements(node: ir.Node, position: int) -> bool:
     if node.domain not in ("", "ai.onnx"):
         return False
     return node.op_type in ("Shape", "Size") or (node.op_type == "CastLike" and position == 1)
-
-
-class _Queue:
-    """Operators in the order of their graph, or against it, each once."""
-
-    def __init__(self, order: Mapping[ir.Node, float], *, backward: bool) -> None:
-        self._order = order
-        self._sign = -1.0 if backward else 1.0
-        self._heap: list[tuple[float, int, ir.Node]] = []
-        self.seen: set[ir.Node] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._heap)
-
-    def add(self, nodes: Iterable[ir.Node | None]) -> None:
-        """Line up those that never stood in line."""
-        for node in nodes:
-            if node is not None and node not in self.seen:
-                self.seen.add(node)
-                heapq.heappush(self._heap, (self._sign * self._order.get(node, 0.0), id(node), node))
-
-    def pop(self) -> ir.Node:
-        """The next one."""
-        return heapq.heappop(self._heap)[2]
 
 
 def _value_at(node: ir.Node, place: int | ir.Value) -> ir.Value | None:

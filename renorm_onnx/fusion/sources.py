@@ -19,6 +19,9 @@ weighted by their gain, which is what the rounding of a fold adds to the next op
 * a chain that scales first says no mean, for its shift may be any. It rounds x at its full size itself, so that what a
   fold adds does not grow with the mean: kappa is 0. (Measured, 2048 inputs: 10 times the error of the chain, for means
   of 30 to 3000 standard deviations alike.)
+
+A fold into a norm that stays changes its numbers: a BatchNormalization then has the statistics of its new input, and
+for the first scale of a chain, which has no room for that, the factor is remembered (`units`).
 """
 
 from __future__ import annotations
@@ -234,10 +237,10 @@ def _chain(first: ir.Node, desk: Desk) -> Norm | None:
             break
         links.append(link)
         total = total.then(link.map)
-    return _as_norm(links, total)
+    return _as_norm(links, total, desk)
 
 
-def _as_norm(links: Sequence[_Link], total: AffineMap) -> Norm:
+def _as_norm(links: Sequence[_Link], total: AffineMap, desk: Desk) -> Norm:
     operators = {link.node.op_type for link in links}
     per_channel = any(not link.map.is_uniform and link.map.channels > 1 for link in links)
     both = bool(operators & {"Mul", "Div"}) and bool(operators & {"Add", "Sub"})
@@ -246,18 +249,23 @@ def _as_norm(links: Sequence[_Link], total: AffineMap) -> Norm:
     if not total.is_finite:
         values = refuse(Reason.NON_FINITE, links[-1].node, "computes with constants that are not finite")
     nodes = tuple(link.node for link in links)
-    return Norm(nodes, links[0].data, values, *_ratios_and_gains(links), kind, "chain")
+    return Norm(nodes, links[0].data, values, *_ratios_and_gains(links, total, desk), kind, "chain")
 
 
-def _ratios_and_gains(links: Sequence[_Link]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _ratios_and_gains(
+    links: Sequence[_Link], total: AffineMap, desk: Desk
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """``mean / sigma`` of a chain that subtracts first, its first scale taken for 1 / sigma, and the gain; or zeros."""
-    shift, rest = IDENTITY, [link.map for link in links]
-    while rest and (not rest[0].has_scale or (rest[0].scale == -1).all()):
-        shift = shift.then(rest.pop(0))
+    shift, rest = IDENTITY, list(links)
+    while rest and (not rest[0].map.has_scale or (rest[0].map.scale == -1).all()):
+        shift = shift.then(rest.pop(0).map)
     if not rest or not shift.has_shift:
         return _ZERO, _ZERO
-    gain = functools.reduce(AffineMap.then, rest[1:], IDENTITY)
-    return -shift.shift * rest[0].scale, gain.scale  # x - mean, whichever way it is spelled
+    gain = functools.reduce(AffineMap.then, (link.map for link in rest[1:]), IDENTITY).scale
+    unit = desk.units.get(rest[0].node, IDENTITY)
+    fits = unit.is_simple and (unit.is_uniform or total.is_uniform or unit.axes == total.axes)
+    factor = unit.scale if fits else IDENTITY.scale
+    return -shift.shift * rest[0].map.scale * factor, gain / factor  # x - mean, whichever way it is spelled
 
 
 def _only_reader(value: ir.Value) -> ir.Node | None:
