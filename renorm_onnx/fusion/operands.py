@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +22,27 @@ def is_read_once(value: ir.Value) -> bool:
     """Whether `value` is stored for one operand alone, and nothing is said of it that may cease to hold."""
     own = value.is_initializer() and not value.is_graph_input() and not value.is_graph_output()
     return own and len(value.uses()) == 1 and not (value.meta or value.metadata_props or value.doc_string)
+
+
+def sharing(operands: Collection[tuple[ir.Node, int]]) -> set[ir.Node]:
+    """The operators of which a changed operand, as it is stored, is read elsewhere too: what it becomes may be as well.
+
+    A tower or a head that is applied to several inputs has one weight for all of them.
+    """
+    found = set()
+    for node, index in operands:
+        old = node.inputs[index] if index < len(node.inputs) else None
+        if old is not None and len(old.uses()) > 1:
+            found.add(node)
+    return found
+
+
+def fingerprint(parameter: Parameter) -> tuple[object, ...]:
+    """What is the same only for operands that hold the same elements, told by how they are made."""
+    arrays = [np.ascontiguousarray(a) for a in (parameter.base, *parameter.factors) if isinstance(a, np.ndarray)]
+    made = [(a.shape, hashlib.sha256(a.data).digest()) for a in arrays]
+    stored = None if isinstance(parameter.base, np.ndarray) else id(parameter.base)
+    return stored, parameter.dtype, parameter.shape, *made
 
 
 def set_content(value: ir.Value, parameter: Parameter, name: str) -> None:

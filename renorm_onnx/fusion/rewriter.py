@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from renorm_onnx.fusion.operands import is_read_once, set_content, store, store_expanded
+from renorm_onnx.fusion.operands import fingerprint, is_read_once, set_content, sharing, store, store_expanded
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.inlining import Names, give_name, names_in, take_name
 from renorm_onnx.model_walk import bodies_of, graphs_of
@@ -161,21 +161,32 @@ class Rewriter:
         return gone
 
     def write(self, operands: Mapping[tuple[ir.Node, int], Parameter]) -> None:
-        """Give every changed operand its new constant, each number rounded once; leaves those before to `clean`."""
-        for (node, index), parameter in operands.items():
+        """Give every changed operand its new constant, each number rounded once; leaves those before to `clean`.
+
+        Operators that shared a constant share what it became, where that is the same for them.
+        """
+        alive = {place: given for place, given in operands.items() if isinstance(place[0].graph, ir.Graph)}
+        together = sharing(alive)
+        written: dict[tuple[object, ...], ir.Value] = {}
+        for (node, index), parameter in alive.items():
             graph = node.graph
-            if not isinstance(graph, ir.Graph):
-                continue  # deleted since
-            old = node.inputs[index] if index < len(node.inputs) else None
-            hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
-            name = self.fresh(hint)
-            if old is not None and old.graph is graph and is_read_once(old):
-                set_content(old, parameter, name)
-                old.name = name
-                continue
+            assert isinstance(graph, ir.Graph)
             home, as_input = self.home(graph)
-            value = store_expanded(node, home, parameter, name, self.names, self._opset, as_input=as_input)
-            value = value or store(home, parameter, name, as_input=as_input)
+            old = node.inputs[index] if index < len(node.inputs) else None
+            key = (home, *fingerprint(parameter)) if node in together else ()
+            value = written.get(key)
+            if value is None:
+                hint = old.name if old is not None and old.name else f"{node.name or node.outputs[0].name}_operand"
+                name = self.fresh(hint)
+                if old is not None and old.graph is graph and is_read_once(old):
+                    set_content(old, parameter, name)
+                    old.name = name
+                    continue
+                value = store_expanded(node, home, parameter, name, self.names, self._opset, as_input=as_input)
+            if value is None:
+                value = store(home, parameter, name, as_input=as_input)
+                if key:
+                    written[key] = value
             if index >= len(node.inputs):
                 node.resize_inputs(index + 1)
             node.replace_input_with(index, value)
