@@ -39,7 +39,7 @@ ORDER = [
     "fusion.affine fusion.report fusion.facts",
     "fusion.fact_rounding",
     "fusion.fact_rules",
-    "fusion.fact_layout",
+    "fusion.fact_layout fusion.fact_selection",
     "fusion.fact_dims",
     "fusion.parameters",
     "fusion.carrier fusion.operands",

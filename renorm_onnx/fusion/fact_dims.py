@@ -16,6 +16,7 @@ import onnx_ir as ir
 from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
 from renorm_onnx.fusion.fact_rounding import rounding
 from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast
+from renorm_onnx.fusion.fact_selection import SELECTION_RULES
 from renorm_onnx.fusion.facts import Content, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]
@@ -97,13 +98,20 @@ def _unwound(node: ir.Node, sizes: Dims, kernel: Sequence[int]) -> list[int | Di
     ]
 
 
-def _counted(rule: Rule, *places: int) -> Rule:
-    """The rule of an operator on floats for that on integers, whose operands stand at `places`, and sums are INT32."""
+def _of_integers(rule: Rule, *places: int, zero: int | None = None) -> Rule:
+    """The rule of an operator on floats for that on integers.
 
-    def counted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
-        return [f._replace(dtype=ir.DataType.INT32) for f in rule(node, [inputs[i] for i in places], opset)]
+    Args:
+        rule: On floats.
+        places: Where the operands stand.
+        zero: Where the zero point of the output stands, which has its type; sums without one are INT32.
+    """
 
-    return counted
+    def integers(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+        kind = ir.DataType.INT32 if zero is None else inputs[zero].dtype
+        return [f._replace(dtype=kind) for f in rule(node, [inputs[i] for i in places], opset)]
+
+    return integers
 
 
 def _pool(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -138,6 +146,19 @@ def _matmul(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     batch = broadcast([a[:-2], b[:-2]]) or ()
     tail = (() if len(a) == 1 else (a[-2],)) + (() if len(b) == 1 else (b[-1],))
     return [Fact(batch + tail, dtype=inputs[0].dtype)]
+
+
+def _fused_matmul(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    """FusedMatMul of onnxruntime: a product of matrices that may be transposed first."""
+    if attribute(node, "transBatchA", 0) or attribute(node, "transBatchB", 0):
+        return [Fact(dtype=inputs[0].dtype)]
+    turned = []
+    for given, name in zip(inputs, ("transA", "transB"), strict=True):
+        dims = given.dims
+        if dims is not None and len(dims) > 1 and attribute(node, name, 0):
+            dims = (*dims[:-2], dims[-1], dims[-2])
+        turned.append(Fact(dims, dtype=given.dtype))
+    return _matmul(node, turned, opset)
 
 
 def _matrix_product(inputs: Facts) -> Content | None:
@@ -333,9 +354,10 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(SAME_DIMS, _same_dims),
     **CONTENT_RULES,
     **LAYOUT_RULES,
+    **SELECTION_RULES,
     "AveragePool": _pool,
     "Conv": _conv,
-    "ConvInteger": _counted(_conv, 0, 1),
+    "ConvInteger": _of_integers(_conv, 0, 1),
     "ConvTranspose": _conv_transpose,
     "DeformConv": _conv,
     "DepthToSpace": _depth_to_space,
@@ -345,9 +367,11 @@ RULES: Mapping[str, Rule] = {
     "GridSample": _grid_sample,
     "LpPool": _pool,
     "MatMul": rounding(_matmul),
-    "MatMulInteger": _counted(_matmul, 0, 1),
+    "MatMulInteger": _of_integers(_matmul, 0, 1),
     "MaxPool": _pool,
     "Pad": _pad,
+    "QLinearConv": _of_integers(_conv, 0, 3, zero=7),
+    "QLinearMatMul": _of_integers(_matmul, 0, 3, zero=7),
     "QuantizeLinear": _quantized,
     "DequantizeLinear": _quantized,
     "Resize": _resample,
@@ -358,4 +382,9 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, rounding(_reduce)),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), _reduce),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _recurrent),
+    # What onnxruntime makes of these when it optimizes a model.
+    "com.microsoft::FusedConv": _conv,
+    "com.microsoft::FusedGemm": _gemm,
+    "com.microsoft::FusedMatMul": _fused_matmul,
+    **dict.fromkeys((f"com.microsoft::{name}" for name in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")), _same_dims),
 }

@@ -329,5 +329,6 @@ SAME_DIMS = (
     *("HardSwish", "Softplus", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Ceil", "Round", "Sign"),
     *("Not", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "LRN", "CumSum", "InstanceNormalization"),
     *("LayerNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization"),
-    *("Trilu", "ReverseSequence", "ScatterElements", "ScatterND"),
+    *("Trilu", "ReverseSequence", "ScatterElements", "ScatterND", "Scatter", "TensorScatter", "RotaryEmbedding"),
+    *("Shrink", "CumProd", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cosh", "Sinh", "Tan"),
 )

@@ -104,7 +104,7 @@ class Facts:
     Args:
         model: Only read. Before IR version 4, an initializer that is also a graph input is a constant; from 4 on a
             caller may override it.
-        rules: Operator name -> rule (domain "" and "ai.onnx").
+        rules: Operator name -> rule; of other domains than ONNX's own, "domain::name".
         constant_operators: Those whose rule may give contents.
         assume_constant_initializers: Treat overridable initializers as constants.
     """
@@ -120,6 +120,7 @@ class Facts:
         self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
         self._main = model.graph
         self._rules = rules
+        self._functions = model.functions
         self._constant_operators = constant_operators
         self._all_constant = assume_constant_initializers or model.ir_version < 4
         self._known: dict[ir.Value, Fact] = {}
@@ -176,7 +177,7 @@ class Facts:
             else:
                 reads = node.inputs if node.op_type not in _HOLDERS else (*self._handed_out(node), *node.inputs)
                 missing = [i for i in reads if i is not None and i not in self._known]
-                if missing and (node.op_type in self._rules or node.op_type in _HOLDERS):
+                if missing and (node.op_type in _HOLDERS or self._rule(node) is not None):
                     for i in missing:
                         self._known.setdefault(i, UNKNOWN) if i in node.outputs else stack.append(i)
                     continue
@@ -271,9 +272,16 @@ class Facts:
                 kept[value] = fact
         self._known.update(kept)
 
+    def _rule(self, node: ir.Node) -> Rule | None:
+        """The rule of an operator; none of what a function of the model defines otherwise."""
+        if node.domain in ("", "ai.onnx"):
+            return self._rules.get(node.op_type)
+        rule = self._rules.get(f"{node.domain}::{node.op_type}")
+        return None if rule is None or node.op_identifier() in self._functions else rule
+
     def _derive(self, node: ir.Node) -> None:
         known = node.domain in ("", "ai.onnx")
-        rule = self._rules.get(node.op_type) if known else None
+        rule = self._rule(node)
         found: Sequence[Fact] = ()
         inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs] if rule else []
         try:
