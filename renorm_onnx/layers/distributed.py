@@ -7,12 +7,15 @@ on rank i (the law of total variance)::
     mu_B  = sum n_i mu_i / n
     var_B = sum n_i (var_i + (mu_i - mu_B)^2) / n
 
+With a mask, only valid positions count, and n_i, which may be 0, is their number.
+
 Every rank gathers the same (mu_i, var_i, n_i) and computes the same numbers in the same order, so r, d and the running
 statistics are identical everywhere, to the bit. The gradient needs two more sums over all ranks::
 
     dx = gamma r / sigma_B * (dy - sum(dy) / n - x_hat sum(dy x_hat) / n),     x_hat = (x - mu_B) / sigma_B
 
-The gradients of gamma and beta stay local: DistributedDataParallel averages them as it does all others.
+With a mask, dy and x_hat are summed over padded positions too, where y is what 0 becomes, and dx is 0 there. The
+gradients of gamma and beta stay local: DistributedDataParallel averages them as it does all others.
 """
 
 import copy
@@ -29,6 +32,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers import kernels
 from renorm_onnx.layers.activated import Activated
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
+from renorm_onnx.layers.masked import check_mask
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, swap_layers, why_not
 
@@ -130,8 +134,8 @@ class SyncBatchRenorm(_BatchRenorm):
     """Batch renormalization by the statistics of the batch on all processes; of (N, C) up to (N, C, D, H, W).
 
     In evaluation, without an initialized process group, or with one process, this is `BatchRenorm*d`. The parts of the
-    batch may differ in size, and be empty. Unlike `torch.nn.SyncBatchNorm` it also runs on the CPU (gloo). It cannot be
-    differentiated twice.
+    batch may differ in size, and be empty; so may what their masks leave, and a process may have no mask. Unlike
+    `torch.nn.SyncBatchNorm` it also runs on the CPU (gloo). It cannot be differentiated twice.
 
     Source: Ioffe 2017 (arXiv:1702.03275), Algorithm 1, with the mini-batch of section 4, which is spread over 50
     synchronized workers; see the module for the formula.
@@ -162,21 +166,22 @@ class SyncBatchRenorm(_BatchRenorm):
 
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
-        untracked = self.running_mean is None or self.running_var is None or not self.track_running_stats
-        if not (self.training and untracked and self._pools()):
-            return super()._forward(x)
-        self._check_input_dim(x)
-        batch = self._batch_statistics(x)
-        return self._normalize(x, batch, torch.ones_like(batch.mean), torch.zeros_like(batch.mean))
+        return self._take_untracked_step(x, None) if self._pools_untracked() else super()._forward(x)
 
     @torch.jit.unused
     def _masked_forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.training and self._pools():
-            raise InputError(
-                f"{type(self).__name__}: got a mask, expected none because statistics over valid positions are not "
-                "pooled over processes; use BatchRenorm1d, and sync_running_stats before evaluating"
-            )
-        return super()._masked_forward(x, mask)
+        return self._take_untracked_step(x, mask) if self._pools_untracked() else super()._masked_forward(x, mask)
+
+    def _pools_untracked(self) -> bool:
+        untracked = self.running_mean is None or self.running_var is None or not self.track_running_stats
+        return self.training and untracked and self._pools()
+
+    def _take_untracked_step(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        if mask is not None:
+            check_mask(x, mask, type(self).__name__)
+        batch = self._batch_statistics(x, mask)
+        return self._normalize(x, mask, batch, torch.ones_like(batch.mean), torch.zeros_like(batch.mean))
 
     def _statistics_are_its_own(self) -> bool:
         return not self._pools()
@@ -185,24 +190,31 @@ class SyncBatchRenorm(_BatchRenorm):
         if not self._pools():  # one value here may be one of many
             super()._check_values_per_channel(x)
 
-    def _batch_statistics(self, x: Tensor) -> BatchStatistics:
+    def _check_valid_positions(self, x: Tensor, mask: Tensor) -> None:
+        if not (self.training and self._pools()):
+            super()._check_valid_positions(x, mask)
+
+    def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> BatchStatistics:
         if not self._pools():
-            return super()._batch_statistics(x)
+            return super()._batch_statistics(x, mask)
         if x.numel() == 0:
             nothing = torch.zeros(x.size(1), dtype=accumulation_type(x), device=x.device)
             local = BatchStatistics(nothing, nothing, 0)
         else:
-            local = super()._batch_statistics(x)
+            local = super()._batch_statistics(x, mask)
         pooled = pooled_statistics(local, self.process_group)
         # Every rank sees the same size, so all of them stop here. On an accelerator reading it would cost a wait, and
         # no compiler follows a question about a value.
         if x.device.type == "cpu" and kernels.is_eager() and pooled.size <= 1:
-            raise InputError(f"{type(self).__name__}: {ONE_VALUE} {tuple(x.shape)}, on all processes together")
+            left = "" if mask is None else f", of which masks leave {int(pooled.size)} valid per channel"
+            raise InputError(f"{type(self).__name__}: {ONE_VALUE} {tuple(x.shape)}{left}, on all processes together")
         return pooled
 
-    def _normalize(self, x: Tensor, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
         if not self._pools():
-            return super()._normalize(x, batch, r, d)
+            return super()._normalize(x, mask, batch, r, d)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(1), x, 0.0)  # whose gradient is 0 at padded positions
         y: Tensor = _PooledNormalization.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, batch, r, d, self.eps, self.process_group
         )

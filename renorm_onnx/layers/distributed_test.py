@@ -108,14 +108,6 @@ def work(rank, folder):
     except InputError as error:
         found["one value in all"] = str(error)
 
-    with torch.no_grad():
-        found["masked"] = []
-        for mode in (True, False):
-            try:
-                found["masked"].append(layer().train(mode)(random((2, 3)), torch.tensor([True, False])))
-            except InputError as error:
-                found["masked"].append(str(error))
-
     checkpointed = layer()
     x, g = mine(([whole_batch(0)], [random((8, 3, 4, 2), 50)]), rank)
     x = x[0].requires_grad_()
@@ -280,13 +272,6 @@ def test_a_checkpointed_layer_repeats_itself_and_learns_once(found):
     for each in found:
         torch.testing.assert_close(each["checkpointed"][1]["running_var"], once.running_var, rtol=1e-12, atol=1e-12)
         assert each["checkpointed"][1]["num_batches_tracked"].item() == 1
-
-
-def test_a_mask_is_refused_in_training_on_several_processes(found):
-    for each in found:
-        refusal, evaluated = each["masked"]
-        assert refusal.startswith("SyncBatchRenorm: got a mask, expected none because statistics over valid positions")
-        assert torch.equal(evaluated, layer(BatchRenorm1d).eval()(random((2, 3))))
 
 
 def test_ghost_batches_are_refused():

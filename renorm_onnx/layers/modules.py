@@ -19,7 +19,7 @@ from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.direct import take_usual_step
 from renorm_onnx.layers.exported import take_exported_step
 from renorm_onnx.layers.functional import BatchStatistics, Stat
-from renorm_onnx.layers.masked import check_mask, check_valid_positions, normalize_masked
+from renorm_onnx.layers.masked import check_mask, check_valid_positions, masked_statistics, normalize_masked
 from renorm_onnx.layers.options import CHECKS
 from renorm_onnx.layers.recomputation import Memory
 from renorm_onnx.layers.schedules import Bounds, Schedule
@@ -46,8 +46,8 @@ _TAKEN_BY_NARROW = (torch.float32, *_NARROW)
 class _BatchRenorm(_NormBase):
     """What the three layers share; they differ only in the ranks they accept.
 
-    A subclass may replace `_batch_statistics`, `_normalize` and `_statistics_are_its_own` together, to pool them over
-    processes.
+    A subclass may replace `_batch_statistics`, `_normalize`, `_statistics_are_its_own` and the two checks for too few
+    values together, to pool statistics over processes.
     """
 
     r_max: float
@@ -109,9 +109,9 @@ class _BatchRenorm(_NormBase):
             x: Shape (N, C, *).
             mask: True at valid positions, shape (N, *), bool; statistics are taken from these alone. For padded
                 sequences see `renorm_onnx.length_mask`. Evaluation does not need it.
-                Fewer than two valid positions are refused on the CPU; on other devices and in compiled graphs, where
-                looking would wait for the device, and in a ghost batch, they teach nothing, but the step is counted
-                unless `momentum` is None.
+                Fewer than two valid positions (where statistics are pooled, on all processes together) are refused on
+                the CPU; on other devices and in compiled graphs, where looking would wait for the device, and in a
+                ghost batch, they teach nothing, but the step is counted unless `momentum` is None.
 
         Returns:
             y of the shape and type of x.
@@ -173,24 +173,25 @@ class _BatchRenorm(_NormBase):
         if isinstance(x, torch.fx.Proxy):
             return as_leaf(self, x, mask)
         self._check_input_dim(x)
-        who = type(self).__name__
-        check_mask(x, mask, who)
+        check_mask(x, mask, type(self).__name__)
         if self.running_mean is None or self.running_var is None or (self.training and not self.track_running_stats):
-            check_valid_positions(x, mask, who)
+            self._check_valid_positions(x, mask)
             one = torch.ones(x.size(1), dtype=functional.accumulation_type(x), device=x.device)
             return normalize_masked(x, mask, self.weight, self.bias, one, torch.zeros_like(one), self.eps)
         if not self.training:
             return self._forward(x)
-        check_valid_positions(x, mask, who)
+        self._check_valid_positions(x, mask)
         return take_step(self, x, mask)
 
-    def _batch_statistics(self, x: Tensor) -> BatchStatistics:
-        """Return the statistics that normalize x; a subclass may pool them over processes."""
-        return functional.batch_statistics(x)
+    def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> BatchStatistics:
+        """Return the statistics that normalize x, of its valid positions; a subclass may pool them over processes."""
+        return functional.batch_statistics(x) if mask is None else masked_statistics(x, mask)
 
-    def _normalize(self, x: Tensor, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
         """Normalize x by `batch` with r and d; a subclass that pools statistics pools their gradient here."""
-        return functional.normalize(x, self.weight, self.bias, batch, r, d, self.eps)
+        if mask is None:
+            return functional.normalize(x, self.weight, self.bias, batch, r, d, self.eps)
+        return normalize_masked(x, mask, self.weight, self.bias, r, d, self.eps)
 
     def _statistics_are_its_own(self) -> bool:
         """Return whether x alone determines its statistics, so that torch's batch norm may compute them."""
@@ -226,6 +227,9 @@ class _BatchRenorm(_NormBase):
     def _check_values_per_channel(self, x: Tensor) -> None:
         if not _is_tracing() and x.numel() == x.size(1):
             raise InputError(f"{type(self).__name__}: {functional.ONE_VALUE} {tuple(x.shape)}")
+
+    def _check_valid_positions(self, x: Tensor, mask: Tensor) -> None:
+        check_valid_positions(x, mask, type(self).__name__)
 
     def reset_running_stats(self) -> None:
         """Set the running statistics to mean 0 and variance 1, and the step to 0, in place."""

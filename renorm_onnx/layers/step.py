@@ -18,7 +18,6 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers import functional, kernels, recomputation
 from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.functional import BatchStatistics
-from renorm_onnx.layers.masked import masked_statistics, normalize_masked
 from renorm_onnx.layers.recomputation import Corrections, Memory
 from renorm_onnx.layers.schedules import Schedule, float64
 
@@ -55,9 +54,9 @@ class Layer(Protocol):
     def bias(self) -> Tensor | None:
         """Return beta, shape (C,), or None for 0."""
 
-    def _batch_statistics(self, x: Tensor) -> BatchStatistics: ...
+    def _batch_statistics(self, x: Tensor, mask: Tensor | None) -> BatchStatistics: ...
 
-    def _normalize(self, x: Tensor, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor: ...
+    def _normalize(self, x: Tensor, mask: Tensor | None, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor: ...
 
     def _statistics_are_its_own(self) -> bool: ...
 
@@ -226,17 +225,13 @@ def _run(
                 return Part(y, Corrections(mean, None, None), sigma, size)
             batch = BatchStatistics(mean, sigma.square().sub_(reference.eps).relu_(), size)
             return Part(y, Corrections(mean, None, None), functional.observed_spread(batch, sigma, layer.stat), size)
-    batch = _statistics(layer, x, mask)
+    batch = layer._batch_statistics(x, mask)
     with unseen():
         sigma = functional.deviation(batch.var, reference.eps)
         r, d = functional.corrections(batch.mean, sigma, *reference[:4])
         spread = functional.observed_spread(batch, sigma, layer.stat)
-    y = _normalized(layer, x, mask, batch, r, d)
+    y = layer._normalize(x, mask, batch, r, d)
     return Part(y, Corrections(batch.mean, r, d), spread, batch.size)
-
-
-def _statistics(layer: Layer, x: Tensor, mask: Tensor | None) -> BatchStatistics:
-    return layer._batch_statistics(x) if mask is None else masked_statistics(x, mask)
 
 
 def _is_plain(reference: Reference) -> bool:
@@ -250,7 +245,7 @@ def _repeated_runs(layer: Layer, parts: Sequence[tuple[Tensor, Tensor | None]]) 
     for x, mask in parts:
         run = layer._memory.repeated()
         if run is None and x.numel():
-            run = layer._memory.nearest(_statistics(layer, x, mask).mean)
+            run = layer._memory.nearest(layer._batch_statistics(x, mask).mean)
         if run is None:
             return []
         found.append(run)
@@ -263,13 +258,7 @@ def _repeat(layer: Layer, x: Tensor, mask: Tensor | None, run: Corrections) -> T
         return _of_nothing(layer, x)
     if run.r is None or run.d is None:
         return kernels.plain(x, layer.weight, layer.bias, layer.eps)[0]
-    return _normalized(layer, x, mask, _statistics(layer, x, mask), run.r, run.d)
-
-
-def _normalized(layer: Layer, x: Tensor, mask: Tensor | None, batch: BatchStatistics, r: Tensor, d: Tensor) -> Tensor:
-    if mask is None:
-        return layer._normalize(x, batch, r, d)
-    return normalize_masked(x, mask, layer.weight, layer.bias, r, d, layer.eps)
+    return layer._normalize(x, mask, layer._batch_statistics(x, mask), run.r, run.d)
 
 
 def _learn(
