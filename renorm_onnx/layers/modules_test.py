@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 import renorm_onnx
 from renorm_onnx.errors import InputError
@@ -42,6 +43,13 @@ def test_a_training_step_is_algorithm_1_along_the_papers_schedule(rank, step):
     torch.testing.assert_close(layer.running_mean, want_mu, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close((layer.running_var + layer.eps).sqrt(), want_sigma, rtol=1e-13, atol=1e-13)
     assert layer.num_batches_tracked.item() == step + 1
+
+
+def test_the_layers_are_torchs_norms_and_none_of_its_batch_norms():
+    net = nn.Sequential(BatchRenorm2d(3), nn.BatchNorm2d(3))
+    assert [m for m in net.modules() if isinstance(m, _NormBase)] == list(net)
+    torchs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net))
+    assert [type(m) for m in torchs] == [BatchRenorm2d, nn.SyncBatchNorm]
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4, 5])
