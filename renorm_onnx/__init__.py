@@ -13,6 +13,7 @@ _NAMES = {
     "errors": ("InputError", "MachineError", "ModelFileError", "RenormError", "VerificationError"),
     "layers.schedules": ("HardSwitch", "Ramp", "Schedule", "Sigmoid", "linear", "stretched"),
     "layers.masked": ("length_mask",),
+    "layers.stateless": ("batch_renorm",),
     "layers.modules": ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"),
     "layers.distributed": ("SyncBatchRenorm", "convert_sync_batchrenorm"),
     "layers.running_stats": ("sync_running_stats", "update_stats"),
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from renorm_onnx.layers.schedules import Sigmoid as Sigmoid
     from renorm_onnx.layers.schedules import linear as linear
     from renorm_onnx.layers.schedules import stretched as stretched
+    from renorm_onnx.layers.stateless import batch_renorm as batch_renorm
     from renorm_onnx.onnx_function import attach as attach
     from renorm_onnx.runtime.parity import verify as verify
 

@@ -20,7 +20,7 @@ ORDER = [
     "version errors interrupts deferral arguments model_walk",
     "layers.schedules layers.clock layers.kernels layers.saving layers.recomputation",
     "layers.functional",
-    "layers.masked layers.operators layers.options",
+    "layers.masked layers.operators layers.options layers.stateless",
     "layers.step",
     "layers.direct layers.exported",
     "layers.modules",
@@ -178,8 +178,8 @@ def test_every_public_name_resolves_and_is_documented():
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'batch_renorm'"):
-        renorm_onnx.batch_renorm  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'batch_norm'"):
+        renorm_onnx.batch_norm  # noqa: B018
 
 
 def test_a_name_that_needs_torch_says_what_to_install_where_there_is_none():

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
-from renorm_onnx.errors import InputError
 from renorm_onnx.layers import kernels
 from renorm_onnx.layers.kernels import Corrected
 from renorm_onnx.layers.saving import save_for_backward
@@ -39,6 +38,10 @@ ACCUMULATED_IN = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+
+# Types of what is learned that input of these types may come to.
+_NARROW = (torch.float16, torch.bfloat16)
+_TAKEN_BY_NARROW = (torch.float32, *_NARROW)
 
 # Read by `eval_forward`; switched by `keep_ops` alone.
 _keep_ops = False
@@ -71,6 +74,11 @@ class BatchStatistics(NamedTuple):
 def accumulation_type(x: Tensor) -> torch.dtype:
     """Return the type in which statistics of `x` are computed: float32 for float16 and bfloat16, else its own."""
     return ACCUMULATED_IN.get(x.dtype, x.dtype)
+
+
+def fits(kind: torch.dtype, state: torch.dtype) -> bool:
+    """Return whether statistics and parameters of the type `state` can normalize input of the type `kind`."""
+    return state is kind or (kind in _NARROW and state in _TAKEN_BY_NARROW)
 
 
 def batch_statistics(x: Tensor) -> BatchStatistics:
@@ -246,63 +254,6 @@ def normalize(
         return kernels.renormalize(x, weight, bias, eps, by)
     scale, shift = scale_and_shift(weight, bias, r, d)
     return torch.batch_norm(x, scale, shift, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-
-
-def batch_renorm(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.01,
-    eps: float = 1e-5,
-    *,
-    r_max: float = 3.0,
-    d_max: float = 5.0,
-    stat: Stat = "sigma",
-) -> Tensor:
-    """Apply batch renormalization; in training, update the running statistics in place.
-
-    Source: Ioffe 2017 (arXiv:1702.03275), Algorithm 1; see the module for the formula. With r_max=1, d_max=0 the
-    output is that of batch normalization.
-
-    Args:
-        x: Shape (N, C, *).
-        running_mean: Shape (C,). Written when training.
-        running_var: Shape (C,). Written when training.
-        weight: gamma, shape (C,), or None for 1.
-        bias: beta, shape (C,), or None for 0.
-        training: Use the batch's statistics, corrected; else the running ones.
-        momentum: Share of the batch in the update, in [0, 1].
-        eps: Added to variances, in units of x squared.
-        r_max: Bound on r, at least 1, no unit.
-        d_max: Bound on d, at least 0, in standard deviations.
-        stat: What is averaged over time: sigma as in the paper, or the variance, biased or not.
-
-    Returns:
-        y of the shape and type of x.
-
-    Raises:
-        InputError: In training there is one value per channel, `stat` is unknown, or a bound is out of its range.
-    """
-    if not training:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-    if stat not in STATS:
-        raise InputError(f"batch_renorm: stat={stat!r}, expected one of {STATS}")
-    if not (1 <= r_max < inf and 0 <= d_max < inf):
-        raise InputError(f"batch_renorm: r_max={r_max!r}, d_max={d_max!r}, expected finite r_max >= 1 and d_max >= 0")
-    if x.numel() == x.size(1):
-        raise InputError(f"batch_renorm: {ONE_VALUE} {tuple(x.shape)}")
-    batch = batch_statistics(x)
-    kind = batch.var.dtype
-    batch_sigma, sigma = deviation(batch.var, eps), deviation(running_var.to(kind), eps)
-    r_bound, d_bound = (torch.full((), bound, dtype=kind, device=x.device) for bound in (r_max, d_max))
-    r, d = corrections(batch.mean, batch_sigma, running_mean, sigma, r_bound, d_bound)
-    y = normalize(x, weight, bias, batch, r, d, eps)
-    spread = observed_spread(batch, batch_sigma, stat)
-    update_statistics(running_mean, running_var, batch.mean, spread, momentum=momentum, eps=eps, stat=stat)
-    return y
 
 
 ONE_VALUE = "Expected more than 1 value per channel when training, got input size"

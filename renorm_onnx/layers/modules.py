@@ -38,10 +38,6 @@ _FOREIGN = (
     "beta",
 )
 
-# Types of a layer's state that narrow input may come to.
-_NARROW = (torch.float16, torch.bfloat16)
-_TAKEN_BY_NARROW = (torch.float32, *_NARROW)
-
 
 class _BatchRenorm(_NormBase):
     """What the three layers share; they differ only in the ranks they accept.
@@ -217,7 +213,7 @@ class _BatchRenorm(_NormBase):
             ("running_mean", self._buffers["running_mean"]),
             ("weight", self._parameters.get("weight")),
         ):
-            if state is None or state.dtype is kind or (kind in _NARROW and state.dtype in _TAKEN_BY_NARROW):
+            if state is None or state.dtype is kind or functional.fits(kind, state.dtype):
                 continue
             raise InputError(
                 f"{who}: x has dtype {kind}, expected {state.dtype} because {name} is of that type; convert x, or the "

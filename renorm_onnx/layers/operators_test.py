@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.layers import functional
 from renorm_onnx.layers.conftest import LAYERS, algorithm_1, make_batch, shaken
-from renorm_onnx.layers.functional import STATS, batch_renorm, keep_ops, keeping_ops
+from renorm_onnx.layers.functional import STATS, keep_ops, keeping_ops
 
 
 def layer_for(rank, **options):
@@ -112,23 +111,3 @@ def test_ghost_batches_of_a_batch_that_may_change_are_refused():
     layer, batch = layer_for(4, virtual_batch_size=2), torch.export.Dim("batch")
     with keep_ops(), pytest.raises(InputError, match="virtual_batch_size=2 splits the batch, and a graph has a fixed"):
         torch.export.export(layer, (make_batch(4),), dynamic_shapes=({0: batch},), strict=False)
-
-
-@pytest.mark.parametrize("stat", STATS)
-def test_the_functional_form_takes_the_same_step_as_the_layer(stat):
-    layer, x = layer_for(4, stat=stat), make_batch(4)
-    mean, var = layer.running_mean.clone(), layer.running_var.clone()
-    y = batch_renorm(x, mean, var, layer.weight, layer.bias, True, 0.1, stat=stat)
-    torch.testing.assert_close(y, layer(x))
-    torch.testing.assert_close((mean, var), (layer.running_mean, layer.running_var))
-    torch.testing.assert_close(batch_renorm(x, mean, var, layer.weight, layer.bias), layer.eval()(x))
-
-
-def test_the_functional_form_refuses_what_it_cannot_use():
-    mean, var = torch.zeros(3), torch.ones(3)
-    with pytest.raises(InputError, match=r"batch_renorm: Expected more than 1 value per channel .* \(1, 3\)"):
-        batch_renorm(torch.ones(1, 3), mean, var, training=True)
-    with pytest.raises(InputError, match="batch_renorm: stat='std', expected one of"):
-        functional.batch_renorm(torch.ones(4, 3), mean, var, training=True, stat="std")
-    with pytest.raises(InputError, match=r"batch_renorm: r_max=nan, d_max=5\.0, expected finite r_max >= 1"):
-        batch_renorm(torch.ones(4, 3), mean, var, training=True, r_max=float("nan"))
