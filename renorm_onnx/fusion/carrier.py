@@ -14,7 +14,7 @@ so an operator need not tell stored weights from computed or quantized ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ from renorm_onnx.fusion.facts import Dims, Fact, Facts
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 
+# How many operators a search goes back for the one that hides a shape. It need not be the first: all have none.
+MAX_NAMED = 100
 BROADCASTING = ("Add", "Sub", "Mul", "Div")
 
 
@@ -139,6 +141,22 @@ class Desk:
         """Whether the optional operand at `index` is given, or will be; an empty name is none."""
         return (node, index) in self.pending or (index < len(node.inputs) and node.inputs[index] is not None)
 
+    def hidden_shape(self, node: ir.Node) -> str:
+        """What hides the rank of an operand of `node`, as the end of a sentence; empty if all ranks are known."""
+        value = next((i for i in node.inputs if i is not None and self.facts[i].dims is None), None)
+        if value is None:
+            return ""
+        maker = value.producer()
+        for _ in range(MAX_NAMED):
+            if maker is None or self.facts.rule(maker) is None:
+                break
+            before = next((i for i in maker.inputs if i is not None and self.facts[i].dims is None), None)
+            if before is None:
+                break
+            value, maker = before, before.producer()
+        named = repr(value.name) if maker is None else domain_of(maker) + label(maker)
+        return f"; the shape of {named} is unknown"
+
     def is_overridable(self, node: ir.Node, index: int) -> bool:
         """Whether the operand is an initializer that the caller of the model may replace."""
         value = node.inputs[index] if index < len(node.inputs) else None
@@ -149,6 +167,11 @@ def label(node: ir.Node) -> str:
     """What a person calls a node: its operator and its name, or that of its output."""
     name = node.name or (node.outputs[0].name if node.outputs else "")
     return f"{node.op_type} {name!r}"
+
+
+def domain_of(node: ir.Node) -> str:
+    """The domain of an operator before its label; empty for ONNX's own."""
+    return f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
 
 
 class Carrier:
@@ -194,13 +217,8 @@ def no_rule(node: ir.Node, opset: int) -> Refusal:
     """The refusal of an operator that neither absorbs nor passes an affine map, or of what is no operator at all."""
     exists = node.domain not in ("", "ai.onnx") or onnx.defs.has(node.op_type, opset)
     why = "neither absorbs nor passes a scale and shift" if exists else f"is no operator of opset {opset}"
-    domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
-    return Refusal(
-        Reason.OPERATOR,
-        node.name or node.outputs[0].name or "",
-        f"{domain}{label(node)} {why}",
-        structural=True,
-    )
+    name = node.name or node.outputs[0].name or ""
+    return Refusal(Reason.OPERATOR, name, f"{domain_of(node)}{label(node)} {why}", structural=True)
 
 
 def ask(carrier: Carrier | None, way: str, node: ir.Node, maps: Mapping[int, AffineMap], desk: Desk) -> Step | Refusal:
@@ -210,9 +228,12 @@ def ask(carrier: Carrier | None, way: str, node: ir.Node, maps: Mapping[int, Aff
     if not carrier.many_axes and not all(m.is_simple for m in maps.values()):
         return refuse(Reason.AXIS, node, "takes maps along one axis, and the channels are split over several")
     try:
-        return carrier.backward(node, maps, desk) if way == "backward" else carrier.forward(node, maps, desk)
+        answer = carrier.backward(node, maps, desk) if way == "backward" else carrier.forward(node, maps, desk)
     except UnlikeAxesError:
         return refuse(Reason.SHAPE, node, "meets maps that count the elements of one axis differently")
+    if isinstance(answer, Refusal) and answer.reason == Reason.SHAPE and (hidden := desk.hidden_shape(node)):
+        return replace(answer, detail=answer.detail + hidden)
+    return answer
 
 
 def refuse(reason: Reason, node: ir.Node, why: str, *, structural: bool = False) -> Refusal:

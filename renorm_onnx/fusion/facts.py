@@ -177,7 +177,7 @@ class Facts:
             else:
                 reads = node.inputs if node.op_type not in _HOLDERS else (*self._handed_out(node), *node.inputs)
                 missing = [i for i in reads if i is not None and i not in self._known]
-                if missing and (node.op_type in _HOLDERS or self._rule(node) is not None):
+                if missing and (node.op_type in _HOLDERS or self.rule(node) is not None):
                     for i in missing:
                         self._known.setdefault(i, UNKNOWN) if i in node.outputs else stack.append(i)
                     continue
@@ -272,7 +272,7 @@ class Facts:
                 kept[value] = fact
         self._known.update(kept)
 
-    def _rule(self, node: ir.Node) -> Rule | None:
+    def rule(self, node: ir.Node) -> Rule | None:
         """The rule of an operator; none of what a function of the model defines otherwise."""
         if node.domain in ("", "ai.onnx"):
             return self._rules.get(node.op_type)
@@ -281,7 +281,7 @@ class Facts:
 
     def _derive(self, node: ir.Node) -> None:
         known = node.domain in ("", "ai.onnx")
-        rule = self._rule(node)
+        rule = self.rule(node)
         found: Sequence[Fact] = ()
         inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs] if rule else []
         try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carriers.exact_folding_test import (
@@ -19,6 +20,8 @@ from renorm_onnx.fusion.carriers.exact_folding_test import (
     quarters,
 )
 from renorm_onnx.fusion.carriers.layout import rearranged
+from renorm_onnx.fusion.conftest import Builder
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.facts import Dimension
 from renorm_onnx.fusion.report import Reason
 
@@ -228,3 +231,16 @@ def test_without_axes_all_sizes_of_one_are_squeezed() -> None:
     text = f"c = {bn('x')} d = Squeeze(c) y = Conv(d, W)"
     model = build(text, "double[2,4,1,5] x", "y", W=quarters([3, 4, 1]), **norm(4))
     assert operators(assert_fuses(model)) == {"Squeeze": 1, "Conv": 1}
+
+
+def test_a_carrier_that_misses_a_shape_names_who_hides_it() -> None:
+    """The rank of what it reads is not known; what is said is the operator before all that are."""
+    b = Builder()
+    h = b.norm(b.node("Riddle", "x", out="riddle", domain="someone"), 4)
+    y = b.node("Gemm", b.node("Flatten", b.node("Identity", h)), b.normal(16, 3))
+    model = b.model({"x": ["n", 4]}, [y], opset=20)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(y, 1, ["n", 3]))
+    said = fuse(model)[1].kept[0].detail
+    assert said.endswith(
+        "is not proven to keep the channels together; the shape of someone::Riddle 'riddle_riddle' is unknown"
+    )
