@@ -44,6 +44,7 @@ ORDER = [
     "fusion.parameters",
     "fusion.carrier fusion.operands",
     "fusion.rewriter",
+    "fusion.unproven",
     "fusion.sources fusion.calls fusion.conditionals fusion.sequences fusion.shadowing",
     "fusion.carriers.*",
     "fusion.carriers",

@@ -41,6 +41,7 @@ from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import FLOATS, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
+from renorm_onnx.fusion.unproven import completes_product, only_reader, unproven_chain
 
 CONSTANT_OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg")
 _STARTS = frozenset({"BatchNormalization", *CONSTANT_OPERATORS})
@@ -225,11 +226,14 @@ class _Link:
 def _chain(first: ir.Node, desk: Desk) -> Norm | None:
     """The longest run of constant operators that starts at `first`."""
     link = constant_operator(first, desk)
-    if link is None or _is_bias_of_product(link, desk):
+    if link is None:
+        found = unproven_chain(first, desk)
+        return None if found is None else Norm(*found, _ZERO, _ZERO, "norm", "chain")
+    if not link.map.has_scale and completes_product(link.data, desk):
         return None
     links = [link]
     total = link.map
-    while (following := _only_reader(links[-1].node.outputs[0])) is not None:
+    while (following := only_reader(links[-1].node.outputs[0])) is not None:
         link = constant_operator(following, desk)
         if link is None or link.data is not links[-1].node.outputs[0]:
             break
@@ -266,26 +270,6 @@ def _ratios_and_gains(
     fits = unit.is_simple and (unit.is_uniform or total.is_uniform or unit.axes == total.axes)
     factor = unit.scale if fits else IDENTITY.scale
     return -shift.shift * rest[0].map.scale * factor, gain / factor  # x - mean, whichever way it is spelled
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    reader = next(iter(uses)).node
-    producer = value.producer()
-    same_graph = producer is not None and reader.graph is producer.graph
-    return reader if same_graph and reader.domain in ("", "ai.onnx") else None
-
-
-def _is_bias_of_product(link: _Link, desk: Desk) -> bool:
-    """Whether this is the Add that completes a product with a constant to a linear layer: nothing to fold."""
-    producer = link.data.producer()
-    if producer is None or producer.op_type not in ("MatMul", "Einsum"):
-        return False
-    if link.map.has_scale or len(link.data.uses()) != 1:
-        return False
-    return any(desk.facts.is_constant(i) for i in producer.inputs)
 
 
 def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
