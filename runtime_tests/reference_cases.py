@@ -47,11 +47,12 @@ class Case:
         return f"{self.op}({told[:60]})@{self.first}-{self.last}"
 
     def opsets(self) -> list[int]:
-        """The first opset, each at which the operator changed, and the last."""
+        """The first opset, each at which the operator changed, the one before that, and the last."""
         if self.domain:
             return [1]
         versions = _versions().get(self.op, ())  # none of onnxruntime's own
-        return sorted({self.first, self.last, *(v for v in versions if self.first <= v <= self.last)})
+        changes = {version - before for version in versions for before in (0, 1)}
+        return sorted({self.first, self.last, *(v for v in changes if self.first <= v <= self.last)})
 
 
 @functools.cache
