@@ -165,7 +165,7 @@ def quantization() -> Iterator[Case]:
     window = {"group": 2, "pads": [1, 1, 1, 1], "strides": [2, 2]}
     yield Case("ConvInteger", [pixels, weight.view(np.uint8), zero, np.array(99, np.uint8)], window, first=10)
     eights = [np.array(0.02, np.float32), zero, weight, positive(6) / 100, np.zeros(6, np.int8)]
-    outcome = [np.array(0.3, np.float32), np.array(99, np.uint8), whole(-999, 999, 6, dtype=np.int32)]
+    outcome = [np.array(0.3, np.float32), np.array(99, np.uint8), 100 * whole(-999, 999, 6, dtype=np.int32)]
     yield Case("QLinearConv", [pixels, *eights, *outcome], window, first=10, steps=1)
     left, right = whole(0, 255, 3, 4, dtype=np.uint8), whole(-60, 60, 4, 5, dtype=np.int8)
     yield Case("MatMulInteger", [left, right, zero, np.array(3, np.int8)], first=10)
@@ -335,6 +335,45 @@ def _boxes(batch: int, count: int) -> tuple[Any, Any]:
     return 4 * unit(batch, count, 2), 2 * positive(batch, count, 2)
 
 
+def left_out() -> Iterator[Case]:
+    """Calls that leave out what others of their kind say, and ranks, sizes and ties that are rare."""
+    yield Case("Split", [normal(4, 3)], first=6, last=17, outputs=2)
+    yield Case("Split", [normal(5, 3)], {"num_outputs": 2}, first=18, outputs=2)
+    yield Case("Gather", [normal(4, 3), ints(2, 0)], first=6)
+    yield Case("GatherElements", [normal(4, 3), whole(-4, 4, 2, 3)], first=11)
+    yield Case("ScatterElements", [normal(3, 4), whole(-3, 3, 1, 4), normal(1, 4)], first=11)
+    yield Case("OneHot", [whole(-3, 4, 2, 3), ints(4), floats(0.5, 2.0)], first=9)
+    yield Case("ReverseSequence", [normal(4, 3, 2), ints(1, 4, 3)], first=10)
+    yield Case("QuantizeLinear", [3 * normal(2, 3, 6), np.array(0.05, np.float32)], first=10, steps=1)
+    for low, high in ((0.5, 2.0), (-2.0, -0.5)):
+        yield Case("DynamicQuantizeLinear", [floats(low, 1.2 * low, high)], first=11, outputs=3, steps=1)
+    image = normal(1, 2, 5, 6)
+    for transform in ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners"):
+        attributes = {"mode": "linear", "coordinate_transformation_mode": transform}
+        yield Case("Resize", [image, None, None, ints(1, 2, 1, 1)], attributes, first=13)
+    crop = {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"}
+    roi = floats(0, 0, 0.1, 0.2, 1, 1, 0.7, 0.9)
+    yield Case("Resize", [image, roi, None, ints(1, 2, 1, 1)], crop, first=13)
+    ties = whole(0, 3, 2, 3, 9, 8).astype(np.float32)
+    window = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    yield Case("MaxPool", [ties], window, first=8, outputs=2)
+    pair = {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [1, 0, 0, 1]}
+    yield Case("MaxUnpool", [normal(1, 1, 2, 2), ints(0, 2, 4, 7).reshape(1, 1, 2, 2)], pair, first=9)
+    yield Case("GlobalLpPool", [normal(2, 3, 5)], {"p": 3}, first=6)
+    corner, size = _boxes(2, 30)
+    turned = np.concatenate([corner + size, corner], -1)
+    yield Case("NonMaxSuppression", [turned, positive(2, 3, 30), ints(4), floats(0.3)], first=10)
+    sequence = [3 * normal(5, 2, 3), normal(1, 4, 3), normal(1, 4, 4), normal(1, 8)]
+    for name, alpha, beta in (("Relu", [], []), ("Softplus", [], []), ("Affine", [0.7], [0.2])):
+        attributes = {"hidden_size": 4, "activations": [name], "activation_alpha": alpha, "activation_beta": beta}
+        yield Case("RNN", sequence, {k: v for k, v in attributes.items() if v}, outputs=2)
+    x, weight, bias = normal(2, 4, 6, 6), normal(6, 4, 3, 3), normal(6)
+    for activation, parameters in (("HardSigmoid", [0.3, 0.4]), ("Sigmoid", [])):
+        attributes = {"activation": activation} | ({"activation_params": parameters} if parameters else {})
+        yield Case("FusedConv", [x, weight, bias], attributes, domain="com.microsoft")
+    yield Case("FusedMatMul", [normal(4, 3), normal(5, 4)], {"transA": 1, "transB": 1}, domain="com.microsoft")
+
+
 FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
     shaping,
     reduction,
@@ -343,5 +382,6 @@ FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
     detection,
     contributed,
     contributed_attention,
+    left_out,
 )
 """Generators of cases."""
