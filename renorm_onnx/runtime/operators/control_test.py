@@ -52,6 +52,12 @@ def test_loop_carries_values_and_stacks_scan_outputs(opset, limit):
     assert np.array_equal(got["s"][-1], -got["y"])
 
 
+@pytest.mark.parametrize(("given", "count"), [("m, ", 3), (", c", 4), ("m, c", 3)])
+def test_the_limit_and_the_condition_of_a_loop_may_be_left_out(given, count):
+    feeds = {"m": np.array(3), "c": np.array(True), "x": np.array([0.5, -1.5], np.float32)}
+    assert compared(LOOP.replace("m, c, x)", f"{given}, x)"), 16, feeds)["s"].shape == (count, 2)
+
+
 def test_loop_without_iterations_returns_what_it_was_given_and_empty_scans():
     feeds = {"m": np.array(5), "c": np.array(False), "x": np.array([0.5, -1.5], np.float32)}
     got = compared(LOOP, 16, feeds)
@@ -106,7 +112,7 @@ def test_sequences_grow_shrink_and_join(opset):
     text = """g (float[2] x, float[2] z) => (float[k] y, int64 n, float[2, j] s, float[2] first) {
         one = Constant<value = int64 {1}>()
         a = SequenceConstruct(x, z, x)  b = SequenceErase(a, one)
-        c = SequenceInsert(b, z, one)  d = SequenceInsert(c, x)
+        c = SequenceInsert(b, z, one)  l = SequenceInsert(c, x)  m = SequenceInsert(l, z)  d = SequenceErase(m)
         y = ConcatFromSequence<axis: int = 0>(d)  n = SequenceLength(d)
         s = ConcatFromSequence<axis: int = 1, new_axis: int = 1>(c)
         parts = SplitToSequence<axis: int = 0>(y)  joined = ConcatFromSequence<axis: int = 0>(parts)
