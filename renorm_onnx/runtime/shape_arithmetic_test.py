@@ -40,6 +40,26 @@ def test_sizes_are_followed_through_functions():
     assert got.shape == want.shape == (7,)
 
 
+def test_sizes_are_followed_through_arithmetic_of_any_length():
+    steps = ["real = Cast<to: int = 1>(shape)", "same = Mul(real, one)", "again = Mul(same, one)"]
+    for count in (1, 2, 3):
+        last = steps[count - 1].split(" ")[0]
+        text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[h] x) => (float[k] y)
+            <float[1] factor = {{0.7}}, float[1] one = {{1.0}}> {{
+                shape = Shape(x)  {"  ".join(steps[:count])}  product = Mul({last}, factor)
+                floor = Floor(product)  size = Cast<to: int = 7>(floor)  y = ConstantOfShape(size) }}"""
+        got, want = run_both(text, {"x": np.ones(10, np.float32)})
+        assert got.shape == want.shape == (7,)
+
+
+def test_data_that_a_function_casts_are_not_rounded():
+    text = """<ir_version: 8, opset_import: ["": 17, "f": 1]> g (float[2] x) => (float[2] y) { y = f.there(x) }
+        <domain: "f", opset_import: ["": 17]> there(v) => (w) { n = Cast<to: int = 10>(v)  w = Cast<to: int = 1>(n) }"""
+    x = np.array([0.1, 1000.7], np.float32)
+    got, _ = run_both(text, {"x": x})
+    assert np.array_equal(got, x.astype(np.float64))
+
+
 def test_constants_alone_and_data_stay_in_float64():
     text = """<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y)
         <float[2] a = {0.7, 0.3}, float[2] b = {10.0, 3.0}> { w = Mul(a, b)  y = Mul(w, x) }"""
