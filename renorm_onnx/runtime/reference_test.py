@@ -142,6 +142,13 @@ def test_an_operator_that_fails_on_its_inputs_names_itself_and_their_shapes():
         evaluate(parse(text), {"x": np.ones(2, np.float32), "z": np.ones(3, np.float32)})
 
 
+def test_parts_that_are_not_the_whole_are_refused():
+    text = """<ir_version: 8, opset_import: ["": 17]> g (float[5] x) => (float[1] y, float[k] z)
+        <int64[2] sizes = {1, 3}> { y, z = Split(x, sizes) }"""
+    with pytest.raises(InputError, match=r"parts \[1, 3\] of an axis of length 5"):
+        evaluate(parse(text), {"x": np.ones(5, np.float32)})
+
+
 def test_an_initializer_that_is_also_an_input_may_be_overridden():
     text = """<ir_version: 8, opset_import: ["": 17]>
         g (float[1] x, float[1] w) => (float[1] y) <float[1] w = {3.0}> { y = Mul(x, w) }"""
