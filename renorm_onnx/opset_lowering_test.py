@@ -18,7 +18,8 @@ def model_of(body: str, out: str = "2, 3, 4, 4") -> onnx.ModelProto:
         <ir_version: 8, opset_import: ["" : 18]>
         main (float[2, 3, 4, 4] x) => (float[{out}] y)
         <int64[2] axes = {{2, 3}}, int64[8] pads = {{0, 0, 1, 1, 0, 0, 1, 1}}, int64[2] sizes = {{1, 2}},
-         float[4] scales = {{1.0, 1.0, 2.0, 2.0}}, int64[1] one = {{1}}>
+         float[4] scales = {{1.0, 1.0, 2.0, 2.0}}, int64[1] one = {{1}}, int64[4] four = {{2, 3, 4, 5}},
+         float[2] two = {{2.0, 2.0}}, int64[1, 4] place = {{0, 0, 0, 0}}, float[1] row = {{9.0}}>
         {{ {body} }}
     """)
 
@@ -34,6 +35,7 @@ def model_of(body: str, out: str = "2, 3, 4, 4") -> onnx.ModelProto:
         ('y = Resize <mode = "nearest", antialias = 0> (x, , scales)', "2, 3, 8, 8"),
         ("a, b = Split <axis = 1> (x, sizes) y = Concat <axis = 1> (b, a)", "2, 3, 4, 4"),
         ("y = LeakyRelu <alpha = 0.3> (x)", "2, 3, 4, 4"),
+        ("m = ReduceMean <keepdims = 0> (x, axes) y = Unsqueeze (m, axes)", "2, 3, 1, 1"),
     ],
 )
 def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) -> None:
@@ -57,6 +59,11 @@ def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) 
         ("y = ReduceMean <noop_with_empty_axes = 1> (x)", 15, "noop_with_empty_axes=1"),
         ('y = Resize <antialias = 1, mode = "linear"> (x, , scales)', 15, "antialias=1"),
         ("a, y = Split <num_outputs = 2> (x)", 15, "num_outputs instead of sizes"),
+        ("y = Pad (x, four, , axes)", 17, "axes are given"),
+        ("y = Resize <axes = [2, 3]> (x, , two)", 17, "axes are given"),
+        ('y = Resize <keep_aspect_ratio_policy = "not_larger"> (x, , , four)', 17, "keep_aspect_ratio_policy is given"),
+        ('y = ScatterND <reduction = "max"> (x, place, row)', 17, "reduction='max'"),
+        ('y = ScatterElements <reduction = "min"> (x, place, row)', 17, "reduction='min'"),
     ],
 )
 def test_what_has_no_older_form_is_refused(body: str, target: int, message: str) -> None:
