@@ -155,6 +155,12 @@ def test_data_come_from_arrays_files_and_folders(tmp_path):
     assert given_trials([X], tmp_path / "only.npy")[0].feeds["x"].shape == (4, 3)
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint8])
+def test_integers_of_another_type_are_taken_for_what_they_are(kind):
+    (one,) = given_trials([Z], {"z": np.array([1, 200], kind)})
+    assert (one.feeds["z"].dtype, one.feeds["z"].tolist()) == (np.int64, [1, 200])
+
+
 def test_a_batch_longer_than_a_fixed_one_is_cut_into_batches():
     fixed = InputSpec("x", np.dtype("f4"), (2, 3), 2)
     trials = given_trials([fixed], {"x": np.arange(15.0).reshape(5, 3)})
