@@ -273,3 +273,15 @@ def test_sets_of_one_label_that_are_set_aside_hide_none_that_are_judged():
     for scale in (0.1, 1e-6, 0.1):
         judge.add(trial, "y", errors_of(R, R + noisy(scale, 1), R + noisy(scale, 2)))
     assert [(row.sets, row.ok) for row in judge.rows() if row.inputs == "large"] == [(2, None), (1, True)]
+
+
+def test_a_shape_that_is_wrong_on_all_inputs_is_a_fault_and_not_nothing_to_compare():
+    judge = Judge("cpu", PRECISIONS["float32"])
+    judge.add(Trial("normal", {}, "normal"), "y", errors_of(R, R, R[:1]))
+    assert judge.empty() == ""
+    assert ["shape" in row.note for row in failures(judge)] == [True]
+
+
+def test_the_parts_of_a_sequence_are_expected_to_be_as_exact_as_it():
+    judge = Judge("cpu", PRECISIONS["float16"], precisions={"y": PRECISIONS["float32"]})
+    assert [judge.expected_of(name).name for name in ("y", "y[0]", "z")] == ["float32", "float32", "float16"]
