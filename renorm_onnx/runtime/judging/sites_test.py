@@ -123,7 +123,7 @@ def test_values_that_only_follow_from_shapes_are_no_places_to_cut():
     def network(fold):
         b = Builder(fold, 1e-3, False, np.float32)
         rng = np.random.default_rng(0)
-        b.nodes.append(oh.make_node("Shape", ["w_raw"], ["s"], "s"))
+        b.nodes.append(oh.make_node("Shape", ["w_raw"], ["s"], "s", start=0))
         b.nodes.append(oh.make_node("Slice", ["s", "zero", "one"], ["c"], "c"))
         b.nodes.append(oh.make_node("Expand", ["nothing", "c"], ["bias"], "bias"))
         weight, norm = rng.normal(size=(4, 2, 3)), make_norm(4)
@@ -211,6 +211,11 @@ DEQUANTIZED = {
         np.int8,
         None,
         "c = Constant<value_floats=[-1.0]>() v_k = DequantizeLinear<axis=0>(q, s) w_k = Mul(v_k, c)",
+    ),
+    "tensor": (
+        np.int8,
+        None,
+        "c = Constant<value = float[1] {-1.0}>() v_k = DequantizeLinear<axis=0>(q, s) w_k = Mul(v_k, c)",
     ),
 }
 
