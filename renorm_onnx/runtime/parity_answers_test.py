@@ -43,6 +43,20 @@ def test_a_dead_output_is_forgiven_where_every_place_was_checked_by_itself():
     assert "'dead' had one value" in verdict.skipped[0]
 
 
+def test_with_a_limit_an_original_that_runs_badly_is_a_skip_where_every_place_holds():
+    """(x + 1e8) - 1e8 has no correct digit in float32, which says nothing against a candidate."""
+    body = "big = Constant<value_float=1e8>() a = Add(x, big) y = Sub(a, big)"
+    model = model_of("float[N,8] x", "float[N,8] y", body)
+    assert verify(model, model, limit=LIMIT, sites=True).outcome == "skipped"
+    assert verify(model, model, limit=LIMIT).outcome == "unusable"
+    assert verify(model, model, sites=True).outcome == "unusable"
+
+
+def test_a_limit_excuses_no_data_that_do_not_fit():
+    with pytest.raises(InputError, match="'x' has shape"):
+        verify(build("mlp"), build("mlp", fold=True), inputs={"x": np.ones((4, 5), np.float32)}, limit=LIMIT)
+
+
 def test_an_output_that_depends_on_no_input_is_not_called_dead():
     model = model_of(
         "float[N,3] x",
@@ -226,6 +240,24 @@ def test_stored_codes_are_weights_like_any_other():
     assert verdict.ok
     assert verdict.precision == "float32"
     assert verify(*models).outcome == "no"
+
+
+@pytest.mark.parametrize(
+    ("body", "precision"),
+    [
+        ("u = QuantizeLinear(x, s, z) y = DequantizeLinear(u, s, z)", "quantized"),
+        ("u, s1, z1 = DynamicQuantizeLinear(x) y = DequantizeLinear(u, s1, z1)", "quantized"),
+        ("h = Cast<to=10>(x) y = Cast<to=1>(h)", "float16"),
+        ("h = Cast<to=16>(x) y = Cast<to=1>(h)", "bfloat16"),
+        ("d = Cast<to=11>(x) y = Cast<to=1>(d)", "float32"),
+    ],
+)
+def test_an_output_is_expected_to_be_as_exact_as_the_coarsest_type_before_it(body, precision):
+    model = model_of("float[N,8] x", "float[N,8] y", body)
+    for name, value in (("s", np.float32(0.05)), ("z", np.uint8(128))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+    verdict = verify(model, model, inputs=2)
+    assert (verdict.precision, verdict.ok) == (precision, True), verdict
 
 
 def beside_a_narrow_branch(factor, of="x"):
