@@ -71,6 +71,24 @@ def test_neighbours_are_not_drawn_for_a_candidate_that_means_something_else():
     assert not verify(deep(), bias_moved(deep(fold=True), "h6")).remarks
 
 
+def test_an_original_that_only_its_neighbours_show_to_be_badly_conditioned_is_unusable():
+    """x * (2**17 + 1) - x * 2**17: exact for small integers, off by a percent where weights round otherwise."""
+    large = np.full(240, 2.0**17, np.float32)
+    moved = np.where(np.arange(240) % 12 == 0, np.nextafter(large + 1, np.float32(np.inf)), large + 1)
+
+    def cancelling(weight):
+        b = Builder(False, EPS, False, np.float32)
+        b.add("Mul", ["x", b.weight("a", weight)], "p")
+        b.add("Mul", ["x", b.weight("b", -large)], "n")
+        b.add("Add", ["p", "n"], "y")
+        return b.model([info("x", ["N", 240])], [info("y", ["N", 240])])
+
+    x = np.random.default_rng(0).integers(-7, 8, (8, 240)).astype(np.float32)
+    verdict = verify(cancelling(large + 1), cancelling(moved), inputs={"x": x})
+    assert verdict.outcome == "unusable", verdict
+    assert "the unfused model with its weights rounded otherwise is off by" in verdict.reason
+
+
 def test_a_neighbour_is_as_far_as_rounding_to_nearest_and_no_further():
     weights = np.random.default_rng(0).normal(size=(200, 200)).astype(np.float32)
     b = Builder(False, EPS, False, np.float32)
