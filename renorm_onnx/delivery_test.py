@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from onnx import helper, numpy_helper
 
 from renorm_onnx import cli, model_file
-from renorm_onnx.delivery import fuse_file, inline_file
-from renorm_onnx.errors import InputError, ModelFileError
+from renorm_onnx.delivery import UNCHANGED, fuse_file, inline_file
+from renorm_onnx.errors import InputError, MachineError, ModelFileError
 from renorm_onnx.fusion import fact_rules
 from renorm_onnx.inspection import inspect_model
 from renorm_onnx.onnx_function import DEFAULTS, DOMAIN, INFERENCE, TRAINING, attach
+from renorm_onnx.runtime import providers as execution_providers
 from renorm_onnx.runtime.parity import verify
 from renorm_onnx.runtime.session import Session
 
@@ -315,6 +317,23 @@ def test_why_the_whole_was_not_run_is_said_once(tmp_path):
     assert done.verdict.outcome == "skipped"
     assert str(done).count(done.unchecked) == 1
     assert "verdict: skipped" in str(done)
+
+
+def test_another_word_for_verify_is_refused(tmp_path):
+    with pytest.raises(InputError, match="verify='always' given, expected one of auto, require, never"):
+        fuse_file(saved(tmp_path / "model.onnx", model_of_calls(), defined=True), verify="always")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_provider_that_is_asked_for_must_be_there_even_where_nothing_is_checked(tmp_path, monkeypatch, there):
+    status = replace(execution_providers.provider_status("cuda"), creatable=there)
+    monkeypatch.setattr(execution_providers, "provider_status", lambda name: status)
+    source = fuse_file(saved(tmp_path / "model.onnx", model_of_calls(), defined=True)).target
+    if there:
+        assert fuse_file(source, providers=("cuda",)).unchecked == UNCHANGED
+    else:
+        with pytest.raises(MachineError, match="fuse: provider cuda"):
+            fuse_file(source, providers=("cuda",))
 
 
 def test_functions_that_were_opened_in_vain_stay_in_the_file(tmp_path: Path) -> None:
