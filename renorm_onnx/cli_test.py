@@ -362,6 +362,7 @@ def test_branches_stay_apart_where_merging_costs_precision(tmp_path, monkeypatch
 
     from renorm_onnx import delivery
     from renorm_onnx.fusion.branches_test import IMAGE, rep_vgg
+    from renorm_onnx.fusion.engine import FuseOptions, fuse_in_place
 
     check = delivery._check
 
@@ -373,7 +374,10 @@ def test_branches_stay_apart_where_merging_costs_precision(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(delivery, "_check", strict)
     onnx.save(rep_vgg().model(IMAGE, ["y"]), "model.onnx")
-    assert run("fuse", "model.onnx") == cli.YES
+    asked: list[FuseOptions] = []
+    monkeypatch.setattr(delivery, "fuse_in_place", lambda model, o: asked.append(o) or fuse_in_place(model, o))
+    assert run("fuse", "model.onnx", "--target", "fp16") == cli.YES
+    assert [(options.target, options.merge_branches) for options in asked] == [("fp16", True), ("fp16", False)]
     said = capsys.readouterr().out
     assert "branches kept apart, because merged they cost precision: too far" in said
     assert [n.op_type for n in onnx.load("model.fused.onnx").graph.node].count("Conv") == 2
