@@ -196,6 +196,19 @@ def test_a_call_of_the_same_name_in_another_domain_is_not_ours() -> None:
     assert attach(model) == 0
 
 
+@pytest.mark.parametrize("defined", [False, True])
+def test_a_call_of_another_name_in_our_domain_is_no_norm(defined: bool) -> None:
+    model = layer_model(INFERENCE, 4, 20)
+    (function,) = model.functions.values()
+    model.functions.clear()
+    model.graph.node(0).op_type = function.name = "Other"
+    if defined:
+        function[0].op_type = "InstanceNormalization"
+        model.functions[function.identifier()] = function
+    assert list(calls_in(model)) == []
+    assert attach(model) == 0
+
+
 def test_only_a_norm_is_taken_for_one() -> None:
     assert not is_inference(training_function(20))
     assert is_training(training_function(20, stat="var"))
