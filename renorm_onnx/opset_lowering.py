@@ -91,14 +91,15 @@ def _since(op_type: str, opset: int) -> int | None:
 def _reduce(node: ir.Node) -> str:
     """The axes were an attribute before 18."""
     axes = node.inputs[1] if len(node.inputs) > 1 else None
-    if axes is None:
-        if node.attributes.get_int("noop_with_empty_axes", 0):
-            return "noop_with_empty_axes=1"
-    else:
-        constant = ir.convenience.get_const_tensor(axes)
-        if constant is None:
-            return "its axes are computed"
-        node.attributes["axes"] = ir.AttrInt64s("axes", [int(a) for a in constant.numpy().ravel()])
+    constant = ir.convenience.get_const_tensor(axes) if axes is not None else None
+    if axes is not None and constant is None:
+        return "its axes are computed"
+    empty, keeps_all = constant is None or not constant.size, node.attributes.get_int("noop_with_empty_axes", 0)
+    if empty and keeps_all:
+        return "noop_with_empty_axes=1"
+    if axes is not None and constant is not None:
+        if not empty:  # no axes at all are all axes
+            node.attributes["axes"] = ir.AttrInt64s("axes", [int(a) for a in constant.numpy().ravel()])
         node.replace_input_with(1, None)
         node.resize_inputs(1)
         graph = axes.graph

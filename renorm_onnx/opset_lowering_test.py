@@ -19,7 +19,7 @@ def model_of(body: str, out: str = "2, 3, 4, 4") -> onnx.ModelProto:
         main (float[2, 3, 4, 4] x) => (float[{out}] y)
         <int64[2] axes = {{2, 3}}, int64[8] pads = {{0, 0, 1, 1, 0, 0, 1, 1}}, int64[2] sizes = {{1, 2}},
          float[4] scales = {{1.0, 1.0, 2.0, 2.0}}, int64[1] one = {{1}}, int64[4] four = {{2, 3, 4, 5}},
-         float[2] two = {{2.0, 2.0}}, int64[1, 4] place = {{0, 0, 0, 0}}, float[1] row = {{9.0}}>
+         float[2] two = {{2.0, 2.0}}, int64[1, 4] place = {{0, 0, 0, 0}}, float[1] row = {{9.0}}, int64[0] none = {{}}>
         {{ {body} }}
     """)
 
@@ -31,6 +31,7 @@ def model_of(body: str, out: str = "2, 3, 4, 4") -> onnx.ModelProto:
         ("y = ReduceMean <keepdims = 0> (x, axes)", "2, 3"),
         ("y = ReduceMax (x, axes)", "2, 3, 1, 1"),
         ("y = ReduceL2 (x)", "1, 1, 1, 1"),
+        ("y = ReduceL2 (x, none)", "1, 1, 1, 1"),
         ("y = Pad (x, pads)", "2, 3, 6, 6"),
         ('y = Resize <mode = "nearest", antialias = 0> (x, , scales)', "2, 3, 8, 8"),
         ("a, b = Split <axis = 1> (x, sizes) y = Concat <axis = 1> (b, a)", "2, 3, 4, 4"),
@@ -57,6 +58,7 @@ def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) 
         ("y = Mish (x)", 17, r"opset 17 cannot be reached: Mish .* has no form in it \(it is new\)"),
         ("s = Shape (x) a = Slice (s, one, sizes) y = ReduceMean (x, a)", 15, "its axes are computed"),
         ("y = ReduceMean <noop_with_empty_axes = 1> (x)", 15, "noop_with_empty_axes=1"),
+        ("y = ReduceMean <noop_with_empty_axes = 1> (x, none)", 15, "noop_with_empty_axes=1"),
         ('y = Resize <antialias = 1, mode = "linear"> (x, , scales)', 15, "antialias=1"),
         ("a, y = Split <num_outputs = 2> (x)", 15, "num_outputs instead of sizes"),
         ("y = Pad (x, four, , axes)", 17, "axes are given"),
