@@ -10,7 +10,7 @@ import pytest
 
 from renorm_onnx.fusion import engine
 from renorm_onnx.fusion.carriers import load_carriers
-from renorm_onnx.fusion.conftest import Builder
+from renorm_onnx.fusion.conftest import Builder, assert_same
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.report import FusionReport
 
@@ -143,6 +143,29 @@ def test_a_deep_network_asks_each_convolution_once(
         x = b.node("Relu", b.norm(b.node("Conv", x, b.normal(4, 4, 1, 1)), 4))
     count, report = asked(b.model({"x": ["n", 4, 5, 5]}, [x]))
     assert len(report.folded) == pairs == count
+
+
+@pytest.mark.parametrize("operator", ["Slice", "Gather"])
+def test_operators_that_cut_up_one_value_are_asked_once_what_they_read(
+    asked: Callable[[onnx.ModelProto], tuple[int, FusionReport]], operator: str
+) -> None:
+    """The norm behind each must know that no other reads the same; one of two that do stays."""
+    pieces = 30
+    for both in (False, True):
+        b = Builder()
+        x, axis, outputs = b.conv("x", 4, 2 * pieces, 1), b.constant(np.array([1])), []
+        for i in range(pieces):
+            start, end = (b.constant(np.array([2 * i + n])) for n in (0, 2))
+            places = b.constant(np.array([2 * i, 2 * i + 1]))
+            cut = [start, end, axis] if operator == "Slice" else [places]
+            piece = b.node(operator, x, *cut, **({} if operator == "Slice" else {"axis": 1}))
+            outputs.append(b.norm(piece, 2))
+        again = [b.node("Gather", x, b.constant(np.array([5])), axis=1)] if both else []
+        model = b.model({"x": ["n", 4, 5, 5]}, [*outputs, *again])
+        count, report = asked(model)
+        assert len(report.folded) == pieces - both
+        assert count <= 12 * pieces, count
+        assert_same(model, fuse(model)[0])
 
 
 def test_models_of_many_outputs_shared_statistics_and_old_inputs_are_cleaned_whole() -> None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
@@ -95,6 +97,7 @@ class Planner:
         self._across = across
         self._ranges = Ranges(desk, limits.max_kappa, limits.max_weight)
         self._ends = DeadEnds(desk, self._carrier)
+        self._places: dict[tuple[ir.Node, int, int], npt.NDArray[np.int64] | None] = {}
 
     def plan(self, norm: Norm) -> Plan | tuple[Refusal, ...]:
         """The plan for `norm`, backward before forward since only that way never costs accuracy; or both reasons."""
@@ -218,8 +221,23 @@ class Planner:
         carrier = self._carrier(user)
         if carrier is None or not carrier.cuts or position != 0 or not self._desk.apart:
             return False
+        if given.is_simple and given.axis is not None:
+            key = user, given.axis, given.channels
+            if key not in self._places:
+                self._places[key] = self._places_read(carrier, *key)
+            if (places := self._places[key]) is not None:
+                return not np.count_nonzero(given.scale[places] != 1) and not np.count_nonzero(given.shift[places])
         step = ask(carrier, "forward", user, {0: given}, self._desk)
         return isinstance(step, Step) and bool(step.onward) and all(m.is_identity for m in step.onward.values())
+
+    def _places_read(self, carrier: Carrier, user: ir.Node, axis: int, length: int) -> npt.NDArray[np.int64] | None:
+        """The places along an axis that `user` cuts out: it hands on a number for each. None where that is not known.
+
+        Many that cut up one value are asked once each, and not again for the norm behind every one of them.
+        """
+        step = ask(carrier, "forward", user, {0: AffineMap.of(2.0 + np.arange(length), 0.0, axis)}, self._desk)
+        found = list(step.onward.values()) if isinstance(step, Step) else []
+        return found[0].scale.reshape(-1).astype(np.int64) - 2 if len(found) == 1 and found[0].scale.size else None
 
     def _demand(
         self,
