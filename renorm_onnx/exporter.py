@@ -149,7 +149,7 @@ def to_onnx(
     model = program.model
     name_sizes(model, arguments, shapes)
     check_names(model, input_names, output_names)
-    check_sizes(model, dynamic_shapes, dynamic_axes)
+    check_sizes(model, live, dynamic_shapes, dynamic_axes)
     calls = _finish(model, opset, live, functions=functions, metadata=metadata)
     if not calls and live is not None and layers_of(live):
         _log.warning("to_onnx: no batch renorm layer became a call; called with a mask in training, it is plain ONNX")

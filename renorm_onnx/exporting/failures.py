@@ -46,10 +46,39 @@ def explain_failure(
         where = _layer_in_traceback(root, module) or where
         root = root.__cause__ or root.__context__
     message = f"to_onnx: torch could not export {who}{_at(where)}: {type(cause).__name__}: {cause}"
-    message += "".join(f"\n{name}: {value!r}" for name, value in options.items() if value is not None)
+    given = "".join(f"\n{name}: {value!r}" for name, value in options.items() if value is not None)
+    if options.get("dynamic_shapes") is not None and _is_about_steps(cause, where, module):
+        said = message.partition("\n" if where else "\n\n")[0]  # below stand graphs and stacks
+        return InputError(without_colour(f"{said}\n{about_steps(module)}{given}"))
+    message += given
     if cause is not error and not isinstance(cause, InputError):  # ours says what to do; torch's advice would mislead
         message += f"\n\n{error}"
     return InputError(without_colour(message))
+
+
+def _is_about_steps(cause: BaseException, where: str | None, module: nn.Module) -> bool:
+    """Whether an export with dynamic sizes failed because it came to fix the number of steps of a recurrent layer."""
+    if isinstance(module.get_submodule(where or ""), nn.RNNBase):
+        return isinstance(cause, RuntimeError)  # others are failures of other kinds, as those on packed sequences
+    fixed = any(text in str(cause) for text in ("inferred a static shape", "Constraints violated"))
+    return fixed and not where and bool(about_steps(module))
+
+
+def about_steps(module: nn.Module | None) -> str:
+    """Return what to do about a recurrent layer whose steps cannot be left open; nothing for a model without one.
+
+    So is it in torch 2.11; in 2.13 some LSTM and GRU keep them open. The older exporter is deprecated, and in both.
+
+    Args:
+        module: The model; None for a program, whose sizes were decided when it was captured.
+    """
+    if module is None or not any(isinstance(layer, nn.RNNBase) for layer in module.modules()):
+        return ""
+    return (
+        "torch's exporter unrolls recurrent layers (RNN, GRU, LSTM), and then cannot leave their steps open: "
+        "leave that axis out of dynamic_shapes or dynamic_axes; or call torch.onnx.export(module, args, path, "
+        "dynamo=False, dynamic_axes=...), torch's older exporter, whose file `renorm-onnx fuse` takes as well"
+    )
 
 
 @contextlib.contextmanager

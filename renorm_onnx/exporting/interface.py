@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporting.failures import described
+from renorm_onnx.exporting.failures import about_steps, described
 from renorm_onnx.exporting.surroundings import quiet
 
 
@@ -178,7 +178,7 @@ def check_names(model: ir.Model, input_names: Sequence[str] | None, output_names
             )
 
 
-def check_sizes(model: ir.Model, dynamic_shapes: Any, dynamic_axes: Any) -> None:
+def check_sizes(model: ir.Model, module: nn.Module | None, dynamic_shapes: Any, dynamic_axes: Any) -> None:
     """Refuse a model with a fixed size that was asked to be dynamic.
 
     A module that fixes a size makes torch give up the `torch.export.Dim` for it without a word.
@@ -194,7 +194,8 @@ def check_sizes(model: ir.Model, dynamic_shapes: Any, dynamic_axes: Any) -> None
     }
     if len(asked) > sum(isinstance(size, str) for shape in inputs.values() for size in shape):
         given = f"dynamic_shapes={dynamic_shapes}" if dynamic_axes is None else f"dynamic_axes={dynamic_axes}"
+        advice = "".join(f"; {text}" for text in (about_steps(module),) if text)
         raise InputError(
             f"to_onnx: {given} given, but some of these sizes are fixed: the inputs are {inputs}; name inputs and "
-            "axes, from 0, that exist, or change what fixes the size, such as a reshape to numbers"
+            f"axes, from 0, that exist, or change what fixes the size, such as a reshape to numbers{advice}"
         )
