@@ -27,7 +27,7 @@ from torch import nn
 
 from renorm_onnx import model_file, opset_lowering
 from renorm_onnx.errors import InputError
-from renorm_onnx.exporting.buffers import lost_updates, noting_assigned
+from renorm_onnx.exporting.buffers import changed_by_a_call, lost_updates, noting_assigned
 from renorm_onnx.exporting.failures import explain_failure, without_colour
 from renorm_onnx.exporting.interface import (
     arguments_of,
@@ -145,7 +145,7 @@ def to_onnx(
     given = {"dynamic_shapes": shapes, "input_names": input_names, "output_names": output_names}
     with noting_assigned(live) as assigned:
         program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **given)
-    lost = lost_updates(program, live, assigned, mode)
+    lost = lost_updates(program, live, changed_by_a_call(live, assigned, args, kwargs), mode)
     model = program.model
     name_sizes(model, arguments, shapes)
     check_names(model, input_names, output_names)

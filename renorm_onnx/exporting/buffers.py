@@ -6,7 +6,8 @@ says nothing and takes the assignment back, so that is seen here, while the modu
 """
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +46,37 @@ def noting_assigned(module: nn.Module | None) -> Iterator[set[str]]:
             hook.remove()
 
 
+def changed_by_a_call(
+    module: nn.Module | None, assigned: set[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> set[str]:
+    """Return those of some buffers that hold something else after a call: others are caches, which nobody loses.
+
+    Args:
+        module: Not changed; a copy of it is called. All of `assigned` if that fails.
+        assigned: As `noting_assigned` gives them.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    if module is None or not assigned:
+        return assigned
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            called = copy.deepcopy(module)
+            called(*args, **kwargs)
+        before, after = dict(module.named_buffers()), dict(called.named_buffers())
+        same = (n for n in assigned if n in before and n in after and torch.equal(before[n], after[n]))
+        return assigned.difference(same)
+    except Exception:  # whatever it is, torch has called the module without it
+        return assigned
+
+
 def lost_updates(program: torch.onnx.ONNXProgram, module: nn.Module | None, assigned: set[str], mode: str) -> list[str]:
     """Return the buffers that a call of the module changes and the model does not, by path.
 
     Args:
         program: What torch captured.
         module: What it was captured from; None for an ExportedProgram, which says itself what it changes.
-        assigned: As `noting_assigned` gives them.
+        assigned: As `changed_by_a_call` gives them.
         mode: As for `to_onnx`.
 
     Raises:

@@ -51,6 +51,26 @@ class Counting(nn.Module):
         return self.norm(x)
 
 
+class Caching(nn.Module):
+    """Computes the same table anew in each call, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(4.0).cos())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.table = torch.arange(4.0).cos()
+        return x * self.table
+
+
+def test_a_step_may_assign_what_a_buffer_holds_already() -> None:
+    net = nn.Sequential(Caching(), BatchRenorm1d(4)).train()
+    state = torch.get_rng_state()
+    assert len(to_onnx(net, X, mode="train", verify=False).graph.output) == 4
+    assert net[1].num_batches_tracked == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize(
     ("part", "named"),
     [
