@@ -8,8 +8,8 @@ Formula:
     y = sum of k_i x_i with k = 1, 1 (Add, Sum), 1, -1 (Sub) or 1/n (Mean). At the output every x_i takes the scale;
     one of them, x, takes the shift t / (sum of the k_i at which x stands). At the inputs the scales must be one and
     the same, and the shifts add up; a shift alone ends in a constant operand, and a scale goes past a constant c:
-    s x + t + c = s (x + (c + t) / s), or for a scale next to nothing s (x + c) + (t + c - s c), and past one of other
-    axes s (x + c / s) + t. Constants are widened to vary along the map.
+    s x + t + c = s (x + c / s) + t, or for a small scale s (x + c) + (t + c - s c). Constants are widened to vary along
+    the map.
     Source: ONNX Add, Sub, Sum, Mean in all versions.
 Refuses when:
     a per-channel scale meets a computed operand that is not proven to have all the channels, or whose rank is
@@ -19,6 +19,7 @@ Refuses when:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,6 +35,10 @@ from renorm_onnx.fusion.sources import constant_operator
 ABSORBING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "DequantizeLinear")
 # A scale below it leaves a constant as it is: W s would lose digits that c / s needs.
 SMALL = 2.0**-10
+# Numbers of a constant that is written out along the channels of a map: 256 KB as float32.
+LARGEST_WIDENED = 1 << 16
+# A scale from here on takes a constant along: x + c, rounded, would be multiplied by it.
+LARGE = 4.0
 BENDING = ("Relu", "LeakyRelu", "PRelu", "Mul", "Div")
 PASSING = (
     *("Identity", "Dropout", "Relu", "LeakyRelu", "MaxPool", "AveragePool", "Reshape", "Transpose", "Flatten"),
@@ -218,26 +223,27 @@ def _takers(node: ir.Node, demand: AffineMap, rank: int | None, desk: Desk) -> l
 def _commuted(
     node: ir.Node, total: AffineMap, rank: int | None, desk: Desk, constants: Sequence[int]
 ) -> Step | Refusal:
-    """``s x + t + c = s (x + (c + t) / s)``: a constant stays as far from x, in units of x, as it was.
+    """``s x + t + c = s (x + c / s) + t``: a constant stays as far from x, in units of x, as it was.
 
-    Where s is next to nothing, or the quotient too large, ``s x + t + c = s (x + c) + (t + c - s c)``.
+    Where s is next to nothing, or the quotient too large, ``s x + t + c = s (x + c) + (t + c - s c)``; and where there
+    is a shift that goes on anyway, and s is too small to multiply much of what is rounded in ``x + c``.
     """
     link = constant_operator(node, desk)
     if link is None or not set(link.map.axes) <= set(total.axes):
         return _divided(node, total, rank, desk, constants)
     index = 1 if node.inputs[0] is link.data else 0
     total, added = together(total, link.map)
-    left = np.abs(total.scale) < SMALL
-    divisor = np.where(left, 1.0, total.scale)
-    share = np.where(left, 0.0, total.shift / coefficient(node, index) / divisor)
+    left = np.abs(total.scale) < (LARGE if total.has_shift else SMALL)
+    if left.all():
+        return Step((), {0: total.with_shift(total.shift + added.shift - total.scale * added.shift)})
+    own = total._replace(scale=1.0 / np.where(left, 1.0, total.scale), shift=np.zeros(left.shape))
     constant = desk.parameter(node, index)
-    own = total._replace(scale=1.0 / divisor, shift=share)
     changed = None if constant is None else widened(constant, own, rank, desk)
-    onward = total.shift + added.shift - total.scale * added.shift
     limit = 0.0 if changed is None else min(largest(changed.dtype), desk.max_weight)
     if changed is None or not np.abs(changed.float64()).max(initial=0.0) <= limit:
-        return Step((), {0: total.with_shift(onward)})
-    return Step((SetInput(node, index, changed),), {0: total.with_shift(np.where(left, onward, 0.0))})
+        left, changed = np.full(left.shape, True), None
+    onward = np.where(left, total.shift + added.shift - total.scale * added.shift, total.shift)
+    return Step(() if changed is None else (SetInput(node, index, changed),), {0: total.with_shift(onward)})
 
 
 def _divided(node: ir.Node, total: AffineMap, rank: int | None, desk: Desk, constants: Sequence[int]) -> Step | Refusal:
@@ -250,11 +256,22 @@ def _divided(node: ir.Node, total: AffineMap, rank: int | None, desk: Desk, cons
     inverse = AffineMap(1 / total.scale, np.zeros(total.shift.shape), total.axes, total.periodic)
     edits: list[Edit] = []
     for index, parameter in zip(constants, parameters, strict=True):
+        grown = 0 if parameter is None else math.prod(parameter.shape) * total.channels
+        if parameter is not None and grown > LARGEST_WIDENED and not _runs_along(parameter, total, rank):
+            return refuse(
+                Reason.SHAPE, node, f"has a constant that would grow from {parameter.shape} to {grown} numbers"
+            )
         changed = None if parameter is None else widened(parameter, inverse, rank, desk)
         if changed is None:
             return refuse(Reason.SHAPE, node, f"has operand {index}, a constant that is not widened")
         edits.append(SetInput(node, index, changed))
     return Step(tuple(edits), {0: total})
+
+
+def _runs_along(parameter: Parameter, given: AffineMap, rank: int | None) -> bool:
+    """Whether a constant operand has all the numbers of the map already."""
+    seen = aligned(given, len(parameter.shape), rank)
+    return seen is not None and all(parameter.shape[a] == n for a, n in zip(seen.axes, seen.scale.shape, strict=False))
 
 
 def _sum(one: AffineMap, two: AffineMap) -> AffineMap | None:

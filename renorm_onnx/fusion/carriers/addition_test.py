@@ -19,6 +19,8 @@ from renorm_onnx.fusion.carriers.exact_folding_test import (
     operators,
     quarters,
 )
+from renorm_onnx.fusion.conftest import Builder, assert_same
+from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.report import Reason
@@ -121,6 +123,21 @@ def test_a_map_goes_forward_past_a_constant_of_other_axes_which_is_divided(shape
     assert operators(fused) == {order.partition("(")[0]: 1, "Conv": 1}
 
 
+def test_a_large_constant_is_not_written_out_for_every_channel() -> None:
+    """It would be as many times as large as there are channels."""
+
+    def kept(shape: tuple[int, ...]) -> list[Reason]:
+        b = Builder()
+        c = b.norm(b.node("Sigmoid", "x"), 32)
+        model = b.model({"x": [1, 32, 64, 64]}, [b.conv(b.node("Add", c, b.normal(*shape)), 32, 5)])
+        fused, report = fuse(model)
+        assert_same(model, fused)
+        return [norm.refusals[-1].reason for norm in report.kept]
+
+    assert kept((1, 1, 64, 64)) == [Reason.SHAPE]
+    assert kept((1, 32, 64, 64)) == kept((1, 1, 64, 1)) == []
+
+
 def test_a_scale_of_zero_takes_no_constant_with_it() -> None:
     text = "c = Mul(x, s) e = Add(c, t) d = Add(e, k) y = Conv(d, W)"
     constants = {"s": np.array([2.0, 0, -1]).reshape(3, 1, 1), "t": quarters([3, 1, 1]), "k": quarters([3, 4, 5], 1)}
@@ -129,32 +146,33 @@ def test_a_scale_of_zero_takes_no_constant_with_it() -> None:
 
 @pytest.mark.parametrize("last", ["Add(c, k)", "Add(k, c)", "Sub(c, k)", "Sub(k, c)"])
 def test_a_scale_goes_past_a_constant_alone_and_so_past_what_bends(last: str) -> None:
-    """``relu(s x + t + c) = s relu(x + (c + t) / s)``; the negative scale of a channel still ends there."""
-    lines = f"e = {last} d = Relu(e)"
-    text = f"c = {bn('x')} {lines} y = Conv(d, W)"
+    """``relu(s x + c) = s relu(x + c / s)``; a negative scale, or a shift of its own, ends there."""
+    text = f"c = {bn('x')} e = {last} d = Relu(e) y = Conv(d, W)"
     constants = {"k": quarters([3, 1, 1], 3), "W": WEIGHTS["W"]}
-    for positive in (True, False):
-        parameters = norm(3, positive=positive, powers=True)
+    for positive, shift in ((True, False), (False, False), (True, True)):
+        parameters = norm(3, positive=positive, shift=shift, powers=True)
         # What is left is the Add before the Relu, or the norm that took it up.
         fused = assert_fuses(build(text, "double[N,3,H,W] x", "y", **constants, **parameters), [Reason.SHIFT])
-        assert operators(fused)["BatchNormalization"] == (not positive)
+        assert operators(fused)["BatchNormalization"] == (shift or not positive)
 
 
 @pytest.mark.parametrize(("last", "sign"), [("Add(x, k)", 1.0), ("Sub(x, k)", -1.0), ("Sub(k, x)", 1.0)])
-def test_a_scale_next_to_nothing_leaves_a_constant_as_it_is(last: str, sign: float) -> None:
-    """``s x + t + c``: a channel of 1024 takes c along, one of 0 or 2^-12 leaves it behind."""
-    loaded = model_file.load(build(f"y = {last}", "double[N,3,H,W] x", "y", k=np.full((3, 1, 1), 512.0)))
+@pytest.mark.parametrize(("small", "shift"), [(0.0, 0.0), (2.0**-12, 0.0), (3.75, 3.0)])
+def test_a_large_scale_takes_a_constant_along_and_a_small_one_leaves_it(
+    last: str, sign: float, small: float, shift: float
+) -> None:
+    """``s x + t + c`` in two channels; what is left behind is c - s c."""
+    loaded = model_file.load(build(f"y = {last}", "double[N,2,H,W] x", "y", k=np.full((2, 1, 1), 512.0)))
     desk = Desk(Facts(loaded, RULES, CONSTANT_OPERATORS))
     position = 1 if last == "Sub(k, x)" else 0
-    given = AffineMap.of([1024.0, 0.0, 2.0**-12], [256.0, 3.0, 3.0], 1)
+    given = AffineMap.of([1024.0, small], [shift, shift], 1)
     step = Addition().forward(loaded.graph[0], {position: given}, desk)
     assert isinstance(step, Step)
     [edit] = step.edits
     assert isinstance(edit, SetInput)
-    t = (-1.0 if position else 1.0) * given.shift
-    assert edit.parameter.float64().reshape(-1).tolist() == [sign * (sign * 512 + t[0]) / 1024, 512.0, 512.0]
-    behind = [0.0, t[1] + sign * 512, t[2] + sign * 512 * (1 - 2.0**-12)]
-    assert step.onward[0].equals(given.with_shift(np.array(behind)))
+    t = -shift if position else shift
+    assert edit.parameter.float64().reshape(-1).tolist() == [0.5, 512.0]
+    assert step.onward[0].equals(given.with_shift(np.array([t, t + sign * 512 * (1 - small)])))
 
 
 def test_the_axis_of_a_map_is_counted_from_the_end_where_an_operand_broadcasts() -> None:
@@ -168,7 +186,7 @@ def test_operands_aligned_at_an_axis_as_before_opset_7_let_nothing_pass() -> Non
     """A square image, where the constant could be taken for one of channels."""
     from onnx import TensorProto, helper, numpy_helper
 
-    from renorm_onnx.fusion.engine import FuseOptions, fuse
+    from renorm_onnx.fusion.engine import FuseOptions
 
     arrays = {"k": quarters([3]), "W": WEIGHTS["W"], "s": np.array([2.0, -0.5, 4.0]).reshape(3, 1, 1)}
     nodes = [
