@@ -10,8 +10,8 @@ Formula:
 
         epsilon' = epsilon / max(1, s^2)        var' = (var + epsilon) / s^2 - epsilon'
 
-    A variance that its type does not hold becomes the next that it does, and gamma takes the rest. A channel with s = 0
-    is constant: gamma and mean become 0 there and B becomes B + gamma (t - mean) / sigma.
+    A variance that its type does not hold becomes the nearest that it does, and gamma takes the rest. A channel with
+    s = 0 is constant: gamma and mean become 0 there and B becomes B + gamma (t - mean) / sigma.
     Source: ONNX BatchNormalization-6 .. 15.
 Refuses when:
     the node is in training mode or has further outputs in use; the map does not run along the channels; at the
@@ -81,7 +81,7 @@ class BatchNormalization(Carrier):
             least = float(_below(epsilon / max(1.0, float(np.max(divisor**2)))))
             spread = squared / divisor**2
             limits = smallest_normal(var.dtype), min(largest(var.dtype), desk.max_weight)
-            held = np.where(spread - least > 0, np.clip(spread - least, *limits), 0.0)
+            held = np.where(spread - least > limits[0] / 2, np.clip(spread - least, *limits), 0.0)
             rest = np.abs(divisor) * np.sqrt((held + least) / squared)
             rest = np.where(held == spread - least, 1.0, rest) * np.sign(full.scale)
             edits += [SetInput(node, 4, Parameter.new(held, var.dtype)), SetInput(node, 1, gamma.scaled(rest))]

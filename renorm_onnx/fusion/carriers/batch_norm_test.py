@@ -104,6 +104,15 @@ def test_a_variance_that_its_type_does_not_hold_leaves_the_rest_to_gamma(
     assert_same_values(model, fused, dtype="float16")
 
 
+@pytest.mark.parametrize("factor", [100.0, 300.0, 1024.0])
+def test_a_variance_of_next_to_nothing_becomes_zero_and_not_the_smallest_that_its_type_holds(factor: float) -> None:
+    fused, _ = engine.fuse(scaled_input(factor, 100.0, 0.0, dtype="float16"))
+    [held] = stored(fused, "v")
+    assert not held.any()
+    [node] = [n for n in fused.graph.node if n.op_type == "BatchNormalization"]
+    assert node.attribute[0].f == pytest.approx(1e-5 / factor**2, rel=1e-3)
+
+
 def test_a_norm_in_training_mode_absorbs_nothing() -> None:
     text = "a, m1, v1 = BatchNormalization<training_mode=1>(x, s, b, m, v) y = Mul(a, k)"
     constants = {"s": quarters([4]), "b": quarters([4], 1), "m": quarters([4], 2), "v": quarters([4], 3, positive=True)}
