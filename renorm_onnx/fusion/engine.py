@@ -34,7 +34,7 @@ from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.fusion.sequences import open_sequences
 from renorm_onnx.fusion.shadowing import rename_shadowing
 from renorm_onnx.fusion.sources import Norm, describe, find_norms
-from renorm_onnx.fusion.units import multiplied
+from renorm_onnx.fusion.units import multiplied, unit_of, write_units
 from renorm_onnx.model_walk import graphs_of, in_order, nodes_of
 from renorm_onnx.onnx_function import MODULE_KEY
 from renorm_onnx.onnx_layers import count_training_layers
@@ -168,6 +168,7 @@ class _Engine:
             self._fold_all()
         self._rewriter.write(self._desk.pending)
         self._clean()
+        write_units(self._desk.units)
         for entry in self._report.entries:
             if entry.outcome == "kept" and not entry.refusals:
                 why = f"{entry.name!r} took up another norm, and varies along several axes since"
@@ -337,7 +338,7 @@ class _Engine:
                 source = total if value is source else source
                 changed = [total if v is value else v for v in changed]
         for node, unit in plan.units.items():
-            self._desk.units[node] = multiplied(self._desk.units.get(node), unit)
+            self._desk.units[node] = multiplied(unit_of(node, self._desk.units), unit)
         for value in changed:
             self._rewriter.rename(value)
         self._leave_out(plan, source)

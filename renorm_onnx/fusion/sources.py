@@ -41,6 +41,7 @@ from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import FLOATS, Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
+from renorm_onnx.fusion.units import unit_of
 from renorm_onnx.fusion.unproven import completes_product, only_reader, unproven_chain
 
 CONSTANT_OPERATORS = ("Add", "Sub", "Mul", "Div", "Neg")
@@ -266,7 +267,7 @@ def _ratios_and_gains(
     if not rest or not shift.has_shift:
         return _ZERO, _ZERO
     gain = functools.reduce(AffineMap.then, (link.map for link in rest[1:]), IDENTITY).scale
-    unit = desk.units.get(rest[0].node, IDENTITY)
+    unit = unit_of(rest[0].node, desk.units) or IDENTITY
     fits = unit.is_simple and (unit.is_uniform or total.is_uniform or unit.axes == total.axes)
     factor = unit.scale if fits else IDENTITY.scale
     return -shift.shift * rest[0].map.scale * factor, gain / factor  # x - mean, whichever way it is spelled

@@ -15,11 +15,41 @@ Formula, for folds one after another::
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap, UnlikeAxesError
 from renorm_onnx.fusion.carrier import Step
+
+# Where a node says it in the file, or a second run would not know.
+KEY = "renorm_onnx.unit"
+
+
+def unit_of(node: ir.Node, units: Mapping[ir.Node, AffineMap]) -> AffineMap | None:
+    """The unit that `node` multiplies in: that of folds of this run, or else what an earlier run wrote.
+
+    Args:
+        node: Multiplies.
+        units: Those of this run.
+    """
+    if node in units:
+        return units[node]
+    try:
+        said = json.loads(node.metadata_props[KEY])
+        axis, scale = said["axis"], np.array(said["scale"], np.float64)
+        return AffineMap.of(scale, np.zeros(scale.shape), axis) if scale.ndim == 1 and (scale != 0).all() else None
+    except (KeyError, TypeError, ValueError):  # nothing, or not by us
+        return None
+
+
+def write_units(units: Mapping[ir.Node, AffineMap]) -> None:
+    """Let the operators that are still there say their units, in place."""
+    for node, unit in units.items():
+        if node.graph is not None and unit.is_simple and unit.has_scale:
+            node.metadata_props[KEY] = json.dumps({"axis": unit.axis, "scale": unit.scale.tolist()})
 
 
 def unit_after(way: str, node: ir.Node, demand: AffineMap | None, step: Step) -> AffineMap | None:

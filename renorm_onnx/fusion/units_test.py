@@ -10,7 +10,7 @@ from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Step
 from renorm_onnx.fusion.conftest import Builder, assert_same, operators
 from renorm_onnx.fusion.engine import fuse
-from renorm_onnx.fusion.units import multiplied, unit_after
+from renorm_onnx.fusion.units import KEY, multiplied, unit_after, unit_of
 
 FAR = "has an input 256 standard deviations from zero if its first scale is 1 / sigma, more than 4"
 
@@ -47,6 +47,23 @@ def test_a_scale_behind_a_chain_leaves_its_distance_from_zero() -> None:
     assert "half__fused" in {i.name for i in fused.graph.initializer}
     assert FAR in report.kept[0].detail
     assert_same(model, fused)
+    again, report = fuse(fused)
+    assert not report.changed
+    assert FAR in report.kept[0].detail
+    assert again.SerializeToString() == fused.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "said", ["no number", "[2]", '{"axis": 1}', '{"axis": 1, "scale": [0, 1]}', '{"axis": 1, "scale": [[2]]}']
+)
+def test_a_unit_that_is_none_is_passed_over(said: str) -> None:
+    node = ir.Node("", "Mul", [ir.Value(name="x"), ir.Value(name="c")], num_outputs=1)
+    node.metadata_props[KEY] = said
+    assert unit_of(node, {}) is None
+    node.metadata_props[KEY] = '{"axis": 1, "scale": [2.0, 0.5]}'
+    read = unit_of(node, {})
+    assert read is not None
+    assert read.equals(AffineMap.of([2.0, 0.5], [0.0, 0.0], 1))
 
 
 def test_units_multiply_and_a_dead_channel_has_none() -> None:
