@@ -25,18 +25,20 @@ def unproven_chain(first: ir.Node, desk: Desk) -> tuple[tuple[ir.Node, ...], ir.
     read = _operands(first, desk)
     if read is None or completes_product(read[0], desk) or _is_divided(read[0], desk):
         return None
-    data, nodes, lengths = read[0], [first], {first.op_type: read[1]}
+    data, nodes, lengths, wide = read[0], [first], {first.op_type: read[1]}, 1
     while len(nodes) < LONGEST and (following := only_reader(nodes[-1].outputs[0])) is not None:
         read = _operands(following, desk)
         if read is None or read[0] is not nodes[-1].outputs[0]:
             break
         nodes.append(following)
         lengths[following.op_type] = max(read[1], lengths.get(following.op_type, 1))
+        wide = len(nodes) if read[1] > 1 else wide
     times, plus = (max(lengths.get(o, 1) for o in pair) for pair in (("Mul", "Div"), ("Add", "Sub")))
     if times == 1 or times != plus:
         return None
     why = f"is not proven to have {times} channels{desk.hidden_shape(first)}"
-    return tuple(nodes), data, refuse(Reason.SHAPE, first, why)
+    # A number behind them is a map of its own, whatever the shape.
+    return tuple(nodes[:wide]), data, refuse(Reason.SHAPE, first, why)
 
 
 def _operands(node: ir.Node, desk: Desk) -> tuple[ir.Value, int] | None:

@@ -32,12 +32,20 @@ def behind(
     return model
 
 
+def test_a_number_behind_such_a_norm_is_folded_as_before() -> None:
+    model = behind([("Sub", (1, C)), ("Mul", (C,)), ("Add", ())])
+    fused, report = fuse(model)
+    [kept] = report.norms
+    assert (len(kept.nodes), kept.reason, report.affines_folded) == (2, Reason.SHAPE, 1)
+    assert "Add" not in operators(fused)
+
+
 @pytest.mark.parametrize(
     "lines",
     [
         [("Mul", (C,)), ("Add", (C,))],
         [("Sub", (C,)), ("Div", (C,)), ("Mul", (C,)), ("Add", (C,))],
-        [("Sub", (1, C)), ("Mul", (C,)), ("Add", ())],
+        [("Sub", (1, C)), ("Mul", (C,))],
         [("Mul", ()), ("Mul", (C, 1, 1)), ("Add", (C, 1, 1))],
     ],
 )
