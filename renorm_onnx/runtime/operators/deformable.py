@@ -24,7 +24,7 @@ def _deform_conv(call: Call) -> Result:
     taps = math.prod(kernel)
     moved = offset.reshape(len(x), parts, taps, 2, *size)
     mask = call.input(4)
-    weights = np.ones((1, 1, taps, 1, 1)) if mask is None else mask.reshape(len(x), parts, taps, *size)
+    weights = np.ones((1, parts, taps, 1, 1)) if mask is None else mask.reshape(len(x), parts, taps, *size)
     strides, dilations = (call.integers(name) or (1, 1) for name in ("strides", "dilations"))
     begin = (call.integers("pads") or (0, 0))[:2]
     grid = [np.arange(n) * stride - pad for n, stride, pad in zip(size, strides, begin, strict=True)]
