@@ -184,7 +184,8 @@ class _Comparison:
                 fused = open_session(pair.sources[1], provider)
             except (ModelFileError, MachineError) as error:
                 return replace(base, reason=f"The candidate cannot be run where the reference can: {error}")
-            runners.append(_Runners(provider, Judge(provider, precision, precisions=pair.precisions), unfused, fused))
+            judge = Judge(provider, precision, precisions=pair.precisions, averages=pair.averages)
+            runners.append(_Runners(provider, judge, unfused, fused))
         placement = {one.provider: dict(Counter(node.provider for node in one.fused.placement)) for one in runners}
         base.environment["placement"] = placement
         try:
@@ -247,7 +248,9 @@ class _Comparison:
             return self._answer(base, runners, "unusable", reason)
         if reason := _first_of(one.judge.unusable() for one in runners):
             # An original that is run so badly says nothing against a candidate whose every place holds.
-            self._uncovered = self._sites is not None and self._sites.complete
+            # But what is judged, another output or set of inputs, must not be wrong.
+            holds = self._sites is not None and self._sites.complete
+            self._uncovered = holds and not any(_wrong(one) for one in runners)
             return self._answer(base, runners, "unusable", reason)
         doubtful = [one for one in runners if _wrong(one)]
         if doubtful and self._neighbours_may_count():
@@ -331,7 +334,7 @@ class _Comparison:
         return replace(base, rows=tuple(rows), repeats=tuple(repeats))
 
     def _optimized(self, one: _Runners, trial: Trial, want: Mapping[str, Array]) -> list[Row]:
-        judge = Judge(one.provider, one.judge.precision, precisions=one.judge.precisions)
+        judge = replace(one.judge, found={})
         try:
             fused = open_session(self._pair.sources[1], one.provider, optimize="all").run(trial.feeds)
             if self._pair.torch:

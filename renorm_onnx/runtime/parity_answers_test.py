@@ -310,3 +310,18 @@ def test_a_branch_that_no_inputs_lead_into_is_said(limit, never):
     assert verdict.ok, verdict
     said = f"{never} of If 'y' ran on no inputs, so that this says nothing of it"
     assert verdict.remarks == ((said,) if never else ())
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(2.0, "skipped"), (2.0**127, "unusable")])
+def test_an_output_that_overflows_is_not_excused_by_another_that_is_no_yardstick(factor, outcome):
+    """Rewritten places are compared in float64, where nothing overflows."""
+    body = (
+        f"big = Constant<value_float=1e8>() a = Add(x, big) z = Sub(a, big) f = Constant<value_float={factor:.1f}>() "
+    )
+    body += f"g = Constant<value_float={2 / factor!r}>() m = Mul(x, f) y = Mul(m, g)"
+    plain = body.replace("m = Mul(x, f) y = Mul(m, g)", "two = Constant<value_float=2.0>() y = Mul(x, two)")
+    models = [model_of("float[N,8] x", "float[N,8] y, float[N,8] z", text) for text in (plain, body)]
+    verdict = verify(*models, limit=LIMIT, sites=True)
+    assert verdict.sites is not None
+    assert verdict.sites.complete
+    assert verdict.outcome == outcome, verdict

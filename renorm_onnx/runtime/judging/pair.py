@@ -8,6 +8,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.fusion.report import METADATA_KEY
+from renorm_onnx.model_walk import nodes_of, scopes_of
 from renorm_onnx.runtime.ancestry import largest_before
 from renorm_onnx.runtime.inputs import input_specs
 from renorm_onnx.runtime.judging.cuts import data_names
@@ -23,6 +24,13 @@ Array = npt.NDArray[Any]
 
 # What rounds to few bits while it runs. DequantizeLinear does not: behind stored codes it is a weight like any other.
 _QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
+# What may sum, or average, over all positions of a sample.
+_AVERAGING = frozenset(
+    {
+        *("GlobalAveragePool", "AveragePool", "GlobalLpPool", "LpPool", "ReduceMean", "ReduceSum", "Einsum"),
+        *("ReduceL1", "ReduceL2", "ReduceSumSquare", "CumSum", "QLinearGlobalAveragePool"),
+    }
+)
 _NAMES = {ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT: "float32"}
 _USUAL = PRECISIONS["float32"]
 
@@ -117,6 +125,11 @@ class Pair:
     def live_outputs(self) -> set[str]:
         """Return the outputs that depend on what is fed, by more than its shape."""
         return data_names(self.model, {spec.name for spec in input_specs(self.model)})
+
+    @functools.cached_property
+    def averages(self) -> bool:
+        """Whether anything sums over the positions of a sample."""
+        return any(n.op_type in _AVERAGING for scope in scopes_of(self.model) for n in nodes_of(scope))
 
     @functools.cached_property
     def precisions(self) -> dict[str, Precision]:

@@ -22,7 +22,8 @@ sqrt(n).
 Where all positions of a sample are about alike (zeros, a constant, small noise), a pool sums n equal numbers. Their
 rounding errors all go one way: they grow as n, where those of ordinary inputs grow as its root, and depend on the
 digits of the number summed, which a fold changes. (Measured for GlobalAveragePool over 56x56 to 512x512: up to 70 to
-760 times those of random images, and hardly any for other numbers.) The last two limits widen by sqrt(n) there.
+760 times those of random images, and hardly any for other numbers.) In a model that averages, the last two limits widen
+by sqrt(n) there, to at most a tenth of the gate.
 
 One run of U is one draw from a distribution that has a long tail where a network is badly conditioned, and says
 nothing of the rounding of other weights where a provider computes more exactly than their type. So before the answer is
@@ -61,6 +62,9 @@ POOLED = "ordinary, pooled"
 
 ENOUGH = 64
 """Elements below which a set of inputs is judged together with others of its kind: one element's error is chance."""
+
+# How far the limits of flat inputs may widen, of the gate.
+_ROOM = 0.1
 
 # Shares of elements of a discrete output: where the unfused model itself may differ from the reference, and where F may
 # differ from both, ties broken otherwise.
@@ -163,12 +167,14 @@ class Judge:
         precision: What the model's type allows to expect.
         found: Trial and errors, by output.
         precisions: What to expect of single outputs, where it is known; those of a sequence have its name.
+        averages: Whether the model sums over the positions of a sample.
     """
 
     provider: str
     precision: Precision
     found: dict[str, list[tuple[Trial, Errors]]] = field(default_factory=dict)
     precisions: Mapping[str, Precision] = field(default_factory=dict)
+    averages: bool = False
 
     def expected_of(self, output: str) -> Precision:
         """Return what the type of an output, and of all that it is computed from, allows to expect of it."""
@@ -258,11 +264,15 @@ class Judge:
                 note = f"{e.fused_max:.2%} of the elements equal neither the reference nor the unfused model"
         elif not note and not self._passes_gate(e, precision):
             decides, note = False, "set aside: the unfused model itself is off by more than its type explains"
-        slack = _slack(e.elements) * math.sqrt(trial.alike)
-        if decides and not note and typical > SINGLE * slack:
-            note = f"RMS error is {typical:.3g} x its yardstick, allowed {SINGLE * slack:.3g}"
-        elif decides and not note and worst > WORST * slack:
-            note = f"largest error is {worst:.3g} x its yardstick, allowed {WORST * slack:.3g}"
+        single, most = (limit * _slack(e.elements) for limit in (SINGLE, WORST))
+        if self.averages and trial.alike > 1:
+            grown, room = math.sqrt(trial.alike), _ROOM * precision.gate
+            single = max(single, min(grown * single, room * e.size_rms / typical_scale))
+            most = max(most, min(grown * most, room * e.size_max / worst_scale))
+        if decides and not note and typical > single:
+            note = f"RMS error is {typical:.3g} x its yardstick, allowed {single:.3g}"
+        elif decides and not note and worst > most:
+            note = f"largest error is {worst:.3g} x its yardstick, allowed {most:.3g}"
         return self._row(output, trial, e, e.elements, (typical, worst), decides, note)
 
     def _pooled(self, output: str, ordinary: list[Errors]) -> Row:

@@ -76,21 +76,31 @@ def test_inputs_no_larger_than_ordinary_ones_are_forgiven_ordinary_errors():
     assert [row.inputs for row in failures(judge)] == ["more zeros"]
 
 
-@pytest.mark.parametrize(("kind", "ok"), [("zeros", True), ("small", True), ("large", False), ("normal", False)])
-def test_where_all_positions_are_alike_the_limits_of_a_set_widen(kind, ok):
+@pytest.mark.parametrize(
+    ("kind", "averages", "ok"),
+    [
+        ("zeros", True, True),
+        ("small", True, True),
+        ("large", True, False),
+        ("normal", True, False),
+        ("zeros", False, False),
+    ],
+)
+def test_where_a_model_averages_what_is_alike_the_limits_of_a_set_widen(kind, averages, ok):
     """By the root of 10x10 positions, in the RMS and at the worst element, and no further."""
 
-    def failed(size):
-        judge = Judge("cpu", PRECISIONS["float32"])
+    def failed(size, side=10):
+        judge = Judge("cpu", PRECISIONS["float32"], averages=averages)
         for number in range(20):
             judge.add(Trial("normal", {}, "normal"), "y", errors_of(R, R + noisy(1e-6, 50 + number), R))
-        trial = Trial(kind, {"x": np.zeros((2, 3, 10, 10))}, "set")
+        trial = Trial(kind, {"x": np.zeros((2, 3, side, side))}, "set")
         judge.add(trial, "y", errors_of(R, R + noisy(1e-6, 1), R + noisy(size, 2)))
         return [row.inputs for row in failures(judge) if row.inputs != POOLED]
 
     assert failed(2e-6) == []
     assert (failed(2e-5) == []) is ok
     assert failed(5e-5) == ["set"]
+    assert failed(2e-4, side=1000) == ["set"]  # a tenth of what the original itself may be off by
 
 
 def test_the_gate_refuses_to_judge_by_a_reference_that_u_does_not_reach():
