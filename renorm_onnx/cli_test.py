@@ -132,6 +132,17 @@ def test_a_fold_that_only_rounds_worse_is_not_called_wrong(model, capsys, monkey
     assert not Path("model.fused.onnx").exists()
 
 
+def test_a_fold_that_is_not_finite_where_it_should_be_does_not_only_round_worse(model, capsys, monkeypatch):
+    from renorm_onnx.runtime.judging import deviation
+
+    monkeypatch.setattr(deviation, "_class_ok", lambda r, *_: np.zeros(r.shape, bool))
+    assert run("fuse", "model.onnx") == cli.NO
+    said = capsys.readouterr()
+    assert "the fused model is not right, so 'model.fused.onnx' was not written" in said.err
+    assert "places checked one by one" in said.out
+    assert not Path("model.fused.onnx").exists()
+
+
 @pytest.mark.parametrize(("places", "options"), [(False, ()), (True, ("--require-verify",)), (False, ("--check",))])
 def test_a_fold_that_could_not_be_judged_is_not_called_wrong(places, options, model, capsys, monkeypatch):
     from renorm_onnx.runtime.judging import sites, verdict

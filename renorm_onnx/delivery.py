@@ -7,7 +7,6 @@ no function is opened is copied byte for byte.
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 from collections.abc import Sequence
@@ -73,7 +72,7 @@ class FusedFile:
         verdict = self.verdict
         if verdict is None or verdict.outcome != "no" or verdict.problems:
             return False
-        return _places_hold(verdict) and not any(math.isinf(row.typical) for row in verdict.rows)
+        return _places_hold(verdict) and all(row.of_size for row in verdict.rows if row.ok is False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""

@@ -122,6 +122,7 @@ class Row:
         decides: Whether a failure of this row makes the verdict no.
         note: What is wrong, or why it does not decide.
         spread: How the errors of F are spread; of a pooled row, on the inputs where F is furthest.
+        of_size: Whether what is wrong, if anything, is the size of errors alone: F is finite where it should be.
     """
 
     provider: str
@@ -140,6 +141,7 @@ class Row:
     note: str
     spread: Spread | None = None
     sets: int = 1
+    of_size: bool = True
 
     @property
     def ok(self) -> bool | None:
@@ -273,7 +275,8 @@ class Judge:
             note = f"RMS error is {typical:.3g} x its yardstick, allowed {single:.3g}"
         elif decides and not note and worst > most:
             note = f"largest error is {worst:.3g} x its yardstick, allowed {most:.3g}"
-        return self._row(output, trial, e, e.elements, (typical, worst), decides, note)
+        row = self._row(output, trial, e, e.elements, (typical, worst), decides, note)
+        return replace(row, of_size=not (e.problem or e.discrete))
 
     def _pooled(self, output: str, ordinary: list[Errors]) -> Row:
         p = self.expected_of(output)
