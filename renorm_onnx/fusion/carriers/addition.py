@@ -79,6 +79,13 @@ def outward(given: AffineMap, rank: int | None, output_rank: int | None) -> Affi
     return None if rank is None or output_rank is None else given.moved(lambda axis: axis + output_rank - rank)
 
 
+def _fitted(parameter: Parameter, given: AffineMap, rank: int | None) -> AffineMap | None:
+    """The map seen from a constant operand that has an element for each of its numbers; None for any other."""
+    seen = aligned(given, len(parameter.shape), rank)
+    lengths = () if seen is None else zip(seen.axes, seen.scale.shape, strict=False)
+    return seen if all(parameter.shape[a] == n for a, n in lengths) else None
+
+
 def widened(parameter: Parameter, given: AffineMap, rank: int | None, desk: Desk) -> Parameter | None:
     """``scale * parameter + shift`` for a constant operand, given axes of its own where the map needs them.
 
@@ -86,11 +93,9 @@ def widened(parameter: Parameter, given: AffineMap, rank: int | None, desk: Desk
     broadcast (before 7).
     """
     own = len(parameter.shape)
-    seen = aligned(given, own, rank)
     if given.periodic:
         return None
-    lengths = () if seen is None else zip(seen.axes, seen.scale.shape, strict=False)
-    if seen is not None and all(parameter.shape[a] == n for a, n in lengths):
+    if (seen := _fitted(parameter, given, rank)) is not None:
         return parameter.mapped(*seen.along(own))
     if rank is None or rank < own or desk.opset < 7:
         return None
@@ -248,30 +253,23 @@ def _commuted(
 
 def _divided(node: ir.Node, total: AffineMap, rank: int | None, desk: Desk, constants: Sequence[int]) -> Step | Refusal:
     """``s x + t + c = s (x + c / s) + t``, for constants that do not run along the map alone."""
-    parameters = [desk.parameter(node, index) for index in constants]
-    if None in parameters:
+    known = {index: p for index in constants if (p := desk.parameter(node, index)) is not None}
+    if len(known) < len(constants):
         return refuse(Reason.SCALE, node, "adds an operand that does not come from the norm")
     if (np.abs(total.scale) < SMALL).any():
         return refuse(Reason.SCALE, node, "adds a constant, which a scale next to nothing would take with it")
     inverse = AffineMap(1 / total.scale, np.zeros(total.shift.shape), total.axes, total.periodic)
     edits: list[Edit] = []
-    for index, parameter in zip(constants, parameters, strict=True):
-        grown = 0 if parameter is None else math.prod(parameter.shape) * total.channels
-        if parameter is not None and grown > LARGEST_WIDENED and not _runs_along(parameter, total, rank):
-            return refuse(
-                Reason.SHAPE, node, f"has a constant that would grow from {parameter.shape} to {grown} numbers"
-            )
-        changed = None if parameter is None else widened(parameter, inverse, rank, desk)
+    for index, parameter in known.items():
+        grown = math.prod(parameter.shape) * total.channels
+        if grown > LARGEST_WIDENED and _fitted(parameter, total, rank) is None:
+            why = f"has a constant that would grow from {parameter.shape} to {grown} numbers"
+            return refuse(Reason.SHAPE, node, why)
+        changed = widened(parameter, inverse, rank, desk)
         if changed is None:
             return refuse(Reason.SHAPE, node, f"has operand {index}, a constant that is not widened")
         edits.append(SetInput(node, index, changed))
     return Step(tuple(edits), {0: total})
-
-
-def _runs_along(parameter: Parameter, given: AffineMap, rank: int | None) -> bool:
-    """Whether a constant operand has all the numbers of the map already."""
-    seen = aligned(given, len(parameter.shape), rank)
-    return seen is not None and all(parameter.shape[a] == n for a, n in zip(seen.axes, seen.scale.shape, strict=False))
 
 
 def _sum(one: AffineMap, two: AffineMap) -> AffineMap | None:
