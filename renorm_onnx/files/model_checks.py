@@ -245,7 +245,7 @@ def _collect(roots: list[Scope], findings: Findings) -> list[Scope]:
 
 
 def _check_type(value: ValueInfoProto) -> None:
-    """Make sizes below 0, by which some converters say "any" and which runtimes take so, open ones, in place."""
+    """Refuse a map; make sizes below 0, by which some converters say "any" as runtimes hear it, open, in place."""
     kind = value.type
     for name in ("sequence_type", "optional_type"):
         while kind.HasField(name):
