@@ -1,31 +1,15 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.utils.checkpoint import checkpoint
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.layers.distributed import SyncBatchRenorm, convert_sync_batchrenorm
+from renorm_onnx.layers.distributed import convert_sync_batchrenorm
+from renorm_onnx.layers.distributed_test import RANKS, STEPS, joined, layer, on_both, random
 from renorm_onnx.layers.masked import length_mask
 from renorm_onnx.layers.modules import BatchRenorm1d
 
-RANKS = 2
-STEPS = 3
 LENGTH = 5
-
-
-def random(shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def layer(kind=SyncBatchRenorm, dtype=torch.float64, **options):
-    made = kind(3, dtype=dtype, **{"momentum": 0.3, "schedule": None, "r_max": 1.5, "d_max": 0.5, **options})
-    with torch.no_grad():
-        for values, seed in ((made.weight, 11), (made.bias, 12), (made.running_mean, 13), (made.running_var, 14)):
-            if values is not None:
-                values.copy_(random(3, seed) if seed in (12, 13) else random(3, seed).abs() + 0.5)
-    return made
-
 
 # Valid positions of each of 8 sequences, of which the first process has the first 5.
 LENGTHS = {
@@ -114,16 +98,7 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-
-def joined(found, name, step):
-    """Output and gradients of the whole batch, from the two parts."""
-    y = torch.cat([each[name]["y"][step] for each in found])
-    grads = [each[name]["grads"][step] for each in found]
-    return y, [torch.cat([g[0] for g in grads]), *(sum(pair) for pair in zip(*(g[1:] for g in grads), strict=True))]
+    return on_both(work, tmp_path_factory.mktemp("ranks"))
 
 
 def algorithm_1(made, x, mask, g):

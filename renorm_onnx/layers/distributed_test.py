@@ -150,11 +150,15 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def on_both(work, folder):
+    """What `work` saved on each process, each at the path of its rank."""
     mp.spawn(work, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return on_both(work, tmp_path_factory.mktemp("ranks"))
 
 
 def joined(found, name, step):
