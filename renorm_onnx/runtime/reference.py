@@ -3,7 +3,7 @@
 Every floating-point tensor, constant and cast is promoted to float64 (`operators.call`): the result is what the model
 means, before any rounding of its own type. A Cast to a narrower float therefore does not round; a Cast to an integer
 truncates, integers keep their arithmetic, and QuantizeLinear rounds, for there rounding is the operator's meaning.
-Sizes computed from shapes become integers as in float32 (`shape_arithmetic`), or they would be other sizes.
+Sizes computed from shapes and constants become integers as in float32 (`shape_arithmetic`), or they would be others.
 
 ``onnx.reference`` alone is no such truth. In onnx 1.23 it blends batch statistics into BatchNormalization at opsets
 9 to 13, refuses it at 7 and 8, is wrong for grouped ConvTranspose, LRN and softmax before opset 13, and takes 15 s for
@@ -156,8 +156,8 @@ class _Evaluation:
             if kernel is None:
                 raise UnusableError("not covered by the float64 reference" + _HINTS.get(domain, ""))
             call = Call(node.op_type, opset, inputs, names, attributes, run_body)
-            sizes = self._origins.note(node) is Origin.SHAPE
-            result = rounded_as_stored(kernel, call) if sizes else kernel(call)
+            of_data = self._origins.note(node) is Origin.DATA
+            result = kernel(call) if of_data else rounded_as_stored(kernel, call)
             if domain == "" and node.op_type in ("Cast", "CastLike") and self._is_constant(node.inputs[0]):
                 like = node.outputs[0].dtype or (node.inputs[-1].dtype if node.inputs[-1] is not None else None)
                 result = stored_in(np.asarray(result), call.integer("to", 0) if node.op_type == "Cast" else like)

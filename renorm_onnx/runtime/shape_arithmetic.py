@@ -1,9 +1,9 @@
 """Which values are sizes: computed from shapes and constants alone, on the way to another shape.
 
-Exporters write ``floor(float(shape) * 0.7)``. In float32, 10 * 0.7 rounds to 7; in float64, with the stored
-0.699999988, it is 6.9999999 and its floor 6: another size than any runtime's. So the few numbers of such a computation
-are rounded to float32 just before they are rounded to an integer; besides them, only constants that the file casts to a
-narrower type are rounded.
+Exporters write ``floor(float(shape) * 0.7)``, or with fixed sizes ``floor(10.0 * 0.7)``. In float32, 10 * 0.7 rounds
+to 7; in float64, with the stored 0.699999988, it is 6.9999999 and its floor 6: another size than any runtime's. So the
+few numbers of such a computation are rounded to float32 just before they are rounded to an integer; besides them, only
+constants that the file casts to a narrower type are rounded.
 """
 
 import enum
@@ -44,7 +44,7 @@ class Origins:
         known = self._known.get(value)
         if known is not None:
             return known
-        constant = value.is_initializer() and not value.is_graph_input()
+        constant = value.is_initializer() and not value.is_graph_input() and value.dtype not in _WIDE
         return Origin.CONSTANT if constant else Origin.DATA
 
     def pass_on(self, sources: Sequence[ir.Value | None], targets: Sequence[ir.Value]) -> None:
@@ -59,7 +59,7 @@ class Origins:
         """Find and remember the origin of the node's outputs.
 
         It is a shape's if every input is a shape's or a constant, and one is a shape's. A cast to a type other than
-        float32 makes data of it, and so does a body.
+        float32 makes data of it, and so does a body; constants of such a type are data from the start.
         """
         origin = self._after(node)
         # Of CastLike the second operand gives its type alone.
@@ -78,7 +78,7 @@ class Origins:
     def _after(self, node: ir.Node) -> Origin:
         if node.op_type in ("Shape", "Size"):
             return Origin.SHAPE
-        if node.op_type in _BODIES or node.op_type == "CastLike":
+        if node.op_type in _BODIES or node.op_type == "CastLike" or _holds_wide(node):
             return Origin.DATA
         if node.op_type == "Cast":
             to = node.attributes.get("to")
@@ -99,6 +99,13 @@ def stored_in(x: np.ndarray, onnx_type: int | None) -> np.ndarray:
     if x.dtype != np.float64 or onnx_type not in _CONSTANT_TYPES:
         return x
     return x.astype(np.float32).astype(ir.DataType(onnx_type).numpy()).astype(np.float64)
+
+
+def _holds_wide(node: ir.Node) -> bool:
+    value = node.attributes.get("value")
+    if value is None or value.type != ir.AttributeType.TENSOR or value.is_ref():
+        return False
+    return value.as_tensor().dtype in _WIDE
 
 
 def rounded_as_stored(kernel: Kernel, call: Call) -> Result:

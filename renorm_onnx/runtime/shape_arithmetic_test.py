@@ -52,6 +52,22 @@ def test_sizes_are_followed_through_arithmetic_of_any_length():
         assert got.shape == want.shape == (7,)
 
 
+@pytest.mark.parametrize("step", ["q = Floor(p)", "q = Cast<to: int = 7>(p)"])
+@pytest.mark.parametrize(("kind", "factor"), [("float", 0.7), ("double", 0.699999999)])
+@pytest.mark.parametrize("form", ["initializers", "nodes"])
+def test_sizes_computed_from_constants_alone_are_those_of_onnxruntime(form, kind, factor, step):
+    for length in (10.0, 30.0, 70.0):
+        given = {"n": f"{kind}[1] {{{length}}}", "f": f"{kind}[1] {{{factor}}}"}
+        nodes = "  ".join(f"{name} = Constant<value = {value}>()" for name, value in given.items())
+        initializers = ", ".join(value.replace(" ", f" {name} = ") for name, value in given.items())
+        text = f"""<ir_version: 8, opset_import: ["": 17]> g (float[h] x) => (float[k] y)
+            {"<" + initializers + ">" if form == "initializers" else ""} {{
+                {nodes if form == "nodes" else ""}  p = Mul(n, f)  {step}
+                size = Cast<to: int = 7>(q)  y = ConstantOfShape(size) }}"""
+        got, want = run_both(text, {"x": np.ones(3, np.float32)})
+        assert got.shape == want.shape
+
+
 def test_data_that_a_function_casts_are_not_rounded():
     text = """<ir_version: 8, opset_import: ["": 17, "f": 1]> g (float[2] x) => (float[2] y) { y = f.there(x) }
         <domain: "f", opset_import: ["": 17]> there(v) => (w) { n = Cast<to: int = 10>(v)  w = Cast<to: int = 1>(n) }"""
