@@ -41,6 +41,7 @@ from renorm_onnx.exporting.interface import (
 )
 from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, unwrapped
 from renorm_onnx.exporting.options import check_options
+from renorm_onnx.exporting.other_sizes import close_fixed_sizes, narrowed_axes, other_inputs
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
 from renorm_onnx.exporting.training import WRAPPED, TrainingStep, name_results, open_statistics, set_defaults
 from renorm_onnx.exporting.verification import ExportReport, verify_export
@@ -102,7 +103,8 @@ def to_onnx(
         output_names: Names of the model's outputs.
         external_data: Weights in a file beside the model: True, False, or None: above 1.5 GB.
         metadata: Keep torch's metadata on each node: module scopes, stack traces, paths of source files.
-        verify: Check the result (checker, shapes, float64 reference, onnxruntime; bounded), and log one line.
+        verify: Check the result (checker, shapes, float64 reference at the example's sizes and, where axes are open, at
+            others, onnxruntime; bounded), and log one line.
         **unknown: Refused, with the name that an argument of `torch.onnx.export` has here.
 
     Returns:
@@ -146,7 +148,15 @@ def to_onnx(
     with noting_assigned(live) as assigned:
         program = _export(module, args, kwargs, opset_version=opset_lowering.nearest(opset), **given)
     lost = lost_updates(program, live, changed_by_a_call(live, assigned, args, kwargs), mode)
-    model = program.model
+    model, captured = program.model, program.exported_program
+    assert captured is not None
+    close_fixed_sizes(model, captured)
+    if live is not None and (narrowed := narrowed_axes(captured, shapes)):
+        _log.warning(
+            "to_onnx: torch keeps %s, since the module's code takes another way beyond; an ONNX model cannot say so, "
+            "and this one is wrong there",
+            ", ".join(narrowed),
+        )
     name_sizes(model, arguments, shapes)
     check_names(model, input_names, output_names)
     check_sizes(model, live, dynamic_shapes, dynamic_axes)
@@ -161,7 +171,7 @@ def to_onnx(
     report = ExportReport(len(calls), sum(name != INFERENCE for name in calls), opset, skipped=skipped)
     if verify:
         judge = module.module() if isinstance(module, torch.export.ExportedProgram) else module
-        report = verify_export(model, judge, args, kwargs, report)
+        report = verify_export(model, judge, args, kwargs, report, other_inputs(captured, args, kwargs))
     _log.info("%s", report)
     return _written(model, path, external_data)
 

@@ -62,7 +62,7 @@ ORDER = [
     "runtime layers fusion",
     "delivery inspection",
     "exporting",
-    "exporting.failures exporting.surroundings exporting.options",
+    "exporting.failures exporting.surroundings exporting.options exporting.other_sizes",
     "exporting.modules exporting.interface",
     "exporting.training exporting.restoring",
     "exporting.buffers",

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, VerificationError
+from renorm_onnx.exporting.other_sizes import open_varying_sizes
 from renorm_onnx.exporting.surroundings import quiet
 from renorm_onnx.exporting.training import UPDATED, training_state
 from renorm_onnx.fusion.engine import fuse
@@ -93,16 +94,22 @@ class ExportReport:
 
 
 def verify_export(
-    model: ir.Model, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], report: ExportReport
+    model: ir.Model,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    report: ExportReport,
+    others: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
 ) -> ExportReport:
     """Check an exported model, running it if that costs less than `estimate.LIMIT`.
 
     Args:
-        model: Not changed.
+        model: Changed in one thing: sizes of outputs that turn out to vary are opened, in place.
         module: What was exported, or `ExportedProgram.module()`; copied, never changed.
         args: Example inputs.
         kwargs: Example keyword inputs.
         report: What is known so far.
+        others: Inputs of other sizes, which the model is said to take as well, or None.
 
     Returns:
         `report`, completed.
@@ -123,7 +130,7 @@ def verify_export(
         return _skip(report, f"values, because the model has {len(names)} inputs for {len(leaves)} tensors")
     if drawing := next((node for scope in scopes_of(model) for node in nodes_of(scope) if _is_random(node)), None):
         return _skip(report, f"values, because {drawing.op_type} {drawing.name!r} draws random numbers")
-    feeds = {name: _numpy(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    feeds = dict(zip(names, map(_numpy, leaves), strict=True))
     try:
         reference = evaluate(model, feeds)
     except InputError as error:
@@ -134,6 +141,8 @@ def verify_export(
     problem = _check_translation(module, args, kwargs, reference, coarsest)
     if problem:
         return _skip(report, problem)
+    if others is not None:
+        report = _check_other_sizes(model, module, *others, coarsest, report)
     return _check_run(model, feeds, reference, report, coarsest)
 
 
@@ -232,6 +241,38 @@ def _check_translation(
     if not worst:
         raise VerificationError(f"to_onnx: the exported model does not compute what the module computes: {worst}")
     return ""
+
+
+def _check_other_sizes(
+    model: ir.Model,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    coarsest: Mapping[str, Tolerance],
+    report: ExportReport,
+) -> ExportReport:
+    """Check the translation again, at sizes that the module was not exported with."""
+    leaves = [v for v in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(v, torch.Tensor)]
+    names = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
+    shapes = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in zip(names, leaves, strict=True))
+    try:
+        _outputs_of(module, args, kwargs)
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        return _skip(report, f"sizes other than the example's, because the module itself fails on {shapes}: {why}")
+    try:
+        reference = evaluate(model, dict(zip(names, map(_numpy, leaves), strict=True)))
+        _check_translation(module, args, kwargs, reference, coarsest)
+    except (InputError, VerificationError) as error:
+        if UNUSABLE in str(error):
+            return _skip(report, f"sizes other than the example's: {error}")
+        raise VerificationError(
+            f"to_onnx: the exported model is right for inputs of the example's sizes alone, and wrong for {shapes}, "
+            "which its open axes allow: torch's exporter has fixed what depends on them. Leave these axes out of "
+            f"dynamic_shapes or dynamic_axes, or change the module\n{error}"
+        ) from error
+    open_varying_sizes(model, {name: np.shape(value) for name, value in reference.items()})
+    return report
 
 
 def _compared(
