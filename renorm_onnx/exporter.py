@@ -41,7 +41,7 @@ from renorm_onnx.exporting.interface import (
 )
 from renorm_onnx.exporting.modules import check_layers, check_modes, check_program, layers_of, unwrapped
 from renorm_onnx.exporting.options import check_options
-from renorm_onnx.exporting.other_sizes import close_fixed_sizes, narrowed_axes, other_inputs
+from renorm_onnx.exporting.other_sizes import bounded_axes, close_fixed_sizes, other_inputs
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
 from renorm_onnx.exporting.training import WRAPPED, TrainingStep, name_results, open_statistics, set_defaults
 from renorm_onnx.exporting.verification import ExportReport, verify_export
@@ -151,11 +151,11 @@ def to_onnx(
     model, captured = program.model, program.exported_program
     assert captured is not None
     close_fixed_sizes(model, captured)
-    if live is not None and (narrowed := narrowed_axes(captured, shapes)):
+    if live is not None and (bounded := bounded_axes(captured, shapes)):
         _log.warning(
-            "to_onnx: torch keeps %s, since the module's code takes another way beyond; an ONNX model cannot say so, "
+            "to_onnx: torch keeps %s, because the module's code takes another way beyond; an ONNX model cannot say so, "
             "and this one is wrong there",
-            ", ".join(narrowed),
+            ", ".join(bounded),
         )
     name_sizes(model, arguments, shapes)
     check_names(model, input_names, output_names)

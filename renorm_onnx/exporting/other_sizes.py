@@ -47,25 +47,24 @@ def _closed(size: int | ir.SymbolicDim, numbers: Mapping[str, str]) -> int | ir.
     return ir.SymbolicDim(text) if _SYMBOL.search(text) else int(sympy.sympify(text))
 
 
-def narrowed_axes(program: ExportedProgram, dynamic_shapes: Any) -> list[str]:
-    """Return, as text, the axes that torch keeps to a range nobody asked for; a model has no place to say so.
+def bounded_axes(program: ExportedProgram, dynamic_shapes: Any) -> list[str]:
+    """Return, as text, the axes that torch bounds from above though nobody asked for it.
 
-    That happens to `Dim.AUTO` where a module takes another way for other sizes.
+    That happens to `Dim.AUTO` where a module takes another way for larger sizes; a model has no place to say so. (From
+    below nearly every size is bounded, by kernels; there the module itself fails.)
 
     Args:
         program: As captured.
         dynamic_shapes: As in `to_onnx`; the bounds of its dimensions are those asked for.
     """
-    asked = {getattr(leaf, name, None) for leaf in pytree.tree_leaves(dynamic_shapes) for name in ("min", "max")}
+    asked = {getattr(leaf, "max", None) for leaf in pytree.tree_leaves(dynamic_shapes)}
     found = []
     for name, expressions in zip(program.graph_signature.user_inputs, _dims(program), strict=True):
         for axis, expression in enumerate(expressions):
             bounds = program.range_constraints.get(expression)
-            if bounds is None or bounds.lower == bounds.upper:
+            if bounds is None or bounds.lower == bounds.upper or bounds.upper in asked:
                 continue
-            if bounds.lower > 2 and bounds.lower not in asked:  # torch takes no size below 2 for an open one
-                found.append(f"axis {axis} of {name!r} to {bounds.lower} or more")
-            if bounds.upper < _UNBOUNDED and bounds.upper not in asked:
+            if bounds.upper < _UNBOUNDED:
                 found.append(f"axis {axis} of {name!r} to at most {bounds.upper}")
     return found
 
