@@ -15,6 +15,7 @@ _NAMES = {
     "layers.masked": ("length_mask",),
     "layers.stateless": ("batch_renorm",),
     "layers.modules": ("BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"),
+    "layers.lazy": ("LazyBatchRenorm1d", "LazyBatchRenorm2d", "LazyBatchRenorm3d"),
     "layers.distributed": ("SyncBatchRenorm", "convert_sync_batchrenorm"),
     "layers.running_stats": ("sync_running_stats", "update_stats"),
     "layers.convert": ("convert_batchnorm", "to_batchnorm"),
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
     from renorm_onnx.layers.distributed import SyncBatchRenorm as SyncBatchRenorm
     from renorm_onnx.layers.distributed import convert_sync_batchrenorm as convert_sync_batchrenorm
     from renorm_onnx.layers.keras_weights import load_keras as load_keras
+    from renorm_onnx.layers.lazy import LazyBatchRenorm1d as LazyBatchRenorm1d
+    from renorm_onnx.layers.lazy import LazyBatchRenorm2d as LazyBatchRenorm2d
+    from renorm_onnx.layers.lazy import LazyBatchRenorm3d as LazyBatchRenorm3d
     from renorm_onnx.layers.masked import length_mask as length_mask
     from renorm_onnx.layers.modules import BatchRenorm1d as BatchRenorm1d
     from renorm_onnx.layers.modules import BatchRenorm2d as BatchRenorm2d

@@ -24,7 +24,7 @@ ORDER = [
     "layers.step",
     "layers.direct layers.exported",
     "layers.modules",
-    "layers.activated",
+    "layers.activated layers.lazy",
     "layers.swap",
     "layers.distributed layers.running_stats",
     "layers.convert layers.adoption layers.keras_weights",

@@ -17,6 +17,7 @@ from renorm_onnx.exporting.surroundings import quiet
 from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.schedules import FromFunction
+from renorm_onnx.layers.swap import refuse_lazy
 
 _FOREIGN = re.compile(r"batch_?re_?norm", re.IGNORECASE)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -106,10 +107,11 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
     """Refuse layers without statistics and layers of other libraries; warn about statistics never updated.
 
     Raises:
-        InputError: One of our layers has no running statistics; a function was asked for, and a layer of another
-            library that looks like batch renormalization would not become one.
+        InputError: A lazy layer has not seen a batch; one of our layers has no running statistics; a function was
+            asked for, and a layer of another library that looks like batch renormalization would not become one.
     """
     for name, m in module.named_modules():
+        refuse_lazy(m, "to_onnx", name)
         if functions and _FOREIGN.search(type(m).__name__) and not isinstance(m, _BatchRenorm):
             raise InputError(
                 f"to_onnx: {_at(name)} is a {type(m).__module__}.{type(m).__qualname__}, another library's batch "

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.layers.activated import Activated, BatchRenormAct2d
@@ -27,6 +26,7 @@ from renorm_onnx.layers.swap import (
     home_of,
     plan_swaps,
     quoted,
+    refuse_lazy,
     share_state,
     swap_layers,
     why_not,
@@ -117,11 +117,7 @@ def convert_batchnorm(
             elif _is_captured(old):
                 alone.append(f"{quoted(name)} (captured code; convert the model before it is scripted or exported)")
             return None
-        if isinstance(old, LazyModuleMixin):
-            raise InputError(
-                f"convert_batchnorm: {quoted(name)} is a {type(old).__name__} that does not know its number of "
-                "features yet; run one batch through the model first"
-            )
+        refuse_lazy(old, "convert_batchnorm", name)
         known = _ACTIVATED_OF.get(_origin(old))
         followers = () if known is None else known.followers
         reason = why_not(old, known=None if known is None else home_of(old, "forward"), children=followers)
@@ -284,7 +280,7 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
         `module`, or its replacement if it is itself a BatchRenorm.
 
     Raises:
-        InputError: `module` is no module.
+        InputError: `module` is no module, or a lazy layer has not seen a batch yet.
     """
     check_module(module, "to_batchnorm")
     alone: list[str] = []
@@ -292,6 +288,7 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
     def build(name: str, old: nn.Module) -> nn.Module | None:
         if not isinstance(old, _BatchRenorm):
             return None
+        refuse_lazy(old, "to_batchnorm", name)
         followers = old.followers if isinstance(old, Activated) else ()
         reason = why_not(old, children=followers)
         if reason:

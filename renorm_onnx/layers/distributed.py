@@ -34,7 +34,7 @@ from renorm_onnx.layers.activated import Activated
 from renorm_onnx.layers.functional import ONE_VALUE, BatchStatistics, accumulation_type, scale_and_shift
 from renorm_onnx.layers.masked import check_mask
 from renorm_onnx.layers.modules import _BatchRenorm
-from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, swap_layers, why_not
+from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, refuse_lazy, swap_layers, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +242,8 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
         `module`, or its replacement if it is itself such a layer.
 
     Raises:
-        InputError: `module` is no module; a layer has a `virtual_batch_size`. The model is then as it was.
+        InputError: `module` is no module; a layer has a `virtual_batch_size`, or is lazy and has not seen a batch. The
+            model is then as it was.
     """
     check_module(module, "convert_sync_batchrenorm")
     alone: list[str] = []
@@ -251,6 +252,7 @@ def convert_sync_batchrenorm(module: nn.Module, process_group: "dist.ProcessGrou
         activated = isinstance(old, Activated)
         if not isinstance(old, _BatchRenorm) or isinstance(old, SyncBatchRenorm):
             return None
+        refuse_lazy(old, "convert_sync_batchrenorm", name)
         reason = why_not(old, children=Activated.followers if activated else ())
         if reason:
             alone.append(f"{quoted(name)} ({reason})")

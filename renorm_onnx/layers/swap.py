@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeVar
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from renorm_onnx.errors import InputError
 
@@ -49,6 +50,24 @@ def check_module(module: object, who: str) -> None:
     """
     if not isinstance(module, nn.Module):
         raise InputError(f"{who}: module is a {type(module).__name__}, expected a torch.nn.Module")
+
+
+def refuse_lazy(module: nn.Module, who: str, name: str) -> None:
+    """Refuse a layer of which nothing is known before its first batch.
+
+    Args:
+        module: A layer.
+        who: Name of the function, for the message.
+        name: Of the layer in its model.
+
+    Raises:
+        InputError: It is lazy, and has not seen a batch.
+    """
+    if isinstance(module, LazyModuleMixin):  # afterwards it is of another class
+        raise InputError(
+            f"{who}: {quoted(name)} is a {type(module).__name__} that does not know its sizes yet; run one batch "
+            "through the model first"
+        )
 
 
 def plan_swaps(root: nn.Module, build: Callable[[str, nn.Module], nn.Module | None]) -> list[Swap]:
