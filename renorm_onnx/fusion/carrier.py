@@ -125,14 +125,15 @@ class Desk:
     def unexpanded(self, node: ir.Node, index: int) -> Fact | None:
         """What an Expand repeats to no more than the size of the other operand, which broadcasts it anyway.
 
-        Exporters write ``x - mean.expand_as(x)`` so; the operand is no constant, its run-time shape being that of x.
+        Exporters write ``x - mean.expand_as(x)`` so; the operand is no constant, its run-time shape being that of x. Of
+        two such operands neither is: each has its size from the other.
         """
         value = node.inputs[index]
         maker = None if value is None else value.producer()
         if maker is None or maker.op_type != "Expand" or node.op_type not in BROADCASTING or len(node.inputs) != 2:
             return None
-        fact, other = self.facts[value], self.facts[node.inputs[1 - index]].dims
-        if fact.unexpanded is None or fact.dims is None or other is None or len(fact.dims) > len(other):
+        fact, (other, _, _, _, narrow, _) = self.facts[value], self.facts[node.inputs[1 - index]]
+        if fact.unexpanded is None or fact.dims is None or other is None or len(fact.dims) > len(other) or narrow:
             return None
         tail = other[len(other) - len(fact.dims) :]
         return fact.unexpanded if all(d in (1, o) for d, o in zip(fact.dims, tail, strict=True)) else None

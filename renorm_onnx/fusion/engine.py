@@ -328,7 +328,7 @@ class _Engine:
         source = plan.norm.input
         for edit in plan.edits:
             self._touched.add(edit.node)
-            self._desk.facts.changed.add(edit.node)
+            self._desk.facts.change(edit.node)
             if isinstance(edit, SetInput):
                 self._desk.pending[edit.node, edit.index] = edit.parameter
             elif isinstance(edit, SetAttribute):

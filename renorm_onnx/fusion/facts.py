@@ -126,11 +126,21 @@ class Facts:
         self._known: dict[ir.Value, Fact] = {}
         self._remembered = 0
         self._bodies: dict[ir.Graph, ir.Node] | None = None
-        # How many inductions are under way. Within one, no other is begun for what a body inside hands out: one in
-        # each round of each one around it would be more than there is time for.
+        # Inductions under way. Within one none is begun for what a body inside hands out: each round would repeat it.
         self._proving = 0
         # Nodes of which an operand changes, but is not written into the graph yet: what they compute is not in it.
         self.changed: set[ir.Node] = set()
+
+    def change(self, node: ir.Node) -> None:
+        """Take note that an operand of `node` changes; no content of what is computed from it is known any more."""
+        self.changed.add(node)
+        pending = list(node.outputs)
+        while pending:
+            value = pending.pop()
+            fact = self._known.get(value)
+            if fact is not None and (fact.content is not None or fact.unexpanded is not None):
+                del self._known[value]
+                pending.extend(output for user in value.consumers() for output in user.outputs)
 
     def forget(self) -> None:
         """Drop what was derived, after the graph changed."""
