@@ -109,7 +109,7 @@ class Planner:
             beyond = alone and self._desk.fact(norm.input).rank == 1
             return self._either_way(norm, norm.map.reduced() if beyond else norm.map)
         except MALFORMED as error:
-            why = f"stands beside an operator that breaks its specification ({error})"
+            why = "stands beside an operator that breaks its specification" + (f" ({error})" if str(error) else "")
             return (refuse(Reason.MALFORMED, norm.nodes[0], why.replace("\n", " ")),)
 
     def _either_way(self, norm: Norm, demand: AffineMap) -> Plan | tuple[Refusal, ...]:

@@ -13,8 +13,9 @@ from renorm_onnx.fusion.report import Reason
 IMAGE = {"x": ["n", 4, 8, 8]}
 
 
-def pieces(b: Builder, sizes: list[int], elements: list[int]) -> list[str]:
-    sequence = b.node("SplitToSequence", b.conv("x", 4, sum(sizes)), b.constant(np.array(sizes)), axis=1)
+def pieces(b: Builder, sizes: list[int], elements: list[int], given: int | None = None, axis: int = 1) -> list[str]:
+    length = b.constant(np.array(given or sizes))
+    sequence = b.node("SplitToSequence", b.conv("x", 4, sum(sizes)), length, axis=axis)
     return [b.node("SequenceAt", sequence, b.constant(np.array(i)), out=f"piece{i}") for i in elements]
 
 
@@ -28,6 +29,19 @@ def test_norms_behind_the_pieces_of_a_sequence_fold(elements):
     assert bool(report.kept) == twice  # one piece that two norms read
     assert "SplitToSequence" not in operators(fused)
     assert operators(fused).count("Split") == 1
+    assert_same(model, fused)
+    assert not fuse(fused)[1].changed
+
+
+@pytest.mark.parametrize(("sizes", "given"), [([3, 3], 3), ([3, 3, 2], 3), ([2], 5), ([1, 1, 1], 1)])
+@pytest.mark.parametrize("axis", [1, -3])
+def test_one_length_for_all_pieces_leaves_the_rest_to_the_last(sizes, given, axis):
+    b = Builder()
+    outs = [b.norm(p, n) for n, p in zip(sizes, pieces(b, sizes, list(range(len(sizes))), given, axis), strict=True)]
+    model = b.model(IMAGE, [b.node("Relu", o) for o in outs])
+    fused, report = fuse(model)
+    assert not report.kept
+    assert "SplitToSequence" not in operators(fused)
     assert_same(model, fused)
     assert not fuse(fused)[1].changed
 
@@ -56,9 +70,9 @@ def test_sequences_that_are_read_otherwise_or_split_at_open_places_stay():
     b = Builder()
     sequence = b.node("SplitToSequence", b.conv("x", 4, 8), b.constant(np.array([3, 5])), axis=1)
     left_alone(b, sequence, b.node("ConcatFromSequence", sequence, axis=1))
-    b = Builder()
-    sequence = b.node("SplitToSequence", b.conv("x", 4, 6), b.constant(np.array(3)), axis=1)
-    left_alone(b, sequence)
+    for lengths in ([np.array(2)], []):  # along the open batch, of which the count of pieces is not known
+        b = Builder()
+        left_alone(b, b.node("SplitToSequence", b.conv("x", 4, 3), *map(b.constant, lengths), axis=0))
 
 
 def test_an_order_of_the_pieces_that_is_wrong_is_seen():
