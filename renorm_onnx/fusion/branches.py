@@ -117,7 +117,7 @@ def find_merges(graph: ir.Graph, desk: Desk) -> Iterator[Merge]:
         return {norm.output: norm for norm in find_norms([n for n in nodes if n.graph is not None], desk)}
 
     for node in nodes:
-        if node.op_type not in ("Add", "Sum") or node.domain not in ("", "ai.onnx") or len(node.inputs) != 2:
+        if node.op_type not in ("Add", "Sum") or node.domain != "" or len(node.inputs) != 2:
             continue
         try:
             merge = None if node.graph is None else _merge(node, desk, norms)
@@ -153,7 +153,7 @@ def _branches(value: ir.Value, add: ir.Node, desk: Desk, norms: Norms) -> Iterat
     """What an operand of the Add may be: the convolution or norm that computes it, or the value itself."""
     node = value.producer()
     alone = len(value.uses()) == 1 and not value.is_graph_output()
-    if node is not None and alone and node.graph is add.graph and node.domain in ("", "ai.onnx"):
+    if node is not None and alone and node.graph is add.graph and node.domain == "":
         if node.op_type == "Conv":
             yield from _convolution(node, desk)
         elif (norm := norms().get(value)) is not None and isinstance(norm.map, AffineMap):

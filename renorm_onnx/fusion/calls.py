@@ -121,19 +121,19 @@ def _inlined(
 
 
 def _is_norm(body: list[ir.Node]) -> bool:
-    operators = {n.op_type for n in body if n.domain in ("", "ai.onnx")}
+    operators = {n.op_type for n in body if n.domain == ""}
     if operators & _NORMS:
         return True
-    arithmetic = all(n.domain in ("", "ai.onnx") and n.op_type in _ARITHMETIC for n in body)
+    arithmetic = all(n.domain == "" and n.op_type in _ARITHMETIC for n in body)
     return arithmetic and bool(operators & {"Sub", "Add"}) and bool(operators & {"Mul", "Div"})
 
 
 def _is_linear(body: list[ir.Node]) -> bool:
-    return any(n.op_type in _LINEAR | _NORMS and n.domain in ("", "ai.onnx") for n in body)
+    return any(n.op_type in _LINEAR | _NORMS and n.domain == "" for n in body)
 
 
 def _lets_pass(body: list[ir.Node], passing: Collection[str]) -> bool:
-    plain = (n.op_type for n in body if n.domain in ("", "ai.onnx"))
+    plain = (n.op_type for n in body if n.domain == "")
     return all(op in passing or op in _ARITHMETIC for op in plain)
 
 
@@ -145,7 +145,7 @@ def _holds(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[l
 def _all_hold(model: ir.Model, identifier: ir.OperatorIdentifier, test: Callable[[list[ir.Node]], bool]) -> bool:
     """Whether `test` holds for the function's body and those of all functions it calls, which the model defines."""
     bodies = list(_bodies(model, identifier))
-    called = {n.op_identifier() for body in bodies for n in body if n.domain not in ("", "ai.onnx")}
+    called = {n.op_identifier() for body in bodies for n in body if n.domain != ""}
     return called <= model.functions.keys() and all(map(test, bodies))
 
 

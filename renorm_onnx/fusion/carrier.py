@@ -172,7 +172,7 @@ def label(node: ir.Node) -> str:
 
 def domain_of(node: ir.Node) -> str:
     """The domain of an operator before its label; empty for ONNX's own."""
-    return f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
+    return f"{node.domain}::" if node.domain != "" else ""
 
 
 class Carrier:
@@ -216,7 +216,7 @@ class Carrier:
 
 def no_rule(node: ir.Node, opset: int) -> Refusal:
     """The refusal of an operator that neither absorbs nor passes an affine map, or of what is no operator at all."""
-    exists = node.domain not in ("", "ai.onnx") or onnx.defs.has(node.op_type, opset)
+    exists = node.domain != "" or onnx.defs.has(node.op_type, opset)
     why = "neither absorbs nor passes a scale and shift" if exists else f"is no operator of opset {opset}"
     name = node.name or node.outputs[0].name or ""
     return Refusal(Reason.OPERATOR, name, f"{domain_of(node)}{label(node)} {why}", structural=True)

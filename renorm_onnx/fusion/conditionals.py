@@ -33,7 +33,7 @@ def open_conditionals(model: ir.Model, facts: Facts, rewriter: Rewriter) -> list
     proven = [
         (node, taken)
         for node in nodes_of(model.graph)
-        if node.op_type == "If" and node.domain in ("", "ai.onnx")
+        if node.op_type == "If" and node.domain == ""
         if (taken := _way_taken(node, facts)) is not None
     ]
     borne = Counter(map(_key, _named(graphs_of(model.graph)))) if proven else Counter()

@@ -369,7 +369,7 @@ class _Engine:
 
 def _is_unread(node: ir.Node) -> bool:
     """Whether nothing of what an operator computes is read; those of other domains may do more than compute."""
-    own = node.domain in ("", "ai.onnx")
+    own = node.domain == ""
     return own and not any(output.uses() or output.is_graph_output() for output in node.outputs)
 
 
@@ -381,6 +381,4 @@ def _passing() -> frozenset[str]:
 
 def count_operators(model: ir.Model) -> Counter[str]:
     """How many nodes of each operator the graph and its subgraphs hold; other domains' with their domain."""
-    return Counter(
-        n.op_type if n.domain in ("", "ai.onnx") else f"{n.domain}::{n.op_type}" for n in nodes_of(model.graph)
-    )
+    return Counter(n.op_type if n.domain == "" else f"{n.domain}::{n.op_type}" for n in nodes_of(model.graph))

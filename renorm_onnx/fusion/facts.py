@@ -222,7 +222,7 @@ class Facts:
         if graph is self._main or not value.is_graph_input() or not isinstance(graph, ir.Graph):
             return None
         if self._bodies is None:
-            known = (n for n in nodes_of(self._main) if n.domain in ("", "ai.onnx"))
+            known = (n for n in nodes_of(self._main) if n.domain == "")
             repeaters = (n for n in known if n.op_type == "Loop" or (n.op_type == "Scan" and self.opset >= 9))
             self._bodies = {n.attributes["body"].as_graph(): n for n in repeaters}
         return self._bodies.get(graph)
@@ -284,13 +284,13 @@ class Facts:
 
     def rule(self, node: ir.Node) -> Rule | None:
         """The rule of an operator; none of what a function of the model defines otherwise."""
-        if node.domain in ("", "ai.onnx"):
+        if node.domain == "":
             return self._rules.get(node.op_type)
         rule = self._rules.get(f"{node.domain}::{node.op_type}")
         return None if rule is None or node.op_identifier() in self._functions else rule
 
     def _derive(self, node: ir.Node) -> None:
-        known = node.domain in ("", "ai.onnx")
+        known = node.domain == ""
         rule = self.rule(node)
         found: Sequence[Fact] = ()
         inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs] if rule else []

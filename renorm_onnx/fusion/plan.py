@@ -125,7 +125,7 @@ class Planner:
         return forward if isinstance(forward, Plan) else (backward, forward)
 
     def _carrier(self, node: ir.Node) -> Carrier | None:
-        return self._carriers.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        return self._carriers.get(node.op_type) if node.domain == "" else None
 
     def _backward(self, norm: Norm, demand: AffineMap) -> Plan | Refusal:
         plan = Plan(norm, "backward")
@@ -367,7 +367,7 @@ class Planner:
 
 def reads_no_elements(node: ir.Node, position: int) -> bool:
     """Whether `node` reads only the shape or the type of its operand, which no map changes."""
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain != "":
         return False
     return node.op_type in ("Shape", "Size") or (node.op_type == "CastLike" and position == 1)
 

@@ -35,7 +35,7 @@ def open_sequences(model: ir.Model, facts: Facts, rewriter: Rewriter) -> list[ir
     if facts.opset < OLDEST_OPSET:
         return gone
     for node in list(nodes_of(model.graph)):
-        if node.op_type != "SplitToSequence" or node.domain not in ("", "ai.onnx"):
+        if node.op_type != "SplitToSequence" or node.domain != "":
             continue
         sizes, taken = _sizes(node, facts), _elements(node, facts)
         if sizes is not None and taken is not None and all(-len(sizes) <= i < len(sizes) for i in taken.values()):
@@ -68,7 +68,7 @@ def _elements(node: ir.Node, facts: Facts) -> dict[ir.Node, int] | None:
     for user, position in sequence.uses():
         takes_one = user.op_type == "SequenceAt" and position == 0 and len(user.inputs) == 2
         index = facts[user.inputs[1]].integers() if takes_one else None
-        if user.graph is not node.graph or user.domain not in ("", "ai.onnx") or not index:
+        if user.graph is not node.graph or user.domain != "" or not index:
             return None
         if not isinstance(index[0], int):
             return None

@@ -145,7 +145,7 @@ def find_norms(nodes: Sequence[ir.Node], desk: Desk) -> Iterator[Norm]:
     """All norms among `nodes`, which are in graph order, each node in one norm at most."""
     taken: set[ir.Node] = set()
     for node in nodes:
-        if node.op_type not in _STARTS or node in taken or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in _STARTS or node in taken or node.domain != "":
             continue
         try:
             found = _norm_from(node, desk)
@@ -275,7 +275,7 @@ def _ratios_and_gains(
 
 def constant_operator(node: ir.Node, desk: Desk) -> _Link | None:
     """The map of one Mul, Add, Sub, Div or Neg, if exactly one operand is constant and runs along one axis."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in CONSTANT_OPERATORS or None in node.inputs:
+    if node.domain != "" or node.op_type not in CONSTANT_OPERATORS or None in node.inputs:
         return None
     if node.op_type == "Neg":
         data = node.inputs[0]

@@ -80,4 +80,4 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     reader = next(iter(uses)).node
     producer = value.producer()
     same_graph = producer is not None and reader.graph is producer.graph
-    return reader if same_graph and reader.domain in ("", "ai.onnx") else None
+    return reader if same_graph and reader.domain == "" else None

@@ -150,11 +150,11 @@ def _is_counted_with(value: ir.Value) -> bool:
     """Tell whether integers only meet arithmetic and comparisons, or become floats."""
 
     def goes_on(node: ir.Node, position: int) -> bool:
-        return node.domain in ("", "ai.onnx") and position in _COUNTED.get(node.op_type, ()) and not ends(node)
+        return node.domain == "" and position in _COUNTED.get(node.op_type, ()) and not ends(node)
 
     def ends(node: ir.Node) -> bool:
         ending = node.op_type in _COMPARISONS or (node.op_type == "Cast" and _makes_no_integers(node))
-        return ending and node.domain in ("", "ai.onnx")
+        return ending and node.domain == ""
 
     return all(ends(node) or goes_on(node, position) for node, position in _uses_behind(value, goes_on))
 

@@ -78,7 +78,7 @@ def _dequantized(node: ir.Node, index: int, desk: Desk) -> list[ir.Node]:
     chain: list[ir.Node] = []
     while index < len(node.inputs) and (value := node.inputs[index]) is not None:
         maker = value.producer()
-        if maker is None or maker.domain not in ("", "ai.onnx"):
+        if maker is None or maker.domain != "":
             return []
         chain.append(maker)
         if maker.op_type == "DequantizeLinear":
