@@ -205,10 +205,13 @@ def _copied(model: ir.Model) -> ir.Model:
         fresh = with_tensors(model, renamable)
     except (RuntimeError, ValueError) as error:
         raise ModelFileError(f"the model cannot be copied: {_reason(error)}") from error
+    # Imports and sizes become what `check_model` makes of those in a file.
+    for scope in scopes_of(fresh):
+        if (version := scope.opset_imports.pop("ai.onnx", None)) is not None:
+            scope.opset_imports.setdefault("", version)
     for graph, nodes in (found for scope in scopes_of(fresh) for found in graphs_with_nodes(scope)):
         for value in (*graph.inputs, *(output for node in nodes for output in node.outputs)):
             if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
-                # As `check_model` does with a file.
                 value.shape = ir.Shape([None if isinstance(n, int) and n < 0 else n for n in value.shape])
     if model.meta.get(KEEP_EXTERNAL):
         fresh.meta[KEEP_EXTERNAL] = True

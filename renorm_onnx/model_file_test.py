@@ -55,6 +55,17 @@ def test_a_model_is_saved_as_it_was_loaded(path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == ["model.onnx", "out.onnx"]
 
 
+def test_the_domain_of_onnx_has_one_name_in_every_model_that_is_read() -> None:
+    proto, relu = small_model(), helper.make_node("Relu", ["a"], ["b"])
+    long = helper.make_opsetid("ai.onnx", 20)
+    function = helper.make_function("f", "F", ["a"], ["b"], [relu], [long])
+    proto.functions.append(function)
+    proto.opset_import[0].CopyFrom(long)
+    for source in (proto, ir.serde.deserialize_model(proto)):
+        loaded = model_file.load(source)
+        assert [dict(scope.opset_imports) for scope in (loaded.graph, *loaded.functions.values())] == [{"": 20}] * 2
+
+
 def test_the_input_is_never_changed(path: Path) -> None:
     proto = small_model()
     source = ir.serde.deserialize_model(small_model())

@@ -41,9 +41,10 @@ def check_model(model: onnx.ModelProto) -> Findings:
     """Judge a model; make its sparse tensors dense, its sizes no less than 0 and its comments readable in place.
 
     Args:
-        model: Changed in three ways only: sparse initializers become ordinary ones; sizes below 0 become open ones; and
-            of comments, which are what no value and no operator is called by, whatever is not UTF-8 becomes U+FFFD,
-            since runtimes read such files.
+        model: Changed in four ways only: sparse initializers become ordinary ones; sizes below 0 become open ones;
+            imports of ONNX's own domain, which has two names, bear the empty one, as onnx-ir gives it to nodes; and of
+            comments, which are what no value and no operator is called by, whatever is not UTF-8 becomes U+FFFD, since
+            runtimes read such files.
 
     Raises:
         ModelFileError: It is no model, or breaks a rule of ONNX, or exceeds a limit.
@@ -145,10 +146,11 @@ def _check_header(model: onnx.ModelProto) -> None:
         )
     _check_unknown(model, "the model")
     _decode(model, "producer_name", "producer_version", "domain")
-    for opset in model.opset_import:
+    for opset in (*model.opset_import, *(opset for function in model.functions for opset in function.opset_import)):
         if isinstance(opset.domain, bytes):
             raise ModelFileError(f"an opset is of domain {quoted(opset.domain)}; expected a name in UTF-8")
-    _check_map(((plain_domain(opset.domain), opset.version) for opset in model.opset_import), "opset")
+        opset.domain = plain_domain(opset.domain)
+    _check_map(((opset.domain, opset.version) for opset in model.opset_import), "opset")
     _check_map(((entry.key, entry.value) for entry in model.metadata_props), "metadata entry")
 
 

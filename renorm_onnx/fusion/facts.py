@@ -117,7 +117,7 @@ class Facts:
         *,
         assume_constant_initializers: bool = False,
     ) -> None:
-        self.opset = model.opset_imports.get("", model.opset_imports.get("ai.onnx", 1))
+        self.opset = model.opset_imports.get("", 1)
         self._main = model.graph
         self._rules = rules
         self._functions = model.functions

@@ -235,11 +235,9 @@ def _who(node: ir.Node, domain: str, opset: int) -> str:
 
 
 def _domain_and_opset(node: ir.Node, frame: _Frame) -> tuple[str, int]:
-    """The domain of `node`, "" for ONNX's own under either name, and the version of it that is imported there."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
+    """The domain of `node`, and the version of it that is imported there."""
+    domain = node.domain
     opset = frame.opsets.get(domain)
-    if opset is None and domain == "":
-        opset = frame.opsets.get("ai.onnx")
     if opset is None:
         raise InputError(f"evaluate: node {node.name!r} is of domain {domain!r}, of which no version is imported there")
     if domain == "" and opset < OLDEST_OPSET:
