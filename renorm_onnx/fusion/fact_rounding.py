@@ -22,8 +22,8 @@ _UNIT = {
     ir.DataType.BFLOAT16: 2.0**-8,
     ir.DataType.DOUBLE: 2.0**-53,
 }
-# To the types of 8 bits and fewer runtimes round in ways of their own.
-ROUNDED = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+# The types that folds compute in; to those of 8 bits and fewer runtimes round in ways of their own.
+FLOATS = tuple(_UNIT)
 
 
 def rounding(rule: Rule, *, once: bool = False) -> Rule:
@@ -47,7 +47,7 @@ def rounding(rule: Rule, *, once: bool = False) -> Rule:
 
 def _fits(fact: Fact) -> bool:
     """Whether the type of a fact holds every element of its content as it is."""
-    if fact.content is None or fact.dtype not in ROUNDED:
+    if fact.content is None or fact.dtype not in FLOATS:
         return False
     return np.array_equal(rounded(fact.content, fact.dtype), fact.content)
 
@@ -89,8 +89,13 @@ def _moved(fact: Fact, sign: int) -> Fact:
     return fact._replace(content=fact.content + sign * 64 * unit * (np.abs(fact.content) + 2.0**13))
 
 
+def holds(to: ir.DataType | None, source: ir.DataType | None) -> bool:
+    """Whether every number of one type of `FLOATS` is one of another."""
+    return to in FLOATS and source in FLOATS and (to == source or to.bitwidth > source.bitwidth)
+
+
 def rounded(content: Content, to: ir.DataType) -> npt.NDArray[np.float64]:
-    """Numbers in a type of `ROUNDED`, as float64: those of 16 bits onnxruntime makes of those of 32."""
+    """Numbers in a type of `FLOATS`, as float64: those of 16 bits onnxruntime makes of those of 32."""
     with np.errstate(over="ignore"):
         near = content if to == ir.DataType.DOUBLE else content.astype(np.float32)
         return to_float64(near.astype(to.numpy()))

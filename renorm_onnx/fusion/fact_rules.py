@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from renorm_onnx.fusion.fact_rounding import ROUNDED, exactly, jumping, rounded, rounding
+from renorm_onnx.fusion.fact_rounding import FLOATS, exactly, holds, jumping, rounded, rounding
 from renorm_onnx.fusion.facts import (
     MAX_COMPUTED_ELEMENTS,
     UNKNOWN,
@@ -175,10 +175,10 @@ def _converted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     plain = [Fact(inputs[0].dims, dtype=to)]
     if content is None or (to is None and content.dtype.kind == "f"):
         return plain
-    if not inputs[0].exact and _holds(to, inputs[0].dtype):
+    if not inputs[0].exact and holds(to, inputs[0].dtype):
         return [computed(content, to)]
     if to is None or to.is_floating_point():
-        if content.dtype == object or to not in (None, *ROUNDED):
+        if content.dtype == object or to not in (None, *FLOATS):
             return plain
         return [computed(to_float64(content) if to is None else rounded(content, to), to)]
     if content.dtype == object:
@@ -193,11 +193,6 @@ def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         return exactly(_converted)(node, inputs, opset)
     narrows = to is None or to.is_floating_point()  # which moves a number no further than the fold rounds it anyway
     return (_converted if narrows else jumping(_converted))(node, inputs, opset)
-
-
-def _holds(to: ir.DataType | None, source: ir.DataType | None) -> bool:
-    """Whether every number of one float type is one of another."""
-    return to in ROUNDED and source in ROUNDED and (to == source or to.bitwidth > source.bitwidth)
 
 
 def _constant(node: ir.Node, inputs: Facts, opset: int) -> Facts:

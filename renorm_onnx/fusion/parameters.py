@@ -25,6 +25,7 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from renorm_onnx.files.external_data import read_rows
+from renorm_onnx.fusion.fact_rounding import FLOATS
 from renorm_onnx.fusion.facts import Fact, layout, to_float64
 
 Array = npt.NDArray[np.float64]
@@ -33,7 +34,6 @@ Rows = slice | EllipsisType
 
 # One block and its float64 products stay in a processor's cache; larger tensors are computed while they are written.
 BLOCK_ELEMENTS = 1 << 17
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 # Item size -> the unsigned integers of that size, and all of their bits but the sign.
 _BITS = {size: (np.dtype(f"u{size}"), np.dtype(f"u{size}").type(2 ** (8 * size - 1) - 1)) for size in (2, 4, 8)}
 # How `raw_data` holds the floats.

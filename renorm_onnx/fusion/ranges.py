@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.carrier import AddAfter, Desk, SetInput
-from renorm_onnx.fusion.parameters import FLOATS, Array, Parameter, largest, smallest_normal
+from renorm_onnx.fusion.fact_rounding import FLOATS
+from renorm_onnx.fusion.parameters import Array, Parameter, largest, smallest_normal
 from renorm_onnx.fusion.report import Reason
 from renorm_onnx.fusion.sources import Norm
 

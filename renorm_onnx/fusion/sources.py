@@ -37,9 +37,10 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import Desk, label, refuse
+from renorm_onnx.fusion.fact_rounding import FLOATS
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import MALFORMED
-from renorm_onnx.fusion.parameters import FLOATS, Parameter
+from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.units import unit_of
 from renorm_onnx.fusion.unproven import completes_product, only_reader, unproven_chain

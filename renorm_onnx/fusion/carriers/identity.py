@@ -21,16 +21,9 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Step, refuse
+from renorm_onnx.fusion.fact_rounding import holds
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.parameters import FLOATS
 from renorm_onnx.fusion.report import Reason, Refusal
-
-_HOLDS = {
-    ir.DataType.FLOAT16: (ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE),
-    ir.DataType.BFLOAT16: (ir.DataType.BFLOAT16, ir.DataType.FLOAT, ir.DataType.DOUBLE),
-    ir.DataType.FLOAT: (ir.DataType.FLOAT, ir.DataType.DOUBLE),
-    ir.DataType.DOUBLE: (ir.DataType.DOUBLE,),
-}
 
 
 class Identity(Carrier):
@@ -61,7 +54,7 @@ def _narrows(node: ir.Node, desk: Desk) -> str:
     """Why a Cast may change numbers, as the end of a sentence; empty if it cannot."""
     source = desk.fact(node.inputs[0]).dtype
     target = desk.fact(node.outputs[0]).dtype
-    if source is None or source not in FLOATS or target not in _HOLDS[source]:
+    if not holds(target, source):
         return f"rounds from {source.name if source else 'an unknown type'} to {target.name if target else 'another'}"
     return ""
 
