@@ -15,15 +15,15 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.facts import Content, Fact, Rule, to_float64
 
-# Half a unit in the last place of a number around one.
-_UNIT = {
+# Half a unit in the last place of a number around one, by type.
+UNIT_ROUNDOFF = {
     ir.DataType.FLOAT: 2.0**-24,
     ir.DataType.FLOAT16: 2.0**-11,
     ir.DataType.BFLOAT16: 2.0**-8,
     ir.DataType.DOUBLE: 2.0**-53,
 }
 # The types that folds compute in; to those of 8 bits and fewer runtimes round in ways of their own.
-FLOATS = tuple(_UNIT)
+FLOATS = tuple(UNIT_ROUNDOFF)
 
 
 def rounding(rule: Rule, *, once: bool = False) -> Rule:
@@ -85,7 +85,7 @@ def _moved(fact: Fact, sign: int) -> Fact:
     """
     if fact.exact or fact.content is None or fact.content.dtype.kind != "f":
         return fact
-    unit = _UNIT.get(fact.dtype or ir.DataType.UNDEFINED, 1.0)
+    unit = UNIT_ROUNDOFF.get(fact.dtype or ir.DataType.UNDEFINED, 1.0)
     return fact._replace(content=fact.content + sign * 64 * unit * (np.abs(fact.content) + 2.0**13))
 
 

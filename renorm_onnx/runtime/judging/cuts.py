@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from renorm_onnx.fusion.fact_rounding import UNIT_ROUNDOFF
 from renorm_onnx.runtime.estimate import Cost, estimate
 from renorm_onnx.runtime.reference import evaluate
 
@@ -29,9 +30,6 @@ _MONOTONE = frozenset(
         "BatchNormalization",
     }
 )
-
-UNIT_ROUNDOFF = {"FLOAT16": 2.0**-11, "BFLOAT16": 2.0**-8, "FLOAT": 2.0**-24, "DOUBLE": 2.0**-53}
-"""Of each floating type, relative."""
 
 _ROUNDED_ON_PURPOSE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
 
@@ -147,10 +145,10 @@ class Cut:
         """Tell whether evaluating it on absolute values bounds what it computes on signed ones."""
         return all(node.op_type in _MONOTONE or _subtracts_floats(node) for node in self.nodes)
 
-    def element_type(self) -> str:
-        """Return the name of the coarsest float type among the weights."""
-        names = {value.dtype.name for value in self.weights.values() if value.dtype is not None}
-        return max(names & UNIT_ROUNDOFF.keys(), key=lambda name: UNIT_ROUNDOFF[name], default="FLOAT")
+    def element_type(self) -> ir.DataType:
+        """Return the coarsest float type among the weights."""
+        types = {value.dtype for value in self.weights.values()}
+        return max(UNIT_ROUNDOFF.keys() & types, key=UNIT_ROUNDOFF.__getitem__, default=ir.DataType.FLOAT)
 
     def fan_in(self) -> int:
         """Return how many products its largest weight sums up for one output."""

@@ -25,9 +25,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.fusion.fact_rounding import UNIT_ROUNDOFF
 from renorm_onnx.model_file import collection_paused
 from renorm_onnx.runtime.estimate import LIMIT, inferred_shapes
-from renorm_onnx.runtime.judging.cuts import UNIT_ROUNDOFF, Cut, GraphByNames
+from renorm_onnx.runtime.judging.cuts import Cut, GraphByNames
 from renorm_onnx.runtime.judging.deviation import ratio
 
 Array = npt.NDArray[Any]
@@ -36,8 +37,9 @@ _ROUNDINGS = 4
 _SHOWN = 5
 _CROPS = (8, 20, None)  # elements per spatial axis, tried in this order; None: all
 
-_EVALUATION = UNIT_ROUNDOFF["DOUBLE"]
-_SMALLEST = {"FLOAT16": 2.0**-24, "BFLOAT16": 2.0**-133, "FLOAT": 2.0**-149, "DOUBLE": 0.0}
+_EVALUATION = UNIT_ROUNDOFF[ir.DataType.DOUBLE]
+# The smallest positive number of each narrower type.
+_SMALLEST = {ir.DataType.FLOAT16: 2.0**-24, ir.DataType.BFLOAT16: 2.0**-133, ir.DataType.FLOAT: 2.0**-149}
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def _check_cost(before: Cut, after: Cut, shapes: Mapping[str, tuple[int, ...]]) 
 def _bound(before: Cut, after: Cut, feeds: Mapping[str, Array], want: Array) -> Array:
     u = UNIT_ROUNDOFF[after.element_type()]
     largest = max((float(np.abs(x).max()) for x in feeds.values() if x.dtype.kind == "f" and x.size), default=1.0)
-    underflow = _SMALLEST[after.element_type()] * after.fan_in() * max(1.0, largest)
+    underflow = _SMALLEST.get(after.element_type(), 0.0) * after.fan_in() * max(1.0, largest)
     magnitude = _magnitude(after, feeds, want)
     bound = _gamma(_ROUNDINGS, u) * magnitude + underflow
     if u <= _EVALUATION:
