@@ -66,7 +66,7 @@ def estimate(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Cost:
                 shape = shapes.get(value.name or "")
                 if remaining[value.name] == 0 and shape is not None:
                     live -= math.prod(shape)
-    weights = sum(math.prod(_constant_shape(value)) for value in model.graph.initializers.values())
+    weights = sum(math.prod(constant_shape(value)) for value in model.graph.initializers.values())
     return Cost(flops, 8.0 * (weights + peak), complete)
 
 
@@ -90,7 +90,7 @@ def inferred_shapes(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, tupl
         if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
             shapes[info.name] = tuple(dim.dim_value for dim in kind.shape.dim)
     for name, value in model.graph.initializers.items():
-        shapes[name] = _constant_shape(value)
+        shapes[name] = constant_shape(value)
     return shapes
 
 
@@ -132,7 +132,8 @@ def _without_weights(model: ir.Model) -> ir.Model:
     return light
 
 
-def _constant_shape(value: ir.Value) -> tuple[int, ...]:
+def constant_shape(value: ir.Value) -> tuple[int, ...]:
+    """Return the shape of what is stored for a value; that of a scalar where nothing is."""
     return tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
 
 

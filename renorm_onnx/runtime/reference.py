@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.model_walk import bodies_of
 from renorm_onnx.runtime.operators import registry
 from renorm_onnx.runtime.operators.call import Call, UnusableError, promote, promoted_type
 from renorm_onnx.runtime.shape_arithmetic import Origin, Origins, rounded_as_stored, stored_in
@@ -223,10 +224,9 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     while pending:
         current = pending.pop()
         values.extend(value for value in current.inputs if value is not None)
-        for attr in current.attributes.values():
-            for body in _bodies(attr):
-                values.extend(body.outputs)
-                pending.extend(body)
+        for body in bodies_of(current):
+            values.extend(body.outputs)
+            pending.extend(body)
     return values
 
 
@@ -243,12 +243,6 @@ def _domain_and_opset(node: ir.Node, frame: _Frame) -> tuple[str, int]:
     if domain == "" and opset < OLDEST_OPSET:
         raise InputError(f"evaluate: node {node.name!r} is of ONNX opset {opset!r}, expected {OLDEST_OPSET} or later")
     return domain, opset
-
-
-def _bodies(attr: ir.Attr) -> Sequence[ir.Graph]:
-    if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
-        return (attr.as_graph(),)
-    return attr.as_graphs() if attr.type == ir.AttributeType.GRAPHS and not attr.is_ref() else ()
 
 
 def _values_named(graph: ir.Graph, names: set[str]) -> dict[str, ir.Value]:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.fusion.fact_rounding import UNIT_ROUNDOFF
-from renorm_onnx.runtime.estimate import Cost, estimate
+from renorm_onnx.model_walk import bodies_of
+from renorm_onnx.runtime.estimate import Cost, constant_shape, estimate
 from renorm_onnx.runtime.reference import evaluate
 
 Array = npt.NDArray[Any]
@@ -31,7 +32,8 @@ _MONOTONE = frozenset(
     }
 )
 
-_ROUNDED_ON_PURPOSE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
+QUANTIZING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
+"""What rounds to few bits while it runs; behind DequantizeLinear, stored codes are a weight like any other."""
 
 
 class GraphByNames:
@@ -86,9 +88,8 @@ def data_names(model: ir.Model, fed: set[str]) -> set[str]:
     """
     data = set(fed)
     for node in model.graph:
-        subgraphs = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
         reads = any(value is not None and value.name in data for value in node.inputs)
-        if subgraphs or (reads and node.op_type not in ("Shape", "Size")):
+        if bodies_of(node) or (reads and node.op_type not in ("Shape", "Size")):
             data |= {value.name for value in node.outputs if value.name}
     return data
 
@@ -134,11 +135,11 @@ class Cut:
         if len(self.nodes) > _LARGEST_CUT:
             return f"more than {_LARGEST_CUT} nodes lie between it and the next common value"
         for node in self.nodes:
-            if any(attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attr in node.attributes.values()):
+            if bodies_of(node):
                 return f"{node.op_type} holds a subgraph"
-            if node.op_type in _ROUNDED_ON_PURPOSE:
+            if node.op_type in QUANTIZING:
                 return f"{node.op_type} rounds on purpose, whole steps may flip"
-        weights = sum(math.prod(_shape_of(value)) for value in self.weights.values())
+        weights = sum(math.prod(constant_shape(value)) for value in self.weights.values())
         return f"its weights have {weights:,} elements" if weights > _LARGEST_WEIGHTS else ""
 
     def monotone(self) -> bool:
@@ -152,7 +153,7 @@ class Cut:
 
     def fan_in(self) -> int:
         """Return how many products its largest weight sums up for one output."""
-        shapes = [_shape_of(value) for value in self.weights.values()]
+        shapes = [constant_shape(value) for value in self.weights.values()]
         return max((math.prod(shape) // max(1, min(shape[:2])) for shape in shapes if len(shape) > 1), default=1)
 
     def run(self, feeds: Mapping[str, Array], *, absolute: bool = False) -> Array:
@@ -221,10 +222,6 @@ def digest(array: Array) -> tuple[Any, ...]:
     flat = np.ascontiguousarray(array).reshape(-1)
     content = repr(flat.tolist()).encode() if flat.dtype.hasobject else flat.view(np.uint8).data
     return array.shape, str(array.dtype), hashlib.blake2b(content).digest()
-
-
-def _shape_of(value: ir.Value) -> tuple[int, ...]:
-    return tuple(value.const_value.shape.numpy()) if value.const_value is not None else ()
 
 
 def _absolute(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:

@@ -11,7 +11,7 @@ from renorm_onnx.fusion.report import METADATA_KEY
 from renorm_onnx.model_walk import nodes_of, scopes_of
 from renorm_onnx.runtime.ancestry import largest_before
 from renorm_onnx.runtime.inputs import input_specs
-from renorm_onnx.runtime.judging.cuts import data_names
+from renorm_onnx.runtime.judging.cuts import QUANTIZING, data_names
 from renorm_onnx.runtime.judging.interface import interface_problems
 from renorm_onnx.runtime.judging.neighbours import neighbour
 from renorm_onnx.runtime.judging.torch_reference import TorchReference, is_torch_module
@@ -22,8 +22,6 @@ from renorm_onnx.runtime.sessions.sources import runnable, source_of
 
 Array = npt.NDArray[Any]
 
-# What rounds to few bits while it runs. DequantizeLinear does not: behind stored codes it is a weight like any other.
-_QUANTIZED = ("QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul")
 # What may sum, or average, over all positions of a sample.
 _AVERAGING = frozenset(
     {
@@ -147,7 +145,7 @@ def _roundoff(of: ir.Value | ir.Node) -> float:
     """The unit roundoff of a value's type, or of what an operator rounds to; 0 where neither is known to round."""
     if isinstance(of, ir.Value):
         kind = of.dtype
-    elif of.op_type in _QUANTIZED:
+    elif of.op_type in QUANTIZING:
         return PRECISIONS["quantized"].u
     elif of.op_type == "Cast" and (to := of.attributes.get("to")) is not None and to.type is ir.AttributeType.INT:
         kind = None if to.is_ref() else ir.DataType(to.as_int())
