@@ -5,6 +5,7 @@ their relative error says nothing about the computation (MobileNetV2 is off by 3
 folded or not).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -163,13 +164,13 @@ def _compare_one(
         raise InputError(f"compare: no tolerance for type {want.dtype} of output {name!r}; pass one") from None
     if want.dtype.kind in "SUO":
         wrong = np.asarray(want != got)
-        index = _index(int(np.argmax(wrong)), want.shape)
+        index = index_of(int(np.argmax(wrong)), want.shape)
         problem = f"output {name!r} differs" if wrong.any() else ""
         return Comparison(not problem, problem, name, index, want[index], got[index], 0.0, 0.0, elements, allowed)
     w, g = want.astype(np.float64), got.astype(np.float64)
     same_class = same_finiteness(w, g)
     if not same_class.all():
-        index = _index(int(np.argmin(same_class)), want.shape)
+        index = index_of(int(np.argmin(same_class)), want.shape)
         problem = f"output {name!r} is not finite where it should be, or the reverse"
         return Comparison(
             False, problem, name, index, want[index].item(), got[index].item(), np.inf, np.inf, elements, allowed
@@ -178,13 +179,13 @@ def _compare_one(
     size = np.where(np.isfinite(w), np.abs(w), 0.0)
     if unit is not None:
         size = np.fmax(size, np.where(np.isfinite(unit), unit, 0.0))
-    rms, peak = _ratio(_rms(error), _rms(size)), _ratio(float(error.max()), float(size.max()))
-    index = _index(int(np.argmax(error)), want.shape)
+    off, most = ratio(rms(error), rms(size)), ratio(peak(error), peak(size))
+    index = index_of(int(np.argmax(error)), want.shape)
     problem = ""
-    if rms > allowed.rms or peak > allowed.peak:
+    if off > allowed.rms or most > allowed.peak:
         problem = f"output {name!r} is off by more than its tolerance"
     return Comparison(
-        not problem, problem, name, index, want[index].item(), got[index].item(), rms, peak, elements, allowed
+        not problem, problem, name, index, want[index].item(), got[index].item(), off, most, elements, allowed
     )
 
 
@@ -213,17 +214,27 @@ def _excess(one: Comparison) -> float:
     return max(one.rms / max(allowed.rms, 1e-300), one.peak / max(allowed.peak, 1e-300))
 
 
-def _rms(values: Array) -> float:
-    largest = float(values.max())
-    # Scaled, since squares of 1e-40 and 1e200 leave the range of float64.
-    return largest * float(np.sqrt(np.mean(np.square(values / largest)))) if largest > 0 else 0.0
+def rms(values: Array) -> float:
+    """Return the root mean square, also of values whose squares leave the range of float64; 0 of none."""
+    largest = peak(values)
+    if largest == 0.0:
+        return 0.0
+    scaled = values / largest
+    return largest * math.sqrt(float(np.vdot(scaled, scaled)) / values.size)
 
 
-def _ratio(error: float, size: float) -> float:
-    return 0.0 if error == 0 else error / size if size > 0 else float("inf")
+def peak(values: Array) -> float:
+    """Return the largest absolute value; 0 of none."""
+    return float(np.abs(values).max()) if values.size else 0.0
 
 
-def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+def ratio(error: float, size: float) -> float:
+    """Return error / size, where no error is 0 whatever the size."""
+    return 0.0 if error == 0 else error / size if size > 0 else math.inf
+
+
+def index_of(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the index of the element that is number `flat` of an array of that shape."""
     return tuple(int(i) for i in np.unravel_index(flat, shape))
 
 

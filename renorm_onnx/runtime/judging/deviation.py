@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from renorm_onnx.runtime.comparison import index_of, peak, rms, same_finiteness
 from renorm_onnx.runtime.judging.error_spread import Spread, spread_of
 
 Array = npt.NDArray[Any]
@@ -79,7 +80,7 @@ class Errors:
             return replace(self, near_rms=max(self.near_rms, share), near_max=max(self.near_max, share))
         r, n = (np.asarray(array, np.float64) for array in (want, neighbour))
         error = _masked(n, r, np.isfinite(r) & np.isfinite(n))
-        return replace(self, near_rms=max(self.near_rms, rms(error)), near_max=max(self.near_max, _peak(error)))
+        return replace(self, near_rms=max(self.near_rms, rms(error)), near_max=max(self.near_max, peak(error)))
 
 
 def errors_of(want: Array, unfused: Array, fused: Array) -> Errors:
@@ -104,9 +105,9 @@ def errors_of(want: Array, unfused: Array, fused: Array) -> Errors:
     flat = int(np.argmax(np.abs(df))) if df.size else 0
     if problem and df.size:
         flat = int(np.argmin(fits))
-    index = tuple(int(i) for i in np.unravel_index(flat, r.shape)) if df.size else ()
+    index = index_of(flat, r.shape) if df.size else ()
     values = (r[index].item(), u[index].item(), f[index].item()) if df.size else (None, None, None)
-    sizes = rms(r0), _peak(r0), rms(du), _peak(du), rms(df), _peak(df)
+    sizes = rms(r0), peak(r0), rms(du), peak(du), rms(df), peak(df)
     elements = int(compared.sum())
     spread = None if problem else spread_of(want, unfused, fused)
     return Errors(elements, *sizes, index, values, problem, left_out=r.size - elements, spread=spread)
@@ -118,20 +119,16 @@ def _masked(got: Array, want: Array, where: Array) -> Array:
 
 
 def _class_ok(r: Array, u: Array, f: Array, largest: float) -> Array:
-    def alike(a: Array, b: Array) -> Array:
-        same = (np.isnan(a) & np.isnan(b)) | (np.isinf(a) & (a == b)) | (np.isfinite(a) & np.isfinite(b))
-        return np.asarray(same)
-
     # Where U leaves the range of its type and R does not, F may do either; where R is at its edge, either may.
     edge = np.isfinite(r) & (np.abs(r) > _EDGE * largest) & np.isinf(f) & (np.sign(r) == np.sign(f))
-    return np.asarray(alike(r, f) | alike(u, f) | edge)
+    return np.asarray(same_finiteness(r, f) | same_finiteness(u, f) | edge)
 
 
 def _discrete_errors(r: Array, u: Array, f: Array) -> Errors:
     unfused, both = np.asarray(r != u), np.asarray((f != r) & (f != u))
     fused = np.asarray(f != r)
     flat = int(np.argmax(both if both.any() else fused)) if f.size else 0
-    index = tuple(int(i) for i in np.unravel_index(flat, f.shape)) if f.size else ()
+    index = index_of(flat, f.shape) if f.size else ()
     values = (r.item(index), u.item(index), f.item(index)) if f.size else (None, None, None)  # of text too
     us, fs, neither = (float(wrong.mean()) if f.size else 0.0 for wrong in (unfused, fused, both))
     return Errors(f.size, 1.0, 1.0, us, us, fs, neither, index, values, discrete=True)
@@ -139,19 +136,6 @@ def _discrete_errors(r: Array, u: Array, f: Array) -> Errors:
 
 def _ruled_out(problem: str) -> Errors:
     return Errors(0, 0.0, 0.0, 0.0, 0.0, math.inf, math.inf, (), (None, None, None), problem)
-
-
-def rms(values: Array) -> float:
-    """Return the root mean square, also of values whose squares leave the range of float64."""
-    largest = _peak(values)
-    if largest == 0.0:
-        return 0.0
-    scaled = values / largest
-    return largest * math.sqrt(float(np.vdot(scaled, scaled)) / values.size)
-
-
-def _peak(values: Array) -> float:
-    return float(np.abs(values).max()) if values.size else 0.0
 
 
 def together(members: list[Errors]) -> Errors:
@@ -182,8 +166,3 @@ def together(members: list[Errors]) -> Errors:
         left_out=sum(e.left_out for e in members),
         spread=furthest.spread,
     )
-
-
-def ratio(error: float, size: float) -> float:
-    """Return error / size, where no error is 0 whatever the size."""
-    return 0.0 if error == 0 else error / size if size > 0 else math.inf

@@ -27,9 +27,9 @@ import onnx_ir as ir
 from renorm_onnx.errors import InputError
 from renorm_onnx.fusion.fact_rounding import UNIT_ROUNDOFF
 from renorm_onnx.model_file import collection_paused
+from renorm_onnx.runtime.comparison import index_of, json_value, peak, ratio
 from renorm_onnx.runtime.estimate import LIMIT, inferred_shapes
 from renorm_onnx.runtime.judging.cuts import Cut, GraphByNames
-from renorm_onnx.runtime.judging.deviation import ratio
 
 Array = npt.NDArray[Any]
 
@@ -73,16 +73,16 @@ class Site:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
-        values = [value if math.isfinite(value) else repr(value) for value in self.values]
+        reference, candidate = map(json_value, self.values)
         return {
             "name": self.name,
             "before": list(self.before),
             "after": list(self.after),
             "elements": self.elements,
-            "share_of_bound": self.used if math.isfinite(self.used) else repr(self.used),
+            "share_of_bound": json_value(self.used),
             "index": list(self.index),
-            "reference": values[0],
-            "candidate": values[1],
+            "reference": reference,
+            "candidate": candidate,
             "ok": self.ok,
             "problem": self.problem,
         }
@@ -209,7 +209,7 @@ def _check_cost(before: Cut, after: Cut, shapes: Mapping[str, tuple[int, ...]]) 
 
 def _bound(before: Cut, after: Cut, feeds: Mapping[str, Array], want: Array) -> Array:
     u = UNIT_ROUNDOFF[after.element_type()]
-    largest = max((float(np.abs(x).max()) for x in feeds.values() if x.dtype.kind == "f" and x.size), default=1.0)
+    largest = max((peak(x) for x in feeds.values() if x.dtype.kind == "f" and x.size), default=1.0)
     underflow = _SMALLEST.get(after.element_type(), 0.0) * after.fan_in() * max(1.0, largest)
     magnitude = _magnitude(after, feeds, want)
     bound = _gamma(_ROUNDINGS, u) * magnitude + underflow
@@ -251,7 +251,7 @@ def _site(name: str, before: Cut, after: Cut, want: Array, got: Array, bound: Ar
         share = error / np.maximum(bound, np.finfo(np.float64).tiny)
     # Where the candidate is not finite, its bound is not either, and allows nothing.
     used = np.where(np.isfinite(error) & np.isfinite(bound), share, np.where(error == 0, 0.0, np.inf))
-    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(used)), w.shape))
+    index = index_of(int(np.argmax(used)), w.shape)
     most = float(used[index])
     problem = ""
     if most > 1:

@@ -48,9 +48,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from renorm_onnx.runtime.comparison import json_value
+from renorm_onnx.runtime.comparison import json_value, ratio
 from renorm_onnx.runtime.inputs import SMALL, Trial
-from renorm_onnx.runtime.judging.deviation import Errors, ratio, together
+from renorm_onnx.runtime.judging.deviation import Errors, together
 from renorm_onnx.runtime.judging.error_spread import Spread
 
 Array = npt.NDArray[Any]

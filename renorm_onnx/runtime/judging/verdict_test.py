@@ -3,8 +3,9 @@ import math
 import numpy as np
 import pytest
 
+from renorm_onnx.runtime.comparison import rms
 from renorm_onnx.runtime.inputs import Trial
-from renorm_onnx.runtime.judging.deviation import errors_of, rms
+from renorm_onnx.runtime.judging.deviation import errors_of
 from renorm_onnx.runtime.judging.verdict import POOLED, PRECISIONS, Judge
 
 RNG = np.random.default_rng(0)
