@@ -29,9 +29,10 @@ from renorm_onnx.runtime.judging.pair import Pair
 from renorm_onnx.runtime.judging.report import Repeat, Verdict
 from renorm_onnx.runtime.judging.sites import SiteReport, check_sites
 from renorm_onnx.runtime.judging.torch_reference import is_torch_module
-from renorm_onnx.runtime.judging.trials import ReferenceUnusableError, trials
+from renorm_onnx.runtime.judging.trials import trials
 from renorm_onnx.runtime.judging.verdict import POOLED, Judge, Row
 from renorm_onnx.runtime.providers import onnxruntime
+from renorm_onnx.runtime.reference import ReferenceUnusableError
 from renorm_onnx.runtime.session import Session, open_session
 
 __all__ = [

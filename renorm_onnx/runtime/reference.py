@@ -29,7 +29,7 @@ OLDEST_OPSET = 6
 """Lowest opset of the ONNX domain that is evaluated."""
 
 UNUSABLE = "(reference unusable)"
-"""How an error ends that says of a model that it cannot be evaluated, whatever it is fed."""
+"""How a `ReferenceUnusableError` ends."""
 
 _MAX_DEPTH = 120  # function calls and bodies inside one another; deeper would overflow Python's stack
 
@@ -38,6 +38,10 @@ _HINTS = {
 }
 
 _Step = tuple[ir.Node, tuple[ir.Value, ...]]  # a node, and the values that nobody reads after it
+
+
+class ReferenceUnusableError(InputError):
+    """A model cannot be evaluated, whatever it is fed, so nothing can be judged by it."""
 
 
 def evaluate(
@@ -56,8 +60,9 @@ def evaluate(
         optional None. Arrays that share memory with the model or with `feeds` are read-only.
 
     Raises:
-        InputError: `feeds` or `keep` do not fit the model, the model holds an operator that cannot be evaluated (its
-            name, domain and opset are in the message), or an operator fails on these values.
+        InputError: `feeds` or `keep` do not fit the model, or an operator fails on these values.
+        ReferenceUnusableError: The model holds an operator that cannot be evaluated; its name, domain and opset are in
+            the message.
     """
     return _Evaluation(model).run(feeds, keep)
 
@@ -163,7 +168,7 @@ class _Evaluation:
                 like = node.outputs[0].dtype or (node.inputs[-1].dtype if node.inputs[-1] is not None else None)
                 result = stored_in(np.asarray(result), call.integer("to", 0) if node.op_type == "Cast" else like)
         except UnusableError as error:
-            raise InputError(f"{_who(node, domain, opset)}: {error} {UNUSABLE}") from error
+            raise ReferenceUnusableError(f"{_who(node, domain, opset)}: {error} {UNUSABLE}") from error
         except InputError as error:
             inner = str(error).startswith("evaluate: node")  # a node of a body has said so already
             raise error if inner else InputError(f"{_who(node, domain, opset)}: {error}") from error

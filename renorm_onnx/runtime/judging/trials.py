@@ -12,7 +12,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.runtime.estimate import Cost
 from renorm_onnx.runtime.inputs import InputSpec, Trial, given_trials, make_trial, size_plans
 from renorm_onnx.runtime.judging.verdict import ENOUGH
-from renorm_onnx.runtime.reference import UNUSABLE
+from renorm_onnx.runtime.reference import ReferenceUnusableError
 
 Array = npt.NDArray[Any]
 Evaluate = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -34,10 +34,6 @@ _SUITE_FLOPS = 6e9  # what the reference evaluates in a few seconds
 _BATCHES = ((32, 1e6), (8, 2e7), (4, 2e8), (2, 2e9))
 
 
-class ReferenceUnusableError(InputError):
-    """The float64 reference cannot evaluate the model, so nothing can be judged."""
-
-
 def trials(
     evaluate: Evaluate, specs: Sequence[InputSpec], inputs: Any, cost: Cost, seed: int, sizes: Mapping[str, int]
 ) -> Iterator[tuple[Trial, dict[str, Array]]]:
@@ -55,16 +51,15 @@ def trials(
         InputError: `inputs` do not fit, or no generated size does.
         ReferenceUnusableError: The reference does not cover an operator of the model.
     """
-    run = _Reference(evaluate)
     if inputs is not None and not isinstance(inputs, int):
-        yield from ((trial, run(trial)) for trial in given_trials(specs, inputs))
+        yield from ((trial, evaluate(trial.feeds)) for trial in given_trials(specs, inputs))
         return
     if inputs is not None and not 1 <= inputs <= _MOST:
         raise InputError(f"verify: inputs={inputs!r}, expected 1 to {_MOST} sets of them, so that it compares and ends")
     batch = next((size for size, flops in _BATCHES if cost.flops < flops), 1)
     fewest = _FEWEST if cost.flops < _LARGE else _FEWEST - 1
     count = inputs or int(np.clip(_SUITE_FLOPS / max(cost.flops * batch, 1.0), fewest, len(_SUITE)))
-    plans = _accepted(run, specs, size_plans(specs, batch, sizes), seed)
+    plans = _accepted(evaluate, specs, size_plans(specs, batch, sizes), seed)
     first, trial, want = next(plans)
     yield trial, want
     for number in range(1, count):
@@ -72,22 +67,22 @@ def trials(
         if kind == "normal" and (other := next(plans, None)):
             yield other[1:]
         else:
-            yield _ran(run, specs, kind, first, seed + number)
+            yield _ran(evaluate, specs, kind, first, seed + number)
     if inputs is None and specs:
         affordable = int(_SUITE_FLOPS / max(cost.flops * batch, 1.0)) // len(_REPEATED)
         repeats = min(-(-ENOUGH // max(1, _smallest(want))) - 1, affordable)
         for number, kind in product(range(repeats), _REPEATED):
-            yield _ran(run, specs, kind, first, seed + count + number)
+            yield _ran(evaluate, specs, kind, first, seed + count + number)
 
 
 def _ran(
-    run: "_Reference", specs: Sequence[InputSpec], kind: str, sizes: Mapping[str, int], seed: int
+    evaluate: Evaluate, specs: Sequence[InputSpec], kind: str, sizes: Mapping[str, int], seed: int
 ) -> tuple[Trial, dict[str, Array]]:
     """Make inputs that the reference runs, with integers of 0 and 1 alone where it cannot take larger ones."""
     trial = make_trial(specs, kind, sizes, seed)
     wide = [spec.name for spec in specs if spec.wide]
     try:
-        return trial, run(trial)
+        return trial, evaluate(trial.feeds)
     except ReferenceUnusableError:
         raise
     except InputError:
@@ -95,7 +90,7 @@ def _ran(
             raise
     trial = make_trial([replace(spec, wide=False) for spec in specs], kind, sizes, seed)
     note = f"integers of {', '.join(map(repr, wide))} were 0 and 1 alone, because the reference fails on larger ones"
-    return replace(trial, note=note), run(trial)
+    return replace(trial, note=note), evaluate(trial.feeds)
 
 
 def _smallest(outputs: Mapping[str, Array]) -> int:
@@ -103,28 +98,15 @@ def _smallest(outputs: Mapping[str, Array]) -> int:
     return min((np.size(array) for array in outputs.values()), default=ENOUGH)
 
 
-class _Reference:
-    def __init__(self, evaluate: Evaluate) -> None:
-        self._evaluate = evaluate
-
-    def __call__(self, trial: Trial) -> dict[str, Array]:
-        try:
-            return self._evaluate(trial.feeds)
-        except InputError as error:
-            if UNUSABLE in str(error):
-                raise ReferenceUnusableError(str(error)) from error
-            raise
-
-
 def _accepted(
-    run: _Reference, specs: Sequence[InputSpec], plans: Iterator[dict[str, int]], seed: int
+    evaluate: Evaluate, specs: Sequence[InputSpec], plans: Iterator[dict[str, int]], seed: int
 ) -> Iterator[tuple[dict[str, int], Trial, dict[str, Array]]]:
     """Yield the sizes that the reference accepts, with normal inputs of that size; at least one or an error."""
     accepted, last = 0, ""
     for sizes in plans:
         trial = make_trial(specs, "normal", sizes, seed)
         try:
-            want = run(trial)
+            want = evaluate(trial.feeds)
         except ReferenceUnusableError:
             raise
         except InputError as error:
