@@ -234,19 +234,15 @@ def _pad(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     dims = inputs[0].dims
     if dims is None:
         return [Fact(dtype=inputs[0].dtype)]
-    pads = attribute(node, "pads") if opset < 11 else inputs[1].integers()
-    axes = inputs[3].integers() if len(inputs) > 3 and node.inputs[3] is not None else list(range(len(dims)))
-    result: list[int | Dimension] = [Dimension() for _ in dims]
-    if pads is not None and axes is not None:
-        widths = [p for p in pads if isinstance(p, int)]
-        places = [a % len(dims) for a in axes if isinstance(a, int)]
-        if len(widths) != 2 * len(axes) or len(places) != len(axes):
-            return [Fact(tuple(result), dtype=inputs[0].dtype)]
-        result = list(dims)
-        for i, axis in enumerate(places):
-            more = widths[i] + widths[len(axes) + i]
-            size = dims[axis]
-            result[axis] = size if more == 0 else size + more if isinstance(size, int) else Dimension()
+    pads = attribute(node, "pads") if opset < 11 else inputs[1].fixed_integers()
+    axes = inputs[3].fixed_integers() if len(inputs) > 3 and node.inputs[3] is not None else list(range(len(dims)))
+    if pads is None or axes is None or len(pads) != 2 * len(axes):
+        return [Fact(tuple(Dimension() for _ in dims), dtype=inputs[0].dtype)]
+    result: list[int | Dimension] = list(dims)
+    for i, axis in enumerate(a % len(dims) for a in axes):
+        more = pads[i] + pads[len(axes) + i]
+        size = dims[axis]
+        result[axis] = size if more == 0 else size + more if isinstance(size, int) else Dimension()
     return [Fact(tuple(result), dtype=inputs[0].dtype)]
 
 
@@ -268,10 +264,9 @@ def split_sizes(node: ir.Node, inputs: Facts, opset: int) -> list[int] | None:
     """The lengths of Split's pieces, where proven; equal parts, the last one smaller, when none are given."""
     given = attribute(node, "split") if opset < 13 else None
     if given is None and len(node.inputs) > 1 and node.inputs[1] is not None:
-        found = inputs[1].integers()
-        if found is None or not all(isinstance(f, int) for f in found):
+        given = inputs[1].fixed_integers()
+        if given is None:
             return None
-        given = found
     if given is not None:
         return [int(g) for g in given]
     dims = inputs[0].dims

@@ -18,14 +18,11 @@ Facts = Sequence[Fact]
 _INT_MAX = (2**31 - 1, 2**63 - 1)
 
 
-def axes_of(node: ir.Node, inputs: Facts, position: int = 1) -> list[int] | None:
+def axes_of(node: ir.Node, inputs: Facts) -> list[int] | None:
     """The `axes` of Squeeze, Unsqueeze and Reduce*: an attribute before opset 13 (18), an input since."""
     if (given := attribute(node, "axes")) is not None:
         return [int(a) for a in given]
-    if position < len(node.inputs) and node.inputs[position] is not None:
-        found = inputs[position].integers()
-        return None if found is None or not all(isinstance(a, int) for a in found) else [int(a) for a in found]  # type: ignore[arg-type]
-    return None
+    return inputs[1].fixed_integers() if len(node.inputs) > 1 and node.inputs[1] is not None else None
 
 
 def _expand(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -178,12 +175,12 @@ def slice_bounds(node: ir.Node, inputs: Facts, opset: int, dims: Dims) -> list[t
     element, which is the first (Slice-13). A backward end of `INT_MAX` is not known: nothing is left of the axis, but
     onnxruntime takes all that is before the start.
     """
-    lists: list[list[int | Dimension] | None]
+    lists: list[list[int] | None]
     if opset < 10:
         lists = [attribute(node, name) for name in ("starts", "ends", "axes")] + [None]
     else:
         given = [i < len(node.inputs) and node.inputs[i] is not None for i in range(1, 5)]
-        lists = [inputs[i].integers() if there else None for i, there in enumerate(given, 1)]
+        lists = [inputs[i].fixed_integers() if there else None for i, there in enumerate(given, 1)]
         if any(there and values is None for there, values in zip(given, lists, strict=True)):
             return None
     starts, ends, axes, steps = lists
@@ -193,8 +190,6 @@ def slice_bounds(node: ir.Node, inputs: Facts, opset: int, dims: Dims) -> list[t
     axes = axes or list(range(len(starts)))
     cuts = []
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        if not (isinstance(axis, int) and isinstance(start, int) and isinstance(end, int) and isinstance(step, int)):
-            return None
         if step == 0 or (step < 0 and end in _INT_MAX):
             return None
         size = dims[axis % len(dims)]

@@ -97,12 +97,11 @@ def _top_k(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 
 def _columns_to_image(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     """Col2Im-18: (N, C * elements of a block, blocks) becomes (N, C, *image)."""
-    dims, image, block = inputs[0].dims, inputs[1].integers(), inputs[2].integers()
+    dims, image, block = inputs[0].dims, inputs[1].integers(), inputs[2].fixed_integers()
     if image is None:
         return [Fact(dtype=inputs[0].dtype)]
-    rows, fixed = _size(dims, 1), [b for b in block or () if isinstance(b, int)]
-    known = isinstance(rows, int) and len(fixed) == len(image)
-    channels = rows // math.prod(fixed) if known and isinstance(rows, int) else Dimension()
+    rows, known = _size(dims, 1), block is not None and len(block) == len(image)
+    channels = rows // math.prod(block or ()) if known and isinstance(rows, int) else Dimension()
     return [Fact((_size(dims), channels, *image), dtype=inputs[0].dtype)]
 
 

@@ -88,6 +88,12 @@ class Fact(NamedTuple):
             return None
         return [e if isinstance(e, Dimension) else int(e) for e in np.atleast_1d(found).tolist()]
 
+    def fixed_integers(self) -> list[int] | None:
+        """As `integers`; None where one of them is a dimension."""
+        found = self.integers()
+        fixed = [e for e in found or () if isinstance(e, int)]
+        return None if found is None or len(fixed) < len(found) else fixed
+
 
 UNKNOWN = Fact()
 Rule = Callable[[ir.Node, Sequence[Fact], int], "Sequence[Fact]"]

@@ -49,11 +49,8 @@ def _sizes(node: ir.Node, facts: Facts) -> list[int] | None:
     Given are the lengths, or one length, which all pieces have but the last, for which the rest is left.
     """
     given = facts[node.inputs[1]] if len(node.inputs) > 1 else None
-    found = None if given is None or given.dtype != ir.DataType.INT64 else given.integers()
-    if given is None or found is None or not all(isinstance(n, int) for n in found):
-        return None
-    sizes = [n for n in found if isinstance(n, int)]
-    if given.rank == 1:
+    sizes = None if given is None or given.dtype != ir.DataType.INT64 else given.fixed_integers()
+    if given is None or sizes is None or given.rank == 1:
         return sizes
     dims, axis = facts[node.inputs[0]].dims, int(attribute(node, "axis", 0))
     whole = dims[axis] if dims is not None and -len(dims) <= axis < len(dims) else None

@@ -117,16 +117,15 @@ def _has_border(pads: Mapping[int, tuple[int, int]]) -> bool:
 def _pads(node: ir.Node, desk: Desk) -> dict[int, tuple[int, int]] | None:
     """Begin and end of the border along each axis; None where not constant."""
     facts, rank = desk.inputs(node), desk.fact(node.inputs[0]).rank
-    given = attribute(node, "pads") if desk.opset < 11 else facts[1].integers() if len(facts) > 1 else None
-    pads = [p for p in given or () if isinstance(p, int)]
-    if rank is None or given is None or len(pads) != len(given):
+    pads = attribute(node, "pads") if desk.opset < 11 else facts[1].fixed_integers() if len(facts) > 1 else None
+    if rank is None or pads is None:
         return None
     axes: list[int] = list(range(rank))
     if len(node.inputs) > 3 and node.inputs[3] is not None:
-        named = facts[3].integers()
-        if named is None or not all(isinstance(a, int) for a in named):
+        named = facts[3].fixed_integers()
+        if named is None:
             return None
-        axes = [a % rank for a in named if isinstance(a, int)]
+        axes = [a % rank for a in named]
     if len(pads) != 2 * len(axes):
         return None
     found = dict.fromkeys(range(rank), (0, 0))
