@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
 from renorm_onnx.fusion.fact_rounding import rounding
-from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast
+from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast, same_dims
 from renorm_onnx.fusion.fact_selection import SELECTION_RULES
 from renorm_onnx.fusion.facts import Content, Dimension, Dims, Fact, Rule, computed
 
@@ -339,14 +339,10 @@ def _depth_to_space(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     return [Fact((n, channels, *sizes), dtype=inputs[0].dtype)]
 
 
-def _same_dims(node: ir.Node, inputs: Facts, opset: int) -> Facts:
-    return [Fact(inputs[0].dims, dtype=inputs[0].dtype)]
-
-
 CONSTANT_OPERATORS = frozenset({*CONTENT_RULES, *LAYOUT_RULES, *REDUCTIONS, "MatMul", "Split"})
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(SAME_DIMS, _same_dims),
+    **dict.fromkeys(SAME_DIMS, same_dims),
     **CONTENT_RULES,
     **LAYOUT_RULES,
     **SELECTION_RULES,
@@ -381,5 +377,5 @@ RULES: Mapping[str, Rule] = {
     "com.microsoft::FusedConv": _conv,
     "com.microsoft::FusedGemm": _gemm,
     "com.microsoft::FusedMatMul": _fused_matmul,
-    **dict.fromkeys((f"com.microsoft::{name}" for name in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")), _same_dims),
+    **dict.fromkeys((f"com.microsoft::{name}" for name in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")), same_dims),
 }

@@ -55,7 +55,8 @@ def _small(*contents: Content | None) -> bool:
     return all(c is not None and c.size <= MAX_COMPUTED_ELEMENTS for c in contents)
 
 
-def _same_dims(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+def same_dims(node: ir.Node, inputs: Facts, opset: int) -> Facts:
+    """The dimensions and the type of the first operand."""
     return [Fact(inputs[0].dims, dtype=inputs[0].dtype)]
 
 
@@ -63,7 +64,7 @@ def _unary(function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Rule:
     def rule(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         content = inputs[0].elements()
         if content is None or content.dtype == object:
-            return _same_dims(node, inputs, opset)
+            return same_dims(node, inputs, opset)
         with np.errstate(all="ignore"):
             return [computed(np.asarray(function(content)), inputs[0].dtype)]
 
@@ -73,7 +74,7 @@ def _unary(function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Rule:
 def _binary(function: Callable[[Any, Any], Any]) -> Rule:
     def rule(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         if opset < 7 and attribute(node, "axis") is not None:  # aligns the second operand, which never broadcasts x
-            return _same_dims(node, inputs, opset)
+            return same_dims(node, inputs, opset)
         dims = broadcast([i.dims for i in inputs])
         contents = [i.elements() for i in inputs]
         sized = dims is not None and all(isinstance(d, int) for d in dims)
@@ -152,9 +153,9 @@ def _clip(node: ir.Node, inputs: Facts, opset: int) -> Facts:
         if i < len(node.inputs) and node.inputs[i] is not None:
             bounds[i - 1] = inputs[i].elements()
             if bounds[i - 1] is None:
-                return _same_dims(node, inputs, opset)
+                return same_dims(node, inputs, opset)
     if content is None or any(c is not None and np.asarray(c).dtype == object for c in (content, *bounds)):
-        return _same_dims(node, inputs, opset)
+        return same_dims(node, inputs, opset)
     for bound, limit in zip(bounds, (np.maximum, np.minimum), strict=True):
         content = content if bound is None else limit(content, np.asarray(bound, content.dtype))
     return [computed(np.asarray(content), inputs[0].dtype)]
@@ -166,7 +167,7 @@ def _identity(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 
 def _dropout(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     training = (len(inputs) > 2 and node.inputs[2] is not None) or (opset < 7 and not attribute(node, "is_test", 0))
-    return [Fact(inputs[0].dims, dtype=inputs[0].dtype)] if training else [inputs[0]]
+    return same_dims(node, inputs, opset) if training else [inputs[0]]
 
 
 def _converted(node: ir.Node, inputs: Facts, opset: int) -> Facts:
@@ -198,9 +199,9 @@ def _cast(node: ir.Node, inputs: Facts, opset: int) -> Facts:
 def _constant(node: ir.Node, inputs: Facts, opset: int) -> Facts:
     if (tensor := attribute(node, "value")) is not None:
         return [stored(tensor)]
-    for name, dtype in (("value_float", np.float64), ("value_floats", np.float64)):
+    for name in ("value_float", "value_floats"):
         if (given := attribute(node, name)) is not None:
-            return [computed(np.asarray(given, dtype), ir.DataType.FLOAT)]
+            return [computed(np.asarray(given, np.float64), ir.DataType.FLOAT)]
     for name in ("value_int", "value_ints"):
         if (given := attribute(node, name)) is not None:
             return [computed(np.asarray(given, np.int64), ir.DataType.INT64)]
@@ -320,9 +321,9 @@ CONTENT_RULES: Mapping[str, Rule] = {
 }
 
 SAME_DIMS = (
-    *("Relu", "LeakyRelu", "PRelu", "Sigmoid", "Tanh", "Elu", "Selu", "Celu", "Gelu", "Mish", "HardSigmoid"),
-    *("HardSwish", "Softplus", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Ceil", "Round", "Sign"),
-    *("Not", "Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "LRN", "CumSum", "InstanceNormalization"),
+    *("Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Gelu", "Mish", "HardSigmoid"),
+    *("HardSwish", "Softsign", "Swish", "ThresholdedRelu", "Erf", "Round"),
+    *("Softmax", "LogSoftmax", "Hardmax", "BatchNormalization", "LRN", "CumSum", "InstanceNormalization"),
     *("LayerNormalization", "GroupNormalization", "RMSNormalization", "LpNormalization", "MeanVarianceNormalization"),
     *("Trilu", "ReverseSequence", "ScatterElements", "ScatterND", "Scatter", "TensorScatter", "RotaryEmbedding"),
     *("Shrink", "CumProd", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cosh", "Sinh", "Tan"),
