@@ -33,7 +33,7 @@ from renorm_onnx.fusion.report import FusionReport, NormReport, Reason, Refusal
 from renorm_onnx.fusion.rewriter import Rewriter
 from renorm_onnx.fusion.sequences import open_sequences
 from renorm_onnx.fusion.shadowing import rename_shadowing
-from renorm_onnx.fusion.sources import Norm, describe, find_norms
+from renorm_onnx.fusion.sources import Norm, find_norms
 from renorm_onnx.fusion.units import multiplied, unit_of, write_units
 from renorm_onnx.model_walk import graphs_of, in_order, nodes_of
 from renorm_onnx.onnx_function import MODULE_KEY
@@ -273,7 +273,7 @@ class _Engine:
         if not known:
             form = self._forms.get(norm.name, norm.form)
             module = norm.nodes[-1].metadata_props.get(MODULE_KEY, "")
-            entry = NormReport(norm.name, norm.kind, form, describe(norm), module)
+            entry = NormReport(norm.name, norm.kind, form, tuple(map(label, norm.nodes)), module)
             if not self._added.issuperset(norm.nodes):
                 self._report.entries.append(entry)
             self._entries.update(dict.fromkeys(norm.nodes, entry))

@@ -84,7 +84,6 @@ class NormReport:
         way: "backward" (into what computes its input), "forward" (into what reads its output), "branches" (merged with
             its sisters), or "unreachable" (in a branch of an If that is never taken, and gone with it).
         refusals: For a kept norm: what stood in the way backward, then forward.
-        notes: Warnings that did not prevent the fold.
     """
 
     name: str
@@ -96,7 +95,6 @@ class NormReport:
     into: tuple[str, ...] = ()
     way: str = ""
     refusals: tuple[Refusal, ...] = ()
-    notes: tuple[str, ...] = ()
 
     def fold(self, way: str, into: Iterable[str]) -> None:
         """Note, in place, that the norm is gone: by which way, and into which operators."""
@@ -150,7 +148,7 @@ class NormReport:
                     {"reason": r.reason.value, "obstacle": r.obstacle, "detail": r.detail} for r in self.refusals
                 ],
             }
-        return entry | ({"notes": list(self.notes)} if self.notes else {})
+        return entry
 
 
 @dataclass

@@ -36,7 +36,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
-from renorm_onnx.fusion.carrier import Desk, label, refuse
+from renorm_onnx.fusion.carrier import Desk, refuse
 from renorm_onnx.fusion.fact_rounding import FLOATS
 from renorm_onnx.fusion.fact_rules import attribute
 from renorm_onnx.fusion.facts import MALFORMED
@@ -345,8 +345,3 @@ def _operator_map(operator: str, position: int, c: np.ndarray) -> tuple[np.ndarr
     if operator == "Add":
         return one, c
     return (-one, c) if position == 0 else (one, -c)
-
-
-def describe(norm: Norm) -> tuple[str, ...]:
-    """The nodes of a norm as a person calls them."""
-    return tuple(label(n) for n in norm.nodes)
