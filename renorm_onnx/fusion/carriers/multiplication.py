@@ -20,7 +20,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from renorm_onnx.fusion.affine import AffineMap, together
+from renorm_onnx.fusion.affine import IDENTITY, AffineMap, together
 from renorm_onnx.fusion.carrier import Carrier, Desk, SetInput, Step, refuse
 from renorm_onnx.fusion.carriers.addition import (
     absorbs_soon,
@@ -45,11 +45,10 @@ class Multiplication(Carrier):
         demand = maps[0]
         if demand.has_shift:
             return refuse(Reason.SHIFT, node, "multiplies, and a shift of its output is no shift of an input")
-        rank = output_rank(node, desk)
-        indices = (0, 1) if node.op_type == "Mul" and node.inputs[0] is not node.inputs[1] else (0,)
         if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
             return refuse(Reason.SCALE, node, "squares its input")
-        answers = [map_operand(node, i, demand, rank, desk) for i in indices]
+        rank = output_rank(node, desk)
+        answers = [map_operand(node, i, demand, rank, desk) for i in ((0, 1) if node.op_type == "Mul" else (0,))]
         steps = [a for a in answers if isinstance(a, Step)]
         if not steps:
             return answers[0]
@@ -63,7 +62,7 @@ class Multiplication(Carrier):
         rank = output_rank(node, desk)
         if any(m.has_shift for m in maps.values()):
             return self._shifted(node, maps, rank, desk)
-        total = AffineMap.of(1.0, 0.0, None)
+        total = IDENTITY
         for index, given in maps.items():
             seen = outward(given, desk.fact(node.inputs[index]).rank, rank)
             if seen is None:
