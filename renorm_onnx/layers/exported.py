@@ -1,6 +1,6 @@
-"""One training step as operators that an exporter translates: what `step.take_step` does, inside `keep_ops`.
+"""A layer as operators that an exporter translates, inside `keep_ops`: its evaluation, and its training step.
 
-The operators write nothing; the new statistics are outputs, which are copied into the layer's buffers here.
+The operators write nothing; the new statistics of a step are outputs, which are copied into the layer's buffers here.
 """
 
 from math import inf
@@ -15,8 +15,24 @@ from renorm_onnx.layers.schedules import float64
 from renorm_onnx.layers.step import Layer, counter_of, split
 
 
+def evaluate_exported(layer: Layer, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """Normalize by the running statistics as one operator, into which the layer's options are written too.
+
+    Args:
+        layer: In evaluation.
+        x: Shape (N, C, *), checked.
+        mean: The layer's running mean, shape (C,).
+        var: The layer's running variance, shape (C,).
+
+    Returns:
+        y of the shape and type of x.
+    """
+    y: Tensor = torch.ops.renorm_onnx.batch_renorm(x, *_gamma_and_beta(layer, mean), mean, var, *_numbers(layer))
+    return y
+
+
 def take_exported_step(layer: Layer, x: Tensor) -> Tensor:
-    """Take one training step as one operator per ghost batch; the layer's statistics move in place.
+    """Take one training step, as `step.take_step` does, as one operator per ghost batch; statistics move in place.
 
     The ghost batches are those of the example batch: a graph has a fixed number of them.
 
@@ -54,17 +70,26 @@ def _state(layer: Layer) -> tuple[str, ...]:
     return ("running_mean", "running_var", *second)
 
 
+def _gamma_and_beta(layer: Layer, like: Tensor) -> tuple[Tensor, Tensor]:
+    weight = torch.ones_like(like) if layer.weight is None else layer.weight
+    return weight, torch.zeros_like(like) if layer.bias is None else layer.bias
+
+
+def _numbers(layer: Layer) -> tuple[float | str, ...]:
+    """Return what the operators keep of a layer's options; the momentum of a cumulative average is written as 0."""
+    return (layer.eps, layer.momentum or 0.0, layer.r_max, layer.d_max, layer.stat)
+
+
 def _operator(layer: Layer, x: Tensor, step: Tensor) -> tuple[Tensor, ...]:
     """Return y and, for every name of `_state`, its value after a step with `x` alone."""
     tensors = [layer._buffers[name] for name in _state(layer)]
     mean = tensors[0]
     assert mean is not None
-    weight = torch.ones_like(mean) if layer.weight is None else layer.weight
-    bias = torch.zeros_like(mean) if layer.bias is None else layer.bias
+    weight, bias = _gamma_and_beta(layer, mean)
     bounds = layer.schedule.bounds_on_device(step, layer.r_max, layer.d_max)
     seen = float64(step)
     share = (seen + 1).reciprocal() if layer.momentum is None else torch.full_like(seen, layer.momentum)
-    numbers = (layer.eps, layer.momentum or 0.0, layer.r_max, layer.d_max, layer.stat)
+    numbers = _numbers(layer)
     out: tuple[Tensor, ...]
     if layer.renorm_momentum is None:
         out = torch.ops.renorm_onnx.batch_renorm_training(x, weight, bias, *tensors, *bounds, share, *numbers)

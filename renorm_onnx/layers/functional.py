@@ -22,7 +22,6 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (torch's own name for it)
 
 from renorm_onnx.layers import kernels
 from renorm_onnx.layers.kernels import Corrected
@@ -43,7 +42,7 @@ ACCUMULATED_IN = {
 _NARROW = (torch.float16, torch.bfloat16)
 _TAKEN_BY_NARROW = (torch.float32, *_NARROW)
 
-# Read by `eval_forward`; switched by `keep_ops` alone.
+# Read by `keeping_ops`; switched by `keep_ops` alone.
 _keep_ops = False
 
 
@@ -257,43 +256,3 @@ def normalize(
 
 
 ONE_VALUE = "Expected more than 1 value per channel when training, got input size"
-
-
-def eval_forward(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    momentum: float | None,
-    r_max: float,
-    d_max: float,
-    stat: str,
-) -> Tensor:
-    """Normalize by the running statistics: one `F.batch_norm`, or one operator of ours inside `keep_ops`.
-
-    Args:
-        x: Shape (N, C, *).
-        running_mean: Shape (C,).
-        running_var: Shape (C,).
-        weight: gamma, shape (C,), or None for 1.
-        bias: beta, shape (C,), or None for 0.
-        eps: Added to the variance.
-        momentum: Written into the operator, as the next three; no influence on the value. None is written as 0.
-        r_max: The layer's bound on r.
-        d_max: The layer's bound on d.
-        stat: The layer's tracked statistic.
-
-    Returns:
-        y of the shape and type of x.
-    """
-    if _keep_ops:
-        weight = torch.ones_like(running_mean) if weight is None else weight
-        bias = torch.zeros_like(running_mean) if bias is None else bias
-        y: Tensor = torch.ops.renorm_onnx.batch_renorm(
-            x, weight, bias, running_mean, running_var, eps, momentum or 0.0, r_max, d_max, stat
-        )
-        return y
-    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)

@@ -17,7 +17,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers import functional
 from renorm_onnx.layers.clock import HostClock
 from renorm_onnx.layers.direct import take_usual_step
-from renorm_onnx.layers.exported import take_exported_step
+from renorm_onnx.layers.exported import evaluate_exported, take_exported_step
 from renorm_onnx.layers.functional import BatchStatistics, Stat
 from renorm_onnx.layers.masked import check_mask, check_valid_positions, masked_statistics, normalize_masked
 from renorm_onnx.layers.options import CHECKS
@@ -149,20 +149,9 @@ class _BatchRenorm(_NormBase):
             if functional.keeping_ops():
                 return take_exported_step(self, x)
             return take_step(self, x, None)
-        if not functional.keeping_ops():
-            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        return functional.eval_forward(
-            x,
-            mean,
-            var,
-            self.weight,
-            self.bias,
-            self.eps,
-            momentum=self.momentum,
-            r_max=self.r_max,
-            d_max=self.d_max,
-            stat=self.stat,
-        )
+        if functional.keeping_ops():
+            return evaluate_exported(self, x, mean, var)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     @torch.jit.unused
     def _masked_forward(self, x: Tensor, mask: Tensor) -> Tensor:
