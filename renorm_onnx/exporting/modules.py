@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporting.surroundings import quiet
+from renorm_onnx.layers.convert import has_learned
 from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.schedules import FromFunction
@@ -129,7 +130,7 @@ def check_layers(module: nn.Module, *, functions: bool) -> None:
                 f"to_onnx: {_at(name)} has track_running_stats=False; without running statistics there is nothing "
                 f"to {lacking}"
             )
-    fresh = [name for name, m in layers.items() if not m.training and _is_fresh(m)]
+    fresh = [name for name, m in layers.items() if not (m.training or has_learned(m))]
     if fresh:
         warnings.warn(
             f"to_onnx: {len(fresh)} of {len(layers)} batch renorm layers have statistics of 0 and 1, {fresh[0]!r} "
@@ -162,8 +163,3 @@ def check_program(program: torch.export.ExportedProgram, mode: str) -> None:
 
 def _at(name: str) -> str:
     return f"module {name!r}" if name else "the model itself"
-
-
-def _is_fresh(layer: Any) -> bool:
-    """Whether the statistics are those that a layer is made with; `update_stats` changes them, but counts no step."""
-    return not (layer.num_batches_tracked or layer.running_mean.any() or (layer.running_var != 1).any())

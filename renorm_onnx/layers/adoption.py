@@ -21,7 +21,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.layers.functional import Stat
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 from renorm_onnx.layers.schedules import CONSTANT, PAPER, HardSwitch, Schedule, linear
-from renorm_onnx.layers.swap import check_module, plan_swaps, quoted, start_second_set, swap_layers
+from renorm_onnx.layers.swap import check_module, home_of, plan_swaps, quoted, start_second_set, swap_layers
 
 logger = logging.getLogger(__name__)
 
@@ -213,11 +213,11 @@ def _row(module: nn.Module) -> ForeignLayer | str | None:
     """The row of a layer; or why it cannot be replaced though it derives from one; or None."""
     if isinstance(module, _BatchRenorm):
         return None
-    kinds = type(module).__mro__
-    home = next((kind for kind in kinds if "forward" in vars(kind)), nn.Module)
+    kinds = [kind.__name__ for kind in type(module).__mro__]
+    home = home_of(module, "forward") or nn.Module
     for row in FOREIGN_LAYERS:
         needed = (*row.marks, row.mean, row.spread, row.weight, row.bias)
-        if row.home not in [kind.__name__ for kind in kinds] or not all(hasattr(module, name) for name in needed):
+        if row.home not in kinds or not all(hasattr(module, name) for name in needed):
             continue
         if "forward" in vars(module):
             return "its forward was replaced on the instance"

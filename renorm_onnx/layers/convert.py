@@ -125,7 +125,7 @@ def convert_batchnorm(
             alone.append(f"{quoted(name)} ({reason})")
             return None
         new = _renormed(name, old, schedule, options)
-        if pretrained if pretrained is not None else _has_learned(old):
+        if pretrained if pretrained is not None else has_learned(old):
             trained.append(new)
         return new
 
@@ -179,7 +179,7 @@ def _renormed(name: str, old: _BatchNorm, schedule: Schedule, options: dict[str,
         new.process_group = old.process_group
     share_state(new, old)
     if new.num_batches_tracked is None and new.running_mean is not None:
-        if new.momentum is None and _has_learned(old):
+        if new.momentum is None and has_learned(old):
             raise InputError(
                 f"convert_batchnorm: {quoted(name)} has momentum=None and num_batches_tracked=None, expected a count, "
                 "which is the weight of its cumulative average; set num_batches_tracked, or pass momentum"
@@ -211,8 +211,8 @@ def _is_captured(module: nn.Module) -> bool:
     return any(node.op == "call_function" and "batch_norm" in str(node.target) for node in module.graph.nodes)
 
 
-def _has_learned(layer: _BatchNorm) -> bool:
-    """Whether the layer's running statistics come from data."""
+def has_learned(layer: _BatchNorm | _BatchRenorm) -> bool:
+    """Whether the layer's running statistics come from data; `update_stats` changes them, but counts no step."""
     mean, var, steps = layer.running_mean, layer.running_var, layer.num_batches_tracked
     if mean is None or var is None or mean.is_meta:
         return False
