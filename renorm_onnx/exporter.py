@@ -45,6 +45,7 @@ from renorm_onnx.exporting.other_sizes import bounded_axes, close_fixed_sizes, o
 from renorm_onnx.exporting.surroundings import modes_restored, quiet
 from renorm_onnx.exporting.training import WRAPPED, TrainingStep, name_results, open_statistics, set_defaults
 from renorm_onnx.exporting.verification import ExportReport, verify_export
+from renorm_onnx.inlining import inline
 from renorm_onnx.layers.functional import keep_ops as keep_ops
 from renorm_onnx.onnx_function import (
     DEFAULTS,
@@ -54,7 +55,6 @@ from renorm_onnx.onnx_function import (
     VERSION,
     attach,
     calls_in,
-    inline,
     module_of,
     training_name,
     unshare,

@@ -21,7 +21,6 @@ import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.inlining import Names, names_in
-from renorm_onnx.inlining import inline as inline
 from renorm_onnx.model_walk import nodes_of, scopes_of
 
 DOMAIN: Final = "renorm_onnx"
@@ -336,9 +335,6 @@ def unshare(model: ir.Model) -> int:
 
     Returns:
         The number of initializers created.
-
-    Raises:
-        InputError: Never on purpose.
     """
     graph = model.graph
     own: dict[tuple[str, ir.Value], ir.Value] = {}

@@ -8,6 +8,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.inlining import inline
 from renorm_onnx.onnx_function import (
     CHANGING,
     DEFAULTS,
@@ -20,7 +21,6 @@ from renorm_onnx.onnx_function import (
     attach,
     calls_in,
     inference_function,
-    inline,
     is_inference,
     is_training,
     module_of,

@@ -36,7 +36,8 @@ from renorm_onnx import model_file
 from renorm_onnx.errors import MachineError
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.fusion.engine import fuse
-from renorm_onnx.onnx_function import DOMAIN, inline
+from renorm_onnx.inlining import inline
+from renorm_onnx.onnx_function import DOMAIN
 from renorm_onnx.runtime.inputs import Trial, input_specs, make_trial
 from renorm_onnx.runtime.judging.deviation import Errors, errors_of
 from renorm_onnx.runtime.judging.neighbours import neighbour

@@ -12,9 +12,8 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.exporting.modules import layers_of, unwrapped
 from renorm_onnx.layers.modules import _BatchRenorm
 from renorm_onnx.layers.swap import check_module
+from renorm_onnx.onnx_function import PARAMETERS
 from renorm_onnx.onnx_layers import LayerInfo, layers_in
-
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def restore(module: nn.Module, path: str | os.PathLike[str] | onnx.ModelProto, *, allow_symlinks: bool = False) -> int:
@@ -78,7 +77,7 @@ class _Plan:
     def of(cls, info: LayerInfo, layer: _BatchRenorm) -> "_Plan":
         who = f"restore: layer {info.name!r}"
         tensors = {}
-        for name in _TENSORS:
+        for name in PARAMETERS:
             target, value = getattr(layer, name), getattr(info, name)
             if target is None:
                 if name in ("running_mean", "running_var"):
