@@ -281,11 +281,8 @@ def _graphs(node: NodeProto) -> Iterator[GraphProto]:
 
 def _check_reference(attribute: AttributeProto, node: NodeProto, scope: Scope) -> None:
     """Refuse an attribute that takes its value from the function's caller where there is none, or if it is a graph."""
-    root = scope
-    while root.parent is not None:
-        root = root.parent
     is_graph = attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS)
-    if is_graph or isinstance(root.proto, GraphProto) or attribute.type == AttributeProto.UNDEFINED:
+    if is_graph or isinstance(scope.root.proto, GraphProto) or attribute.type == AttributeProto.UNDEFINED:
         raise ModelFileError(
             f"{title(node)} in {scope.label}: attribute {quoted(attribute.name)} of type "
             f"{AttributeProto.AttributeType.Name(attribute.type)} refers to {quoted(attribute.ref_attr_name)}; "

@@ -38,6 +38,14 @@ class Scope:
     # name -> the node that uses it
     captured: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def root(self) -> "Scope":
+        """The main graph or the function that it lies in, or is."""
+        found = self
+        while found.parent is not None:
+            found = found.parent
+        return found
+
 
 def define(scope: Scope) -> None:
     """Collect the names that `scope` defines; raises ModelFileError for one that is missing or defined twice."""
@@ -167,10 +175,8 @@ def check_calls(model: onnx.ModelProto, scopes: list[Scope]) -> None:
         return
     bodies: dict[_FunctionId | None, list[Scope]] = {None: [], **{key: [] for key in functions}}
     for scope in scopes:
-        root = scope
-        while root.parent is not None:
-            root = root.parent
-        bodies[_function_id(root.proto) if isinstance(root.proto, FunctionProto) else None].append(scope)
+        root = scope.root.proto
+        bodies[_function_id(root) if isinstance(root, FunctionProto) else None].append(scope)
     calls = {
         key: collections.Counter(
             _called(node, functions, scope) for scope in body for node in scope.nodes if _id(node) in functions
