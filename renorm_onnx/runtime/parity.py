@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, RenormError
-from renorm_onnx.runtime.comparison import TOLERANCES, Comparison, Tolerance, compare
 from renorm_onnx.runtime.estimate import LIMIT, Cost, estimate
 from renorm_onnx.runtime.inputs import Trial, input_specs
 from renorm_onnx.runtime.judging.cuts import digest
@@ -35,17 +34,7 @@ from renorm_onnx.runtime.providers import onnxruntime
 from renorm_onnx.runtime.reference import ReferenceUnusableError
 from renorm_onnx.runtime.session import Session, open_session
 
-__all__ = [
-    "LIMIT",
-    "TOLERANCES",
-    "Comparison",
-    "Cost",
-    "Tolerance",
-    "Verdict",
-    "compare",
-    "estimate",
-    "verify",
-]
+__all__ = ["LIMIT", "Verdict", "verify"]
 
 Array = npt.NDArray[Any]
 
