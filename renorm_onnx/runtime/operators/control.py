@@ -40,7 +40,8 @@ def _loop(call: Call) -> Result:
     going = call.input(1) is None or bool(np.ravel(call.inputs[1])[0])
     carried = list(call.inputs[2:])
     body: ir.Graph = call.attributes["body"]
-    scans: list[list[Any]] = [[] for _ in body.outputs[1 + len(carried) :]]
+    outputs = body.outputs[1 + len(carried) :]
+    scans: list[list[Any]] = [[] for _ in outputs]
     iteration = 0
     while going and (limit is None or iteration < limit):
         condition, *results = call.body("body", [np.asarray(iteration, np.int64), np.asarray(going), *carried])
@@ -49,7 +50,6 @@ def _loop(call: Call) -> Result:
             scan.append(part)
         carried = results[: len(carried)]
         iteration += 1
-    outputs = body.outputs[1 + len(carried) :]
     return (*carried, *(_stacked(scan, output) for scan, output in zip(scans, outputs, strict=True)))
 
 

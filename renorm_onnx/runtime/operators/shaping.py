@@ -1,5 +1,6 @@
 """Operators that move, cut and join tensors without arithmetic; old forms have attributes for what are inputs now."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,11 +38,7 @@ def _reshape(call: Call) -> Result:
 def _flatten(call: Call) -> Result:
     x, axis = call.inputs[0], call.integer("axis", 1)
     axis += x.ndim if axis < 0 else 0
-    return (
-        x.reshape(int(np.prod(x.shape[:axis], dtype=np.int64)), -1)
-        if x.size
-        else x.reshape(int(np.prod(x.shape[:axis], dtype=np.int64)), int(np.prod(x.shape[axis:], dtype=np.int64)))
-    )
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
 def _squeeze(call: Call) -> Result:
