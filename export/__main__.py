@@ -1,7 +1,7 @@
 """`python -m export`: write every network of `models/` as ONNX, with its functions, fused, and for training.
 
 For each network NAME: NAME.onnx, NAME.fused.onnx, NAME.training.onnx, and one manifest.json for all. Exit code 0 if
-everything written is as right as the original, 1 if not, 2 for wrong arguments.
+everything written is as right as the original, 1 if not, 2 for wrong arguments, 3 if onnxruntime is missing here.
 """
 
 import argparse
