@@ -20,8 +20,8 @@ import onnx
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
-from renorm_onnx.inlining import Names, names_in
 from renorm_onnx.model_walk import nodes_of, scopes_of
+from renorm_onnx.naming import Names, names_in
 
 DOMAIN: Final = "renorm_onnx"
 VERSION: Final = 1

@@ -17,7 +17,7 @@ ROOT = Path(renorm_onnx.__file__).parent
 # Reading order, top first. Modules that match one line may import each other's lines above, and each other as long as
 # no cycle arises (another test). A module that matches no line fails: give it a place.
 ORDER = [
-    "version errors interrupts deferral arguments model_walk",
+    "version errors interrupts deferral arguments model_walk naming",
     "layers.schedules layers.clock layers.kernels layers.saving layers.recomputation",
     "layers.functional",
     "layers.masked layers.operators layers.options layers.stateless",

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from renorm_onnx.exporting.modules import layers_of
-from renorm_onnx.inlining import Names, names_in
+from renorm_onnx.naming import Names, names_in
 from renorm_onnx.onnx_function import INFERENCE, calls_in
 
 #: The buffers that one training step changes, in the order of the outputs; the last two only with `renorm_momentum`.

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from renorm_onnx.fusion.parameters import Parameter
-from renorm_onnx.inlining import Names
+from renorm_onnx.naming import Names
 
 # Computed operands of more elements are written without what repeats itself: 4 MB as float32.
 WRITTEN_WHOLE = 1 << 20

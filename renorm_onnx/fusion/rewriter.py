@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.operands import fingerprint, is_read_once, set_content, sharing, store, store_expanded
 from renorm_onnx.fusion.parameters import Parameter
-from renorm_onnx.inlining import Names, give_name, names_in, take_name
 from renorm_onnx.model_walk import bodies_of, graphs_of
+from renorm_onnx.naming import Names, give_name, names_in, take_name
 
 
 class Rewriter:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from renorm_onnx.inlining import Names, names_in
 from renorm_onnx.model_walk import bodies_of, scopes_of
+from renorm_onnx.naming import Names, names_in
 
 
 def rename_shadowing(model: ir.Model) -> int:
