@@ -3,7 +3,6 @@
 Source: onnxruntime, docs/ContribOperators.md. Compared with onnxruntime like all others.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,13 +25,9 @@ def _with_inputs(call: Call, *inputs: Any) -> Call:
     return replace(call, inputs=inputs)
 
 
-def _gelu(x: Array) -> Array:
-    return np.asarray(0.5 * x * (1 + elementwise.erf(x / math.sqrt(2))))
-
-
 def _fast_gelu(call: Call) -> Result:
     x = call.inputs[0] if call.input(1) is None else call.inputs[0] + call.inputs[1]
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return elementwise.gelu_by_tanh(x)
 
 
 def _quick_gelu(call: Call) -> Result:
@@ -154,13 +149,9 @@ def _average(call: Call, x: Array) -> Array:
     return np.asarray(pooling.OPERATORS["AveragePool"](_with_inputs(call, x)))
 
 
-def _leaky(call: Call, x: Array) -> Array:
-    return np.where(x < 0, call.number("alpha", 0.01) * x, x)
-
-
 OPERATORS: Mapping[str, Kernel] = {
-    "Gelu": lambda call: _gelu(call.inputs[0]),
-    "BiasGelu": lambda call: _gelu(call.inputs[0] + call.inputs[1]),
+    "Gelu": lambda call: elementwise.gelu(call.inputs[0]),
+    "BiasGelu": lambda call: elementwise.gelu(call.inputs[0] + call.inputs[1]),
     "FastGelu": _fast_gelu,
     "QuickGelu": _quick_gelu,
     "FusedConv": _fused_conv,
@@ -173,7 +164,7 @@ OPERATORS: Mapping[str, Kernel] = {
     "QLinearAdd": _qlinear_binary(lambda a, b: a + b),
     "QLinearMul": _qlinear_binary(lambda a, b: a * b),
     "QLinearSigmoid": _qlinear_unary(lambda call, x: elementwise.sigmoid(x)),
-    "QLinearLeakyRelu": _qlinear_unary(_leaky),
+    "QLinearLeakyRelu": _qlinear_unary(elementwise.leaky_relu),
     "QLinearAveragePool": _qlinear_unary(_average),
     "QLinearGlobalAveragePool": _qlinear_unary(lambda call, x: x.mean(axis=tuple(range(2, x.ndim)), keepdims=True)),
     "QLinearConcat": _qlinear_concat,

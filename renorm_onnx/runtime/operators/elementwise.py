@@ -111,11 +111,18 @@ def _softplus(x: Array) -> Array:
     return np.asarray(np.logaddexp(0.0, x))
 
 
+def gelu(x: Array) -> Array:
+    """The product of x and the share of a standard normal distribution below it."""
+    return np.asarray(0.5 * x * (1 + erf(x / math.sqrt(2))))
+
+
+def gelu_by_tanh(x: Array) -> Array:
+    """The usual approximation of `gelu`."""
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
+
+
 def _gelu(call: Call) -> Result:
-    x = call.inputs[0]
-    if call.text("approximate", "none") == "tanh":
-        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+    return (gelu_by_tanh if call.text("approximate", "none") == "tanh" else gelu)(call.inputs[0])
 
 
 def _elu(call: Call) -> Result:
@@ -135,8 +142,8 @@ def _selu(call: Call) -> Result:
     return gamma * np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))
 
 
-def _leaky_relu(call: Call) -> Result:
-    x = call.inputs[0]
+def leaky_relu(call: Call, x: Array) -> Array:
+    """LeakyRelu of `x` with the slope that `call` has."""
     return np.where(x < 0, call.number("alpha", 0.01) * x, x)
 
 
@@ -247,7 +254,7 @@ OPERATORS: Mapping[str, Kernel] = {
     "Elu": _elu,
     "Celu": _celu,
     "Selu": _selu,
-    "LeakyRelu": _leaky_relu,
+    "LeakyRelu": lambda call: leaky_relu(call, call.inputs[0]),
     "PRelu": _prelu,
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _hard_swish,
