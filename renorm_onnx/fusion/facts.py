@@ -253,9 +253,7 @@ class Facts:
         They have the dimensions of the initial values in the first run. If a run that is given these hands on the
         same, all runs are; otherwise the dimensions that it changes are open, and the rest is tried again.
         """
-        graph = node.attributes["body"].as_graph()
-        begin, end = (2, 1) if node.op_type == "Loop" else (0, 0)
-        count = len(graph.inputs) - (begin or node.attributes["num_scan_inputs"].as_int())
+        graph, begin, end, count = _carried(node)
         carried, handed_on = graph.inputs[begin : begin + count], graph.outputs[end : end + count]
         first = [self[v].dims for v in node.inputs[begin : begin + count]]
         if not len(carried) == len(handed_on) == len(first):
@@ -340,9 +338,7 @@ class Facts:
             return [Fact(_common(one.dims, two.dims, set()), dtype=one.dtype) for one, two in pairs]
         if (node.op_type == "Scan" and self.opset < 9) or self._proving:
             return []
-        graph = node.attributes["body"].as_graph()
-        begin, end = (2, 1) if node.op_type == "Loop" else (0, 0)
-        count = len(graph.inputs) - (begin or node.attributes["num_scan_inputs"].as_int())
+        graph, begin, end, count = _carried(node)
         axes = node.attributes["scan_output_axes"].as_ints() if "scan_output_axes" in node.attributes else None
         found = []
         for place, value in enumerate(graph.outputs[end:]):
@@ -360,6 +356,13 @@ class Facts:
 _SETTLING = frozenset({"Ceil", "Floor", "Sign"})
 # Operators with bodies, of which the outputs are those of the bodies.
 _HOLDERS = frozenset({"If", "Loop", "Scan"})
+
+
+def _carried(node: ir.Node) -> tuple[ir.Graph, int, int, int]:
+    """The body of a Loop or Scan; where among its inputs and outputs stands what it hands from run to run, how many."""
+    graph = node.attributes["body"].as_graph()
+    begin, end = (2, 1) if node.op_type == "Loop" else (0, 0)
+    return graph, begin, end, len(graph.inputs) - (begin or node.attributes["num_scan_inputs"].as_int())
 
 
 def _common(one: Dims | None, two: Dims | None, opened: set[Dimension]) -> Dims | None:
