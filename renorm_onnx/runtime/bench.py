@@ -73,16 +73,17 @@ def bench(
         ModelFileError: A model cannot be read.
         MachineError: A provider cannot be created here.
     """
-    options = {"models": models, "providers": providers, "batches": batches, "optimize": optimize}
+    counts = (threads,) if isinstance(threads, int) else tuple(threads)
+    options = {"models": models, "providers": providers, "batches": batches, "threads": counts, "optimize": optimize}
     for name, value in options.items():
         if not value:
             raise InputError(f"bench: {name} is empty, so there is nothing to time")
     if wrong := [level for level in optimize if level not in LEVELS]:
         raise InputError(f"bench: optimize={wrong[0]!r}, expected some of {', '.join(LEVELS)}")
-    if rounds < 1 or min(batches) < 1:
-        raise InputError(f"bench: rounds={rounds!r} and batches={tuple(batches)!r}, expected at least 1")
-    counts = (threads,) if isinstance(threads, int) else tuple(threads)
-    if counts and max(counts) > (most := 8 * (os.cpu_count() or 1)):  # starting thousands takes minutes, or all memory
+    for name, values, least in (("rounds", (rounds,), 1), ("batches", batches, 1), ("threads", counts, 0)):
+        if min(values) < least:
+            raise InputError(f"bench: {name}={min(values)!r}, expected at least {least}")
+    if max(counts) > (most := 8 * (os.cpu_count() or 1)):  # starting thousands takes minutes, or all memory
         raise InputError(f"bench: threads={max(counts)}, expected at most {most}, 8 per core of this machine")
     before = _load()
     loaded = {name: runnable(model, allow_symlinks=allow_symlinks) for name, model in _named(models).items()}
