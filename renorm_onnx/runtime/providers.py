@@ -172,7 +172,7 @@ def preload_cuda() -> None:
             ort.preload_dlls()
 
 
-def classify(log: str, *, wheel_major: int = 13, other_majors: tuple[int, ...] = ()) -> tuple[str, str, str]:
+def classify(log: str, *, wheel_major: int, other_majors: tuple[int, ...]) -> tuple[str, str, str]:
     """Tell the stage at which creating the CUDA provider failed, from onnxruntime's log.
 
     Args:

@@ -348,20 +348,16 @@ def open_session(
     *,
     optimize: str = "off",
     threads: int = 1,
-    spinning: bool = False,
-    tf32: bool = False,
     strict: bool = True,
     allow_symlinks: bool = False,
 ) -> Session:
-    """Open a model for comparing or timing: optimizations off, one thread, nothing left to a default.
+    """Open a model for comparing: optimizations off, one thread, no spinning, no TF32, no CUDA graph.
 
     Args:
         model: Path, `onnx.ModelProto`, `onnx_ir.Model`, or the bytes of a model.
         provider: "cpu", "cuda" or "cuda:N".
         optimize: onnxruntime's graph optimizations: "off", "basic", "extended" or "all".
         threads: Threads inside an operator; 0 is one per physical core.
-        spinning: Let waiting threads spin.
-        tf32: Let CUDA round the operands of convolutions and matrix products to 10 bits.
         strict: Refuse a model of which an operator that computes more than sizes would run on the CPU.
         allow_symlinks: Follow links to data files outside the model's folder.
 
@@ -375,8 +371,8 @@ def open_session(
         provider,
         optimize=optimize,
         threads=threads,
-        spinning=spinning,
-        tf32=tf32,
+        spinning=False,
+        tf32=False,
         cuda_graph=False,
         strict=strict,
         allow_symlinks=allow_symlinks,
