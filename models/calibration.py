@@ -9,7 +9,9 @@ from models import Entry
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from renorm_onnx.layers.running_stats import update_stats
 
-_NORMS: Mapping[int, type[nn.Module]] = {0: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}
+NORMS: Mapping[int, type[nn.Module]] = {0: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}
+"""The layer for each number of spatial dimensions."""
+
 _STEPS, _BATCH = 4, 4
 
 
@@ -24,7 +26,7 @@ def calibrated(entry: Entry, *, small: bool, seed: int) -> tuple[nn.Module, tupl
     Returns:
         The network in inference mode, and example inputs.
     """
-    norm = _NORMS[entry.spatial_dims]
+    norm = NORMS[entry.spatial_dims]
     torch.manual_seed(seed)
     network = entry.build(norm=lambda channels: norm(channels, schedule=None), **(entry.small if small else {}))
     sizes = entry.small_inputs if small else {}

@@ -26,11 +26,10 @@ import torch
 from torch import nn
 
 from models import MODELS
+from models.calibration import NORMS
 from renorm_onnx.exporter import to_onnx
-from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 
 LIMIT = 1.1
-NORMS = {0: BatchRenorm1d, 2: BatchRenorm2d, 3: BatchRenorm3d}
 
 #: Row of the table -> entry of `models.MODELS`, and options of its constructor and of its example inputs.
 ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
