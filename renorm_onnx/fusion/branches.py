@@ -27,8 +27,8 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import Desk
+from renorm_onnx.fusion.fact import MALFORMED
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import Array, Parameter, largest
 from renorm_onnx.fusion.sources import Norm, find_norms
 

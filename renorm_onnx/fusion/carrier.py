@@ -22,7 +22,8 @@ import onnx
 import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap, UnlikeAxesError
-from renorm_onnx.fusion.facts import Dims, Fact, Facts
+from renorm_onnx.fusion.fact import Dims, Fact
+from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from renorm_onnx.fusion.fact import Content, Dimension, Dims, Fact, Rule, computed
 from renorm_onnx.fusion.fact_layout import LAYOUT_RULES, axes_of
 from renorm_onnx.fusion.fact_rounding import rounding
 from renorm_onnx.fusion.fact_rules import CONTENT_RULES, SAME_DIMS, attribute, broadcast, same_dims
 from renorm_onnx.fusion.fact_selection import SELECTION_RULES
-from renorm_onnx.fusion.facts import Content, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]
 MAX_PRODUCTS = 1 << 30  # multiplications of two constant matrices

@@ -12,8 +12,8 @@ from renorm_onnx.fusion.conftest import Builder
 from renorm_onnx.fusion.conftest import assert_same as assert_close
 from renorm_onnx.fusion.conftest import operators as counted
 from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.fusion.fact import Dimension
 from renorm_onnx.fusion.fact_rules_test import facts_of
-from renorm_onnx.fusion.facts import Dimension
 from renorm_onnx.fusion.report import Reason
 
 ARITHMETIC = [

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from renorm_onnx.fusion.fact import MAX_COMPUTED_ELEMENTS, Dimension, Dims, Fact, Rule, computed
 from renorm_onnx.fusion.fact_rules import attribute, broadcast
-from renorm_onnx.fusion.facts import MAX_COMPUTED_ELEMENTS, Dimension, Dims, Fact, Rule, computed
 
 Facts = Sequence[Fact]
 _INT_MAX = (2**31 - 1, 2**63 - 1)

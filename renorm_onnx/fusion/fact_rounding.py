@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from renorm_onnx.fusion.facts import Content, Fact, Rule, to_float64
+from renorm_onnx.fusion.fact import Content, Fact, Rule, to_float64
 
 # Half a unit in the last place of a number around one, by type.
 UNIT_ROUNDOFF = {

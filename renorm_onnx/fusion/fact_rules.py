@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from renorm_onnx.fusion.fact_rounding import FLOATS, exactly, holds, jumping, rounded, rounding
-from renorm_onnx.fusion.facts import (
+from renorm_onnx.fusion.fact import (
     MAX_COMPUTED_ELEMENTS,
     UNKNOWN,
     Content,
@@ -27,6 +26,7 @@ from renorm_onnx.fusion.facts import (
     stored,
     to_float64,
 )
+from renorm_onnx.fusion.fact_rounding import FLOATS, exactly, holds, jumping, rounded, rounding
 
 Facts = Sequence[Fact]
 

@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from renorm_onnx.fusion.fact import Dimension, Fact, product
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
-from renorm_onnx.fusion.facts import Dimension, Fact, Facts, product
+from renorm_onnx.fusion.facts import Facts
 
 
 def facts_of(body: str, inputs: str, *, opset: int = 20, **constants: np.ndarray) -> dict[str, Fact]:

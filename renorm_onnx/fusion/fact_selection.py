@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
+from renorm_onnx.fusion.fact import Dimension, Dims, Fact, Rule
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.facts import Dimension, Dims, Fact, Rule
 
 Facts = Sequence[Fact]
 

@@ -13,8 +13,9 @@ from onnx import helper, numpy_helper
 
 from renorm_onnx.fusion import engine
 from renorm_onnx.fusion.conftest import Builder, assert_same, operators
+from renorm_onnx.fusion.fact import Dimension, Fact
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
-from renorm_onnx.fusion.facts import Dimension, Fact, Facts
+from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.fusion.report import Reason
 
 CODES = "s, z, w, s, z, s, z"

@@ -13,8 +13,9 @@ from onnx import numpy_helper
 
 from renorm_onnx import model_file
 from renorm_onnx.fusion.engine import fuse
+from renorm_onnx.fusion.fact import Dimension, Fact
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
-from renorm_onnx.fusion.facts import Dimension, Fact, Facts
+from renorm_onnx.fusion.facts import Facts
 from renorm_onnx.runtime.reference import evaluate
 
 

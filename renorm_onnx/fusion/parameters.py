@@ -25,8 +25,8 @@ import onnx_ir as ir
 from onnx import TensorProto
 
 from renorm_onnx.files.external_data import read_rows
+from renorm_onnx.fusion.fact import Fact, layout, to_float64
 from renorm_onnx.fusion.fact_rounding import FLOATS
-from renorm_onnx.fusion.facts import Fact, layout, to_float64
 
 Array = npt.NDArray[np.float64]
 # Some rows of an operand, or all of it.

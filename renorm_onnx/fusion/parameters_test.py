@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from renorm_onnx.fusion import parameters
-from renorm_onnx.fusion.facts import computed, stored
+from renorm_onnx.fusion.fact import computed, stored
 from renorm_onnx.fusion.parameters import Parameter, StreamedTensor, rounded
 
 # Digits of the significand, exponent of the smallest normal number and of the largest number.

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import AddAfter, Carrier, Desk, Edit, SetInput, Step, ask, label, refuse
 from renorm_onnx.fusion.dead_ends import DeadEnds
-from renorm_onnx.fusion.facts import MALFORMED
+from renorm_onnx.fusion.fact import MALFORMED
 from renorm_onnx.fusion.node_queue import NodeQueue
 from renorm_onnx.fusion.ranges import Ranges
 from renorm_onnx.fusion.report import Reason, Refusal

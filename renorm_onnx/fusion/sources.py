@@ -37,9 +37,9 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import IDENTITY, AffineMap
 from renorm_onnx.fusion.carrier import Desk, refuse
+from renorm_onnx.fusion.fact import MALFORMED
 from renorm_onnx.fusion.fact_rounding import FLOATS
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.facts import MALFORMED
 from renorm_onnx.fusion.parameters import Parameter
 from renorm_onnx.fusion.report import Reason, Refusal
 from renorm_onnx.fusion.units import unit_of

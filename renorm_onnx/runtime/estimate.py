@@ -9,8 +9,9 @@ from typing import TypeGuard
 import onnx
 import onnx_ir as ir
 
+from renorm_onnx.fusion.fact import Dims
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
-from renorm_onnx.fusion.facts import Dims, Facts
+from renorm_onnx.fusion.facts import Facts
 
 _CONSTANT_KEPT = 4096  # elements; shapes and axes are smaller, weights usually larger
 

@@ -27,9 +27,9 @@ import onnx_ir as ir
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Step, refuse
 from renorm_onnx.fusion.carriers.addition import aligned, has_channels, outward
+from renorm_onnx.fusion.fact import MAX_COMPUTED_ELEMENTS, Dimension, Dims
 from renorm_onnx.fusion.fact_layout import axes_of
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.facts import MAX_COMPUTED_ELEMENTS, Dimension, Dims
 from renorm_onnx.fusion.report import Reason, Refusal
 
 Factor = tuple["int | Dimension", int]  # one of the sizes that an axis is the product of, and the axis

@@ -22,7 +22,7 @@ from renorm_onnx.fusion.carriers.exact_folding_test import (
 from renorm_onnx.fusion.carriers.layout import rearranged
 from renorm_onnx.fusion.conftest import Builder
 from renorm_onnx.fusion.engine import fuse
-from renorm_onnx.fusion.facts import Dimension
+from renorm_onnx.fusion.fact import Dimension
 from renorm_onnx.fusion.report import Reason
 
 N, M = Dimension(), Dimension()

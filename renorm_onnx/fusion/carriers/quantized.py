@@ -29,10 +29,10 @@ import onnx_ir as ir
 
 from renorm_onnx.fusion.affine import AffineMap
 from renorm_onnx.fusion.carrier import Carrier, Desk, Edit, SetAttribute, SetInput, Step, refuse
+from renorm_onnx.fusion.fact import Dims, Fact
 from renorm_onnx.fusion.fact_dims import CONSTANT_OPERATORS, RULES
 from renorm_onnx.fusion.fact_rounding import FLOATS
 from renorm_onnx.fusion.fact_rules import attribute
-from renorm_onnx.fusion.facts import Dims, Fact
 from renorm_onnx.fusion.parameters import Array, Parameter, numpy_type
 from renorm_onnx.fusion.report import Reason, Refusal
 
