@@ -31,7 +31,7 @@ def check_options(mode: str, opset: int | None, dynamic_shapes: Any, dynamic_axe
     opset = DEFAULT_OPSET if opset is None else opset
     defined = onnx.defs.onnx_opset_version()
     newest = newest_loadable() if verify else defined
-    if isinstance(opset, bool) or not isinstance(opset, int) or not OLDEST_OPSET[mode] <= opset <= newest:
+    if not isinstance(opset, int) or not OLDEST_OPSET[mode] <= opset <= newest:
         who = f"onnx {onnx.__version__}" if newest == defined else "the installed onnxruntime"
         beyond = "" if newest == defined else f"; with verify=False up to {defined}, for another runtime"
         raise InputError(
