@@ -28,6 +28,8 @@ from renorm_onnx.runtime import Session
 def test_arguments_that_do_not_fit_are_told_apart_from_a_failed_export(args, message, tmp_path) -> None:
     with pytest.raises(InputError, match=message):
         to_onnx(small(), args, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match=message):
+        to_onnx(small(), args, dynamic_axes={"input": {0: "n"}})
     assert not list(tmp_path.iterdir())
 
 
@@ -54,6 +56,17 @@ def test_a_failed_export_names_the_layer_and_keeps_torchs_message(layer, message
     assert "Exception summary" in str(raised.value)
     assert "\x1b" not in str(raised.value)
     assert capfd.readouterr() == ("", "")  # torch prints the graph of a failed capture
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_torch_cannot_export_is_refused_with_torchs_message(tmp_path) -> None:
+    program = torch.export.export(Svd().eval(), (X,))
+    with pytest.raises(
+        InputError,
+        match=r"^to_onnx: torch could not export the program: (?s:.*)No ONNX function found for .*_linalg_svd",
+    ) as raised:
+        to_onnx(program, X, tmp_path / "model.onnx")
+    assert "\x1b" not in str(raised.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -92,6 +105,7 @@ def test_a_recurrent_layer_that_fails_on_an_open_number_of_steps_is_explained(er
     assert ("unrolls recurrent layers" in str(raised.value)) is explained
     assert ("While executing" in str(raised.value)) is not explained
     assert "\ndynamic_shapes: {'x': {2: 't'}}\ninput_names: ['x']" in str(raised.value)
+    assert "opset_version" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

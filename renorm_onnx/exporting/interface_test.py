@@ -9,6 +9,7 @@ from torch import nn
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting.conftest import X, small
+from renorm_onnx.exporting.interface import as_args
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,15 @@ from renorm_onnx.exporting.conftest import X, small
 def test_arguments_of_another_kind_are_described_in_few_words(args, message) -> None:
     with pytest.raises(InputError, match=message):
         to_onnx(small(), args)
+
+
+def test_a_list_of_example_inputs_is_as_good_as_a_tuple() -> None:
+    assert as_args([X]) == (X,)
+
+
+def test_a_size_of_what_is_no_argument_is_never_dropped() -> None:
+    with pytest.raises(InputError, match=r"could not export Sequential: .*\['input', 'z'\]"):
+        to_onnx(small(), X, dynamic_shapes={"z": None, "input": {0: "n"}})
 
 
 @pytest.mark.parametrize(
@@ -48,6 +58,8 @@ def test_a_program_brings_its_own_example_inputs() -> None:
     with keep_ops():
         program = torch.export.export(small(), (), {"input": X})
     assert to_onnx(program).functions
+    with pytest.raises(InputError, match="to_onnx: args is a NoneType; expected a tensor"):
+        to_onnx(program, kwargs={"input": X})
     program.example_inputs = None
     with pytest.raises(InputError, match="to_onnx: args is a NoneType; expected a tensor"):
         to_onnx(program)
@@ -123,6 +135,12 @@ OPTIONS = {"c": {"k": torch.ones(7, 3)}, "b": torch.ones(4, 2)}
             PAIR[:1],
             {"kwargs": OPTIONS, "dynamic_axes": {"x": {0: "m"}, "b": {0: "m"}, "c_k": {0: "n"}}},
             {"x": "m,2", "b": "m,2", "c_k": "n,3"},
+        ),
+        (
+            Options(),
+            PAIR[:1],
+            {"kwargs": OPTIONS, "dynamic_shapes": {"c": {"k": {0: "n"}}, "b": {1: "k"}, "x": {1: "k"}}},
+            {"x": "4,k", "b": "4,k", "c_k": "n,3"},
         ),
         (
             Several(),
