@@ -188,6 +188,7 @@ def test_without_metadata_no_path_of_this_machine_is_left(net, tmp_path) -> None
     content = path.read_bytes()
     assert str(Path(__file__).parent).encode() not in content
     assert b"pkg.torch" not in content
+    assert b"namespace" not in content
     assert_agrees(path, net, images())
 
 
@@ -251,9 +252,9 @@ class Mapped(nn.Module):
         super().__init__()
         self.norm = BatchRenorm2d(3)
 
-    def forward(self, given: dict[str, object]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, given: dict[str, object], shift: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         first, (second, third) = given["first"], given["rest"]
-        return self.norm(first + second), self.norm(first - third)
+        return self.norm(first + second), self.norm(first - third) + (0 if shift is None else shift)
 
 
 def test_a_dict_as_the_last_argument_stays_one() -> None:
@@ -263,6 +264,8 @@ def test_a_dict_as_the_last_argument_stays_one() -> None:
     want = [v.detach().numpy() for v in plain_twin(net)({"first": first.double(), "rest": [v.double() for v in rest]})]
     report = compare([v.astype(np.float32) for v in want], run(proto, first, *rest), TOLERANCES[np.float32])
     assert report.ok, report
+    proto = to_onnx(net, ({"first": first, "rest": tuple(rest)},), kwargs={"shift": first})
+    assert len(proto.graph.input) == 4
 
 
 def test_dynamic_axes_in_the_older_form() -> None:
