@@ -10,6 +10,7 @@ from torch import nn
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting.conftest import X, small
+from renorm_onnx.exporting.modules import check_layers, check_modes, unwrapped
 from renorm_onnx.exporting.restoring import restore
 from renorm_onnx.layers.distributed import SyncBatchRenorm
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
@@ -84,6 +85,31 @@ def test_weights_without_values_are_refused_by_name() -> None:
         to_onnx(small().to("meta"), X.to("meta"))
 
 
+def test_statistics_without_values_are_refused_by_name() -> None:
+    net = small()
+    net[1].running_var = net[1].running_var.to("meta")
+    with pytest.raises(InputError, match=r"'1\.running_var' is on the device 'meta', without values"):
+        to_onnx(net, X)
+
+
+@pytest.mark.parametrize("statistic", ["running_mean", "running_var"])
+def test_one_statistic_that_was_set_is_enough_not_to_be_called_untrained(statistic) -> None:
+    net = small()
+    net[1].num_batches_tracked.zero_()
+    with pytest.warns(UserWarning, match="statistics of 0 and 1, '1' first"):
+        check_layers(net, functions=True)
+    getattr(net[1], statistic)[2] = 0.5
+    check_layers(net, functions=True)
+
+
+def test_what_cannot_train_may_evaluate_beside_a_layer_that_trains() -> None:
+    scheduled = BatchRenorm2d(3, schedule=lambda step: (1.0, 0.0))
+    rest = nn.Sequential(
+        nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True), SyncBatchRenorm(3), scheduled
+    )
+    check_modes(nn.Sequential(BatchRenorm2d(3), rest.eval()), "train")
+
+
 def test_a_synchronized_training_step_is_exported_as_that_of_one_process_with_a_warning() -> None:
     net = nn.Sequential(SyncBatchRenorm(3)).train()
     with pytest.warns(
@@ -154,10 +180,20 @@ class Masked(nn.Module):
         return self.norm(x, mask)
 
 
+def test_a_module_with_no_layer_says_no_more_than_that(caplog) -> None:
+    to_onnx(nn.Tanh().eval(), X)
+    assert caplog.messages == ["to_onnx: the model has no batch renorm layer"]
+
+
 def test_a_masked_layer_in_training_is_not_said_to_be_missing(caplog):
     to_onnx(Masked(), (X, torch.ones(2, 6, 6, dtype=torch.bool)), mode="train")
     assert "no batch renorm layer became a call" in caplog.text
     assert "the model has no batch renorm layer" not in caplog.text
+
+
+def test_a_module_that_is_spread_over_devices_of_one_process_is_unwrapped() -> None:
+    net = small()
+    assert unwrapped(nn.DataParallel(net)) is unwrapped(net) is net
 
 
 @pytest.fixture
