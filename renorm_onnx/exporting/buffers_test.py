@@ -1,5 +1,7 @@
 """What a module changes besides the statistics of its norms, and a model does not, is refused or said."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,8 @@ def test_an_instance_norm_that_keeps_statistics_is_refused_while_it_trains() -> 
     x = torch.randn(2, 4, 5)
     with pytest.raises(InputError, match="module '0' is a InstanceNorm1d in training mode with track_running_stats"):
         to_onnx(net, x, mode="train", verify=False)
+    net[0].eval()
+    to_onnx(net, x, mode="train", verify=False)
     net[0] = nn.InstanceNorm1d(4)
     to_onnx(net, x, mode="train", verify=False)
 
@@ -110,3 +114,19 @@ def test_a_buffer_that_every_call_changes_is_said_at_inference(captured, anew, c
     assert "not checked" not in second
     assert not net._forward_hooks
     assert not net._forward_pre_hooks
+
+
+def test_a_buffer_is_named_by_its_whole_path_where_a_part_is_called_module(caplog) -> None:
+    net = nn.Sequential(OrderedDict(module=Counting(anew=False))).eval()
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(net, X, verify=False)
+    assert "changes the module's buffers 'module.calls' and not" in caplog.text
+
+
+def test_what_a_module_assigns_is_taken_for_a_change_where_the_module_cannot_be_copied(caplog) -> None:
+    net = nn.Sequential(Caching(), BatchRenorm1d(4)).eval()
+    net[1].num_batches_tracked.fill_(1)
+    net.kept = net[1].weight * 2  # torch copies no tensor that autograd follows
+    with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(net, X, verify=False)
+    assert "changes the module's buffers '0.table' and not" in caplog.text
