@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from renorm_onnx.errors import InputError
+from renorm_onnx.errors import InputError, ModelFileError
 from renorm_onnx.exporter import to_onnx
 from renorm_onnx.exporting.restoring import restore
 from renorm_onnx.layers.modules import BatchRenorm1d
 from renorm_onnx.layers.schedules import linear
+from renorm_onnx.onnx_function import DOMAIN
 from renorm_onnx.onnx_layers import layers_in
 
 
@@ -119,6 +120,33 @@ def test_a_layer_that_cannot_hold_what_the_file_has_learned_is_refused(name, opt
     assert restore(BatchRenorm1d(4, **options), unlearned) == 1
 
 
+def test_a_layer_without_statistics_is_not_filled(path) -> None:
+    net = fresh()
+    net[4] = BatchRenorm1d(4, track_running_stats=False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(
+        InputError, match="layer '4' of the module has track_running_stats=False, the file has statistics for it"
+    ):
+        restore(net, path)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), "nor are the layers before it"
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_a_model_computes_cannot_be_restored(trained, affine) -> None:
+    model = ir.from_proto(to_onnx(trained, torch.randn(2, 3), verify=False))
+    call = next(node for node in model.graph if node.name == "1")
+    doubled = ir.node("Add", [call.inputs[1], call.inputs[1]])
+    model.graph.insert_before(call, doubled)
+    call.replace_input_with(1, doubled.outputs[0])
+    net = fresh()
+    message = "layer '1': weight is computed by the model in the file, not stored"
+    if not affine:
+        net[1] = BatchRenorm1d(4, affine=False)
+        message = r"layer '1' of the module has no weight \(affine, bias\), the file has one for it"
+    with pytest.raises(InputError, match=message):
+        restore(net, ir.to_proto(model))
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_a_module_that_is_a_layer_takes_the_only_layer_of_a_file(mode) -> None:
     layer = BatchRenorm1d(4)
@@ -127,9 +155,13 @@ def test_a_module_that_is_a_layer_takes_the_only_layer_of_a_file(mode) -> None:
     other = BatchRenorm1d(4)
     assert restore(other, exported) == 1
     assert torch.equal(other.running_mean, layer.running_mean)
+    assert other.num_batches_tracked == 1
     assert restore(nn.Sequential(other), to_onnx(nn.Sequential(layer).eval(), torch.randn(3, 4))) == 1
     with pytest.raises(InputError, match=r"only in the module: \['0'\]"):
         restore(nn.Sequential(other), exported)
+    several = to_onnx(nn.Sequential(layer, BatchRenorm1d(4)).train(), torch.randn(3, 4), mode="train", verify=False)
+    with pytest.raises(InputError, match=r"only in the file: \['0', '1'\]; only in the module: \[''\]"):
+        restore(other, several)
 
 
 def test_a_file_without_calls_is_refused_with_advice(trained, tmp_path) -> None:
@@ -147,6 +179,39 @@ def test_a_model_in_memory_restores_as_its_file_does():
     assert torch.equal(other[1].running_var, net[1].running_var)
     with pytest.raises(InputError, match="restore: the layers of the model and of Sequential differ"):
         restore(nn.Sequential(BatchRenorm1d(4)), proto)
+
+
+def test_a_file_that_does_not_tell_the_step_leaves_the_counter_of_the_module(trained) -> None:
+    model = ir.from_proto(to_onnx(trained, torch.randn(2, 3), verify=False))
+    for call in (node for node in model.graph if node.domain == DOMAIN):
+        call.attributes["num_batches_tracked"] = ir.AttrInt64("num_batches_tracked", -1)
+    net = fresh()
+    net[1].num_batches_tracked.fill_(7)
+    restore(net, ir.to_proto(model))
+    assert net[1].num_batches_tracked == 7
+    assert torch.equal(net[1].running_var, trained[1].running_var)
+
+
+def test_statistics_in_bfloat16_are_restored() -> None:
+    layer = BatchRenorm1d(4)
+    layer(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)))
+    exported = to_onnx(layer.eval().bfloat16(), torch.randn(3, 4).bfloat16(), opset=22, verify=False)
+    other = BatchRenorm1d(4)
+    assert restore(other, exported) == 1
+    assert torch.equal(other.running_mean, layer.running_mean.float())
+
+
+def test_a_link_to_weights_outside_the_folder_is_followed_only_where_that_is_allowed(tmp_path) -> None:
+    folder, layer = tmp_path / "model", BatchRenorm1d(400)
+    folder.mkdir()
+    layer(torch.randn(8, 400, generator=torch.Generator().manual_seed(0)))
+    to_onnx(layer.eval(), torch.randn(3, 400), folder / "net.onnx", external_data=True, verify=False)
+    (data,) = (path for path in folder.iterdir() if path.suffix != ".onnx")
+    data.rename(tmp_path / "weights")
+    data.symlink_to(tmp_path / "weights")
+    with pytest.raises(ModelFileError, match="symlink"):
+        restore(BatchRenorm1d(400), folder / "net.onnx")
+    assert restore(BatchRenorm1d(400), folder / "net.onnx", allow_symlinks=True) == 1
 
 
 def test_what_is_no_module_and_what_is_no_model_are_refused():
