@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from renorm_onnx.errors import VerificationError
+from renorm_onnx.errors import MachineError, VerificationError
 from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting import verification
 from renorm_onnx.exporting.verification import ExportReport, check_structure, verify_export
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d
 from renorm_onnx.runtime.estimate import Cost
 from renorm_onnx.runtime.operators import registry
+from renorm_onnx.runtime.session import open_session
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 REPORT = ExportReport(calls=1, trained=0, opset=20)
@@ -59,8 +60,9 @@ def test_a_wrong_epsilon_is_found_although_float32_would_hide_it(model, net) -> 
 def test_a_model_that_breaks_a_rule_is_refused_with_the_checkers_message(model) -> None:
     broken = model.clone()
     broken.graph.node(0).attributes["group"] = ir.AttrString("group", "one")
-    with pytest.raises(VerificationError, match=r"is not valid ONNX: .*group"):
+    with pytest.raises(VerificationError, match=r"is not valid ONNX: .*group") as raised:
         check_structure(broken)
+    assert "bfloat16" not in str(raised.value)
 
 
 def test_bfloat16_below_opset_22_is_explained() -> None:
@@ -68,12 +70,21 @@ def test_bfloat16_below_opset_22_is_explained() -> None:
     net[1].num_batches_tracked.fill_(1)
     with pytest.raises(VerificationError, match="ask for opset=22 or newer"):
         to_onnx(net, X.to(torch.bfloat16))
+    broken = ir.from_proto(to_onnx(net, X.to(torch.bfloat16), opset=22, verify=False))
+    broken.graph.node(0).attributes["group"] = ir.AttrString("group", "one")
+    with pytest.raises(VerificationError, match="is not valid ONNX") as raised:
+        check_structure(broken)
+    assert "ask for opset" not in str(raised.value)
 
 
-def test_a_model_that_costs_too_much_is_not_run_and_this_is_said(model, net, monkeypatch) -> None:
-    monkeypatch.setattr(verification, "LIMIT", Cost(1e3, 1e9, complete=True))
+@pytest.mark.parametrize(
+    ("limit", "norms"), [(Cost(1e3, 1e9, complete=True), 1), (Cost(1e9, 1e3, complete=True), None)]
+)
+def test_a_model_that_costs_too_much_is_not_run_and_this_is_said(model, net, monkeypatch, limit, norms) -> None:
+    monkeypatch.setattr(verification, "LIMIT", limit)
     report = verify_export(model, net, (X,), {}, REPORT)
     assert report.error is None
+    assert report.norms == norms
     assert "not checked: values, because one run takes" in str(report)
 
 
@@ -271,19 +282,69 @@ def test_an_operator_that_the_reference_does_not_cover_is_a_skip(model, net, mon
     assert reason.endswith("not covered by the float64 reference")
 
 
-@pytest.mark.parametrize("trained", [None, False, True])
-def test_a_dropout_at_inference_draws_nothing(model, net, trained) -> None:
+@pytest.mark.parametrize("trained", [None, False, True, "computed"])
+def test_a_dropout_draws_only_where_it_may_train(model, net, trained) -> None:
     dropping = model.clone()
     (y,) = dropping.graph.outputs
     truth = ir.node("Constant", [], {"value": ir.tensor(bool(trained))})
     share = ir.node("Constant", [], {"value_float": 0.5})
-    given = [share.outputs[0], truth.outputs[0]] if trained is not None else []
+    passed = ir.node("Identity", truth.outputs)
+    given = [share.outputs[0], (passed if trained == "computed" else truth).outputs[0]] if trained is not None else []
     drop = ir.node("Dropout", [y, *given], name="drop")
-    dropping.graph.extend([truth, share, drop])
+    dropping.graph.extend([truth, passed, share, drop])
     drop.outputs[0].name, drop.outputs[0].type, drop.outputs[0].shape = "dropped", y.type, y.shape
     dropping.graph.outputs[0] = drop.outputs[0]
     report = verify_export(dropping, net, (X,), {}, REPORT)
     assert report.skipped == (("values, because Dropout 'drop' draws random numbers",) if trained else ())
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda y: y.argmax(1), "values, because no output is a floating tensor"),
+        (lambda y: (y, y), "values, because the module returns 2 tensors and the model 1"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_a_skip(function, reason) -> None:
+    net = Calling(function).eval()
+    model = ir.from_proto(to_onnx(net, torch.ones(2, 4), verify=False))
+    for output in model.graph.outputs[1:]:
+        model.graph.outputs.remove(output)
+    report = verify_export(model, net, (torch.ones(2, 4),), {}, REPORT)
+    assert report.error is None
+    assert report.skipped == (reason,)
+
+
+def test_more_tensors_than_inputs_are_a_skip(model, net) -> None:
+    report = verify_export(model, net, (X, X), {}, REPORT)
+    assert report.skipped == ("values, because the model has 1 inputs for 2 tensors",)
+
+
+def test_a_run_in_onnxruntime_that_differs_is_refused(model, net, monkeypatch) -> None:
+    wrong = model.clone()
+    call = next(n for n in wrong.graph if n.domain == "renorm_onnx")
+    call.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.1)
+    monkeypatch.setattr(verification, "open_session", lambda model, *args, **options: open_session(wrong, "cpu"))
+    with pytest.raises(VerificationError, match=r"to_onnx: onnxruntime differs from the float64 reference: .*'relu'"):
+        verify_export(model, net, (X,), {}, REPORT)
+
+
+def test_a_machine_that_cannot_run_the_model_is_a_skip(model, net, monkeypatch) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise MachineError("Session: onnxruntime is not installed")
+
+    monkeypatch.setattr(verification, "open_session", absent)
+    report = verify_export(model, net, (X,), {}, REPORT)
+    assert (report.valid, report.error) == (True, None)
+    assert report.skipped == ("a run in onnxruntime, because Session: onnxruntime is not installed",)
+
+
+def test_a_model_that_onnxruntime_refuses_is_refused(model, net, monkeypatch) -> None:
+    wrong = model.clone()
+    wrong.graph.node(-1).op_type = "Unheard"
+    monkeypatch.setattr(verification, "open_session", lambda model, *args, **options: open_session(wrong, "cpu"))
+    with pytest.raises(VerificationError, match=r"to_onnx: onnxruntime refuses the exported model: .*Unheard"):
+        verify_export(model, net, (X,), {}, REPORT)
 
 
 class Amplified(nn.Module):
