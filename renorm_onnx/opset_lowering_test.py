@@ -37,6 +37,15 @@ def model_of(body: str, out: str = "2, 3, 4, 4") -> onnx.ModelProto:
         ("a, b = Split <axis = 1> (x, sizes) y = Concat <axis = 1> (b, a)", "2, 3, 4, 4"),
         ("y = LeakyRelu <alpha = 0.3> (x)", "2, 3, 4, 4"),
         ("m = ReduceMean <keepdims = 0> (x, axes) y = Unsqueeze (m, axes)", "2, 3, 1, 1"),
+        ("y = ReduceMean <noop_with_empty_axes = 1> (x, axes)", "2, 3, 1, 1"),
+        ('y = Resize <mode = "nearest", keep_aspect_ratio_policy = "stretch"> (x, , scales)', "2, 3, 8, 8"),
+        ('y = ScatterND <reduction = "none"> (x, place, row)', "2, 3, 4, 4"),
+        (
+            "n = Size (x) truth = Equal (n, n) y = If (truth) <"
+            "then_branch = some () => (float[2, 3, 1, 1] a) { a = ReduceMean (x, axes) }, "
+            "else_branch = other () => (float[2, 3, 1, 1] b) { b = ReduceMax (x, axes) }>",
+            "2, 3, 1, 1",
+        ),
     ],
 )
 def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) -> None:
@@ -71,6 +80,30 @@ def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) 
 def test_what_has_no_older_form_is_refused(body: str, target: int, message: str) -> None:
     with pytest.raises(InputError, match=message):
         lower_opset(ir.from_proto(model_of(body)), target)
+
+
+def test_axes_that_became_an_attribute_leave_no_initializer() -> None:
+    model = ir.from_proto(model_of("y = ReduceMean (x, axes)"))
+    lower_opset(model, 17)
+    assert "axes" not in model.graph.initializers
+    assert "pads" in model.graph.initializers
+
+
+@pytest.mark.parametrize(("move", "start", "target"), [(lower_opset, 18, 17), (raise_opset, NEWEST, 26)])
+def test_an_operator_of_another_domain_is_of_no_concern(monkeypatch, move, start, target) -> None:
+    monkeypatch.setattr("renorm_onnx.opset_lowering._since", lambda op_type, opset: opset)
+    proto = model_of("y = Mish (x)")
+    proto.opset_import[0].version = start
+    model = ir.from_proto(proto)
+    model.graph.node(0).domain = "elsewhere"
+    move(model, target)
+    assert model.opset_imports[""] == target
+
+
+def test_a_model_that_stayed_behind_is_not_declared_newer() -> None:
+    model = ir.from_proto(model_of("y = Relu (x)"))
+    raise_opset(model, 26)
+    assert model.opset_imports[""] == 18
 
 
 def of_newest(body: str) -> ir.Model:
