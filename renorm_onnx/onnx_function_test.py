@@ -217,6 +217,23 @@ def test_only_a_norm_is_taken_for_one() -> None:
     other[0].attributes["training_mode"] = ir.AttrInt64("training_mode", 1)
     assert not is_inference(other)
     assert not is_training(inference_function(20))
+    assert [len(list(calls_in(layer_model(kind, 4, 20)))) for kind in (INFERENCE, TRAINING_NAMES["var"])] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda function: function[0].replace_input_with(4, None),
+        lambda function: function[0].resize_inputs(4),
+        lambda function: function.outputs.append(function.inputs[0]),
+        lambda function: function.outputs.__setitem__(0, function.inputs[0]),
+    ],
+)
+def test_a_body_that_does_more_or_less_than_normalize_its_inputs_is_no_norm(change) -> None:
+    function = inference_function(20)
+    assert is_inference(function)
+    change(function)
+    assert not is_inference(function)
 
 
 @pytest.mark.parametrize(
