@@ -100,7 +100,6 @@ def _reduce(node: ir.Node) -> str:
     if axes is not None and constant is not None:
         if not empty:  # no axes at all are all axes
             node.attributes["axes"] = ir.AttrInt64s("axes", [int(a) for a in constant.numpy().ravel()])
-        node.replace_input_with(1, None)
         node.resize_inputs(1)
         graph = axes.graph
         if axes.is_initializer() and not axes.uses() and graph is not None and axes.name is not None:
