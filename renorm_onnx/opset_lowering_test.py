@@ -40,6 +40,8 @@ def model_of(body: str, out: str = "2, 3, 4, 4") -> onnx.ModelProto:
         ("y = ReduceMean <noop_with_empty_axes = 1> (x, axes)", "2, 3, 1, 1"),
         ('y = Resize <mode = "nearest", keep_aspect_ratio_policy = "stretch"> (x, , scales)', "2, 3, 8, 8"),
         ('y = ScatterND <reduction = "none"> (x, place, row)', "2, 3, 4, 4"),
+        ("m = LessOrEqual (x, x) n = Neg (x) y = Where (m, n, x)", "2, 3, 4, 4"),
+        ("y = Pad (x, pads, , )", "2, 3, 6, 6"),
         (
             "n = Size (x) truth = Equal (n, n) y = If (truth) <"
             "then_branch = some () => (float[2, 3, 1, 1] a) { a = ReduceMean (x, axes) }, "
@@ -70,6 +72,7 @@ def test_a_lowered_operator_computes_the_same(body: str, out: str, target: int) 
         ("y = ReduceMean <noop_with_empty_axes = 1> (x, none)", 15, "noop_with_empty_axes=1"),
         ('y = Resize <antialias = 1, mode = "linear"> (x, , scales)', 15, "antialias=1"),
         ("a, y = Split <num_outputs = 2> (x)", 15, "num_outputs instead of sizes"),
+        ("a, y = Split <num_outputs = 2> (x, )", 15, "num_outputs instead of sizes"),
         ("y = Pad (x, four, , axes)", 17, "axes are given"),
         ("y = Resize <axes = [2, 3]> (x, , two)", 17, "axes are given"),
         ('y = Resize <keep_aspect_ratio_policy = "not_larger"> (x, , , four)', 17, "keep_aspect_ratio_policy is given"),
@@ -120,9 +123,20 @@ def test_operators_without_a_newer_definition_are_declared_newer() -> None:
     onnx.checker.check_model(proto, full_check=True)
 
 
-def test_a_redefined_operator_is_not_declared_newer(monkeypatch) -> None:
-    model = of_newest("y = Relu (x)")
-    monkeypatch.setattr("renorm_onnx.opset_lowering._since", lambda op_type, opset: opset)
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Relu (x)",
+        "n = Size (x) truth = Equal (n, n) y = If (truth) <"
+        "then_branch = some () => (float[2, 3, 4, 4] a) { a = Relu (x) }, "
+        "else_branch = other () => (float[2, 3, 4, 4] b) { b = Neg (x) }>",
+    ],
+)
+def test_a_redefined_operator_is_not_declared_newer(monkeypatch, body) -> None:
+    model = of_newest(body)
+    monkeypatch.setattr(
+        "renorm_onnx.opset_lowering._since", lambda op_type, opset: opset if op_type == "Relu" else NEWEST
+    )
     with pytest.raises(InputError, match=r"opset 26 cannot be reached: Relu .* was redefined after 25; ask for 25"):
         raise_opset(model, 26)
     assert model.opset_imports[""] == NEWEST
