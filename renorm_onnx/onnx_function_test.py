@@ -310,6 +310,26 @@ def test_unsharing_twice_changes_nothing_more() -> None:
     assert sorted(model.graph.initializers) == names
 
 
+def test_calls_of_no_module_keep_their_parameters() -> None:
+    model = merged_model()
+    before = sorted(model.graph.initializers)
+    for value in model.graph.initializers.values():
+        value.name = value.name.replace(".", "_")
+    names = sorted(model.graph.initializers)
+    for call in calls_in(model):
+        call.metadata_props.clear()
+    assert unshare(model) == 0
+    assert sorted(model.graph.initializers) == names != before
+
+
+def test_a_model_with_functions_is_of_an_ir_version_that_has_them() -> None:
+    model = layer_model(INFERENCE, 4, 20)
+    for version, reached in ((7, 8), (10, 10)):
+        model.ir_version = version
+        attach(model)
+        assert model.ir_version == reached
+
+
 def test_a_model_that_is_not_of_onnx_ir_is_refused():
     with pytest.raises(InputError, match=r"attach: model is a ModelProto, expected an onnx_ir\.Model"):
         attach(onnx.ModelProto())
