@@ -188,6 +188,9 @@ def test_a_body_of_another_opset_is_inlined_where_it_means_the_same() -> None:
         inline(opsets("12", "Softmax"))
     with pytest.raises(InputError, match=r"and PRelu differs"):  # whose slope broadcasts another way from opset 7 on
         inline(opsets("6", "PRelu"))
+    with pytest.raises(InputError, match=r"and Unheard differs"):  # of which nothing is known
+        inline(opsets("17", "Unheard"))
+    assert inline(opsets("20", "Unheard")) == 1
     older = opsets("22", "Relu")
     older.opset_imports[""] = 9
     with pytest.raises(InputError, match=r"and Relu differs"):  # which has bfloat16 in opset 22, and had not in 9
@@ -234,6 +237,26 @@ def test_wrong_calls_are_refused_and_named() -> None:
         """)
     )
     with pytest.raises(InputError, match="of b::F has 2 inputs; the function has 1"):
+        inline(model)
+
+
+@pytest.mark.parametrize("kind", [ir.AttrGraph, ir.AttrGraphs])
+def test_a_call_that_passes_a_graph_is_refused(kind) -> None:
+    model = opsets("20", "Relu")
+    graph = ir.Graph([], [], nodes=[], name="body")
+    model.graph.node(0).attributes["body"] = kind("body", graph if kind is ir.AttrGraph else [graph])
+    with pytest.raises(InputError, match=r"of b::F passes a graph as attribute 'body'; this is not supported"):
+        inline(model)
+
+
+def test_a_call_without_an_input_that_its_function_returns_is_refused() -> None:
+    model = opsets("20", "Relu")
+    (function,) = model.functions.values()
+    function.outputs.append(function.inputs[0])
+    model.graph.node(0).resize_outputs(2)
+    assert inline(model.clone()) == 1
+    model.graph.node(0).replace_input_with(0, None)
+    with pytest.raises(InputError, match=r"of b::F leaves out input 'v', which the function returns"):
         inline(model)
 
 
