@@ -56,7 +56,7 @@ ORDER = [
     "runtime.table",
     "runtime.operators.*",
     "runtime.operators",
-    "runtime.shape_arithmetic",
+    "runtime.shape_arithmetic runtime.stated_sizes",
     "runtime.reference",
     "runtime.*",
     "runtime.parity runtime.bench runtime.doctor",

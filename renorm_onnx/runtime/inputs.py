@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.runtime.stated_sizes import stated_sizes
 
 Array = npt.NDArray[Any]
 
@@ -82,6 +83,7 @@ class InputSpec:
         shape: A size per axis, or a string: the name of one that varies.
         bound: Integers are drawn from 0 up to, not including, this.
         wide: They are no index, no size and no axis: kinds with large numbers draw up to 255, half of them below 16.
+        stated: Sizes that vary by declaration, and that the model's weights settle; by name.
     """
 
     name: str
@@ -89,6 +91,7 @@ class InputSpec:
     shape: tuple[int | str, ...]
     bound: int
     wide: bool = False
+    stated: tuple[tuple[str, int], ...] = ()
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
@@ -116,7 +119,11 @@ def _spec_of(value: ir.Value) -> InputSpec:
         )
     dtype, bound = value.dtype.numpy(), _index_bound(value)
     wide = bound == 2 and dtype.kind in "iu" and np.iinfo(dtype).bits > _MOST and _is_counted_with(value)
-    return InputSpec(value.name or "", dtype, tuple(sizes), bound, wide)
+    settled = stated_sizes(value, len(sizes)) if any(isinstance(size, str) for size in sizes) else {}
+    stated = tuple(
+        (name, settled[axis]) for axis, name in enumerate(sizes) if isinstance(name, str) and axis in settled
+    )
+    return InputSpec(value.name or "", dtype, tuple(sizes), bound, wide, stated)
 
 
 def _uses_behind(value: ir.Value, passes: Callable[[ir.Node, int], bool]) -> Iterator[tuple[ir.Node, int]]:
@@ -178,6 +185,7 @@ def size_plans(specs: Sequence[InputSpec], batch: int, given: Mapping[str, int])
         for axis, size in enumerate(spec.shape):
             if isinstance(size, str):
                 axes.setdefault(size, (axis, len(spec.shape)))
+    given = {**dict(pair for spec in specs for pair in spec.stated), **given}
     batches = (batch, 1, 3, batch, batch, batch)
     for plan in range(len(_SPATIAL)):
         sizes = {}
