@@ -199,7 +199,8 @@ def main() -> int:
             if arguments.each and (word in ("wrong", "crashed") or (word == "kept" and pattern.name in names)):
                 print(f"  {name}: {pattern.name}: {outcome}")
         print(f"{name:14} " + ", ".join(f"{word} {counts[word]}" for word in ("folded", "kept", "wrong", "crashed")))
-        failed |= name == "renorm-onnx" and counts["folded"] < len(foldable)
+        bad = counts["folded"] < len(foldable) or counts["wrong"] or counts["crashed"]
+        failed |= name == "renorm-onnx" and bool(bad)
     return int(failed)
 
 
