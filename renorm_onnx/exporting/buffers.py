@@ -6,7 +6,6 @@ says nothing and takes the assignment back, so that is seen here, while the modu
 """
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from renorm_onnx.errors import InputError
+from renorm_onnx.exporting.surroundings import copied
 from renorm_onnx.exporting.training import WRAPPED, training_state
 
 
@@ -61,7 +61,7 @@ def changed_by_a_call(
         return assigned
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            called = copy.deepcopy(module)
+            called = copied(module)
             called(*args, **kwargs)
         before, after = dict(module.named_buffers()), dict(called.named_buffers())
         same = (n for n in assigned if n in before and n in after and torch.equal(before[n], after[n]))

@@ -1,5 +1,6 @@
 """What a module changes besides the statistics of its norms, and a model does not, is refused or said."""
 
+import threading
 from collections import OrderedDict
 
 import pytest
@@ -128,5 +129,8 @@ def test_what_a_module_assigns_is_taken_for_a_change_where_the_module_cannot_be_
     net[1].num_batches_tracked.fill_(1)
     net.kept = net[1].weight * 2  # torch copies no tensor that autograd follows
     with caplog.at_level("INFO", logger="renorm_onnx.exporter"):
+        to_onnx(net, X, verify=False)
+        assert "changes the module's buffers" not in caplog.text
+        net.lock = threading.Lock()
         to_onnx(net, X, verify=False)
     assert "changes the module's buffers '0.table' and not" in caplog.text

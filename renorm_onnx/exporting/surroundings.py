@@ -1,6 +1,7 @@
 """What an export leaves as it found it: the user's logs and warnings, and the modes of the modules."""
 
 import contextlib
+import copy
 import copyreg
 import logging
 import warnings
@@ -62,3 +63,12 @@ def modes_restored(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in before:
             m.training = training
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Return a copy of the module, also of one that keeps results of an earlier call, which torch does not copy."""
+    kept = (
+        v for m in module.modules() for v in torch.utils._pytree.tree_leaves(vars(m)) if isinstance(v, torch.Tensor)
+    )
+    with quiet():  # copying the module of a program makes torch warn of itself
+        return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept if not v.is_leaf})

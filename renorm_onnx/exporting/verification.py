@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from renorm_onnx import model_file
 from renorm_onnx.errors import InputError, MachineError, ModelFileError, VerificationError
 from renorm_onnx.exporting.other_sizes import open_varying_sizes
-from renorm_onnx.exporting.surroundings import quiet
+from renorm_onnx.exporting.surroundings import copied, quiet
 from renorm_onnx.exporting.training import UPDATED, training_state
 from renorm_onnx.fusion.engine import fuse
 from renorm_onnx.model_walk import nodes_of, scopes_of
@@ -127,7 +127,7 @@ def verify_export(
     leaves = [v for v in torch.utils._pytree.tree_leaves((args, dict(kwargs))) if isinstance(v, torch.Tensor)]
     names = [v.name or "" for v in model.graph.inputs if not v.is_initializer()]
     if len(leaves) != len(names):
-        return _skip(report, f"values, because the model has {len(names)} inputs for {len(leaves)} tensors")
+        return _skip(report, f"values, because of {len(leaves)} tensors the model takes {len(names)}")
     if drawing := next((node for scope in scopes_of(model) for node in nodes_of(scope) if _is_random(node)), None):
         return _skip(report, f"values, because {drawing.op_type} {drawing.name!r} draws random numbers")
     feeds = dict(zip(names, map(_numpy, leaves), strict=True))
@@ -329,7 +329,7 @@ def _outputs_of(
 
     Given `in_double`, the copy runs in float64, under that watch.
     """
-    twin = _copied(module)
+    twin = copied(module)
     inputs: Any = (args, dict(kwargs))
     if in_double is not None:
         twin = twin.double()
@@ -341,15 +341,6 @@ def _outputs_of(
     tensors = [v for v in torch.utils._pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
     tensors += training_state(twin).values()
     return [_numpy(v) for v in tensors]
-
-
-def _copied(module: nn.Module) -> nn.Module:
-    """Return a copy of the module, also of one that keeps results of an earlier call, which torch does not copy."""
-    kept = (
-        v for m in module.modules() for v in torch.utils._pytree.tree_leaves(vars(m)) if isinstance(v, torch.Tensor)
-    )
-    with quiet():  # copying the module of a program makes torch warn of itself
-        return copy.deepcopy(module, {id(v): v.detach().clone() for v in kept if not v.is_leaf})
 
 
 def _double(value: Any) -> Any:
