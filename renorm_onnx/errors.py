@@ -30,3 +30,10 @@ class VerificationError(RenormError):
 
 class MachineError(RenormError, RuntimeError):
     """This machine lacks a package, a driver or a device that the call needs."""
+
+
+def root_of(error: BaseException) -> BaseException:
+    """Return the exception at the root of a chain of causes, which alone says what went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -22,7 +22,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from renorm_onnx.errors import ModelFileError
+from renorm_onnx.errors import ModelFileError, root_of
 from renorm_onnx.files.external_data import BLOCK_BYTES, check_external, set_folder
 from renorm_onnx.files.file_writing import NewFile, check_output, explain
 from renorm_onnx.files.model_checks import check_model, check_size
@@ -179,8 +179,7 @@ def _judged(proto: onnx.ModelProto, who: str, *, folder: str | None, allow_symli
 
 def _reason(error: BaseException) -> str:
     """The first line of what was wrong at the root of a chain of exceptions."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = root_of(error)
     text = (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(_PLEA)
     return text if len(text) <= 200 else text[:197] + "..."
 

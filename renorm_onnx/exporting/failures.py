@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from renorm_onnx.errors import InputError
+from renorm_onnx.errors import InputError, root_of
 
-_COLOUR = re.compile(r"\x1b\[\d*m")
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 
 def explain_failure(
@@ -37,9 +37,7 @@ def explain_failure(
             f"to_onnx: {who} itself fails on these args{_at(where)}: {type(own).__name__}: {own}\n"
             f"args: {described(args, kwargs)}"
         )
-    cause: BaseException = error
-    while cause.__cause__ is not None:  # a mere context is what torch stumbled over while it described the cause
-        cause = cause.__cause__
+    cause = root_of(error)  # a mere context is what torch stumbled over while it described the cause
     root: BaseException | None = error
     where = None
     while root is not None:

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto
 
-from renorm_onnx.errors import ModelFileError
+from renorm_onnx.errors import ModelFileError, root_of
 from renorm_onnx.files.external_data import blocks
 from renorm_onnx.files.tensor_checks import quoted
 
@@ -119,12 +119,12 @@ def _without_initializers(model: ir.Model) -> tuple[bytes, bytes]:
     try:
         proto = ir.serde.serialize_model(_WithGraph(model, _WithoutInitializers(model.graph)))  # type: ignore[arg-type]
     except ir.serde.SerdeError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
+        cause = root_of(error)
         if isinstance(cause, UnicodeError):
             raise ModelFileError("the model cannot be written: it holds text that is not UTF-8") from error
-        raise ModelFileError(f"the model cannot be written: {str(cause).splitlines()[0]}") from error
+        raise ModelFileError(
+            f"the model cannot be written: {(str(cause) or type(cause).__name__).splitlines()[0]}"
+        ) from error
     extra = onnx.GraphProto()
     inputs = {value.name for value in model.graph.inputs}
     for value in model.graph.initializers.data.values():
