@@ -83,6 +83,7 @@ class Desk:
         self.facts = facts
         self.max_weight = max_weight
         self.pending: dict[tuple[ir.Node, int], Parameter] = {}
+        facts.operands = self.pending  # type: ignore[assignment]
         # By what the first scale of a chain has to be multiplied to say what the model said; see `units`.
         self.units: dict[ir.Node, AffineMap] = {}
         # Whether others read what Slice and Gather leave out of their data, so that it must stay as it is.

@@ -145,6 +145,7 @@ class _Engine:
         self._added: set[ir.Node] = set()
         self._graphs = [model.graph]
         self._across = False
+        self._found_constant = False
 
     def run(self) -> FusionReport:
         with model_file.collection_paused(), np.errstate(all="ignore"):
@@ -252,12 +253,12 @@ class _Engine:
             nodes = in_order(self._model.graph) if len(self._graphs) > 1 else self._model.graph
             self._order = {n: float(i) for i, n in enumerate(nodes)}
             planner = Planner(self._order, self._desk, load_carriers(), self._limits, across=self._across)
-            count = len(self._added)
+            count, self._found_constant = len(self._added), False
             # A norm before what is none: where one must stay, an Add stays rather than the norm that would absorb it.
             turn = sorted(norms if forwards else reversed(norms), key=lambda found: found[0].kind != "norm")
             folded = sum([self._try(*found, planner) for found in turn])
             self._clean()
-            if not folded or (folded == len(norms) and len(self._added) == count):
+            if not folded or (folded == len(norms) and len(self._added) == count and not self._found_constant):
                 return
             self._desk.facts.forget()
             forwards = not forwards
@@ -290,6 +291,8 @@ class _Engine:
             for entry in entries:
                 entry.refusals = plan
             return False
+        # Without its norm a computed constant may be seen to be one, and what reads it a chain.
+        self._found_constant |= self._desk.facts.is_constant(norm.input)
         self._apply(plan)
         for entry in entries:
             entry.fold(plan.way, plan.into)
@@ -364,6 +367,7 @@ class _Engine:
         self._order[node] = self._order[edit.node] + 0.5
         self._added.add(node)
         self._desk.pending[node, 1] = edit.parameter
+        self._desk.facts.change(node)
         return node.outputs[0]
 
 

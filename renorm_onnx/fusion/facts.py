@@ -12,21 +12,37 @@ dimensions: ``Reshape(x, Concat(Shape(x)[0], 128))`` is understood.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import onnx_ir as ir
 
 from renorm_onnx.fusion.fact import (
     MALFORMED,
+    MAX_COMPUTED_ELEMENTS,
     MAX_REMEMBERED_ELEMENTS,
     UNKNOWN,
+    Content,
     Dimension,
     Dims,
     Fact,
     Rule,
+    computed,
     stored,
 )
 from renorm_onnx.model_walk import bodies_of, graphs_of, nodes_of
+
+
+class Operand(Protocol):
+    """A constant operand as it will be."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions."""
+
+    def float64(self) -> Content:
+        """Its elements."""
 
 
 class Facts:
@@ -59,11 +75,12 @@ class Facts:
         self._bodies: dict[ir.Graph, ir.Node] | None = None
         # Inductions under way. Within one none is begun for what a body inside hands out: each round would repeat it.
         self._proving = 0
-        # Nodes of which an operand changes, but is not written into the graph yet: what they compute is not in it.
+        # Operands that are not written into the graph yet, and the nodes that have some: by these it is to be read.
+        self.operands: dict[tuple[ir.Node, int], Operand] = {}
         self.changed: set[ir.Node] = set()
 
     def change(self, node: ir.Node) -> None:
-        """Take note that an operand of `node` changes; no content of what is computed from it is known any more."""
+        """Take note that `node` changes; what is known of the content of all that is computed from it is forgotten."""
         self.changed.add(node)
         pending = list(node.outputs)
         while pending:
@@ -223,6 +240,8 @@ class Facts:
         rule = self.rule(node)
         found: Sequence[Fact] = ()
         inputs = [self._known.get(i, UNKNOWN) if i is not None else UNKNOWN for i in node.inputs] if rule else []
+        if node in self.changed and node.op_type in self._constant_operators:
+            inputs = [self._as_changed(node, index, fact) for index, fact in enumerate(inputs)]
         try:
             if rule is not None:
                 found = rule(node, inputs, self.opset)
@@ -234,8 +253,6 @@ class Facts:
             fact = found[index] if index < len(found) else UNKNOWN
             if fact.dtype is None and output.dtype is not None:
                 fact = fact._replace(dtype=output.dtype)
-            if node in self.changed:
-                fact = fact._replace(content=None, tensor=None, unexpanded=None)
             if fact.content is not None:
                 self._remembered += fact.content.size
                 moved = fact.content.dtype.kind == "f" and node.op_type not in _SETTLING
@@ -244,6 +261,12 @@ class Facts:
                 if self._remembered > MAX_REMEMBERED_ELEMENTS:
                     fact = fact._replace(content=None)
             self._known[output] = fact
+
+    def _as_changed(self, node: ir.Node, index: int, fact: Fact) -> Fact:
+        operand = self.operands.get((node, index))
+        if operand is None or math.prod(operand.shape) > MAX_COMPUTED_ELEMENTS:
+            return fact if operand is None else fact._replace(content=None, tensor=None)
+        return computed(operand.float64(), fact.dtype)
 
     def _handed_out(self, node: ir.Node) -> list[ir.Value]:
         """The outputs of the bodies inside a node, if they are to prove something about its own."""
