@@ -9,6 +9,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from renorm_onnx.layers.modules import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, _BatchRenorm
 
+_ONES = ("weight", "running_var", "renorm_var")
+
 
 class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
     """What the three share: until the first batch there are parameters and buffers, but no sizes."""
@@ -44,19 +46,15 @@ class _LazyBatchRenorm(LazyModuleMixin, _BatchRenorm):
         """
         if x.dim() not in self.ranks:
             self._check_input_dim(x)  # raises
-        fresh = self.has_uninitialized_params()  # type: ignore[no-untyped-call]
-        known = [tensor for tensor in self._tensors() if not is_lazy(tensor)]  # loaded from a state dict
-        self.num_features = known[0].numel() if known else x.size(1)
-        for tensor in self._tensors():
+        own = {
+            name: tensor for name, tensor in (*self._parameters.items(), *self._buffers.items()) if tensor is not None
+        }
+        loaded = [tensor for tensor in own.values() if not is_lazy(tensor) and tensor.dim() == 1]
+        self.num_features = loaded[0].numel() if loaded else x.size(1)
+        for name, tensor in own.items():
             if is_lazy(tensor):
                 tensor.materialize((self.num_features,))  # type: ignore[attr-defined]
-        if fresh:
-            super().reset_parameters()
-
-    def _tensors(self) -> list[Tensor]:
-        """Parameters and buffers of shape (C,), known or not yet."""
-        own = (*self._parameters.values(), *self._buffers.values())
-        return [tensor for tensor in own if tensor is not None and (is_lazy(tensor) or tensor.dim() == 1)]
+                torch.nn.init.constant_(tensor, 1.0 if name in _ONES else 0.0)
 
     def reset_parameters(self) -> None:
         """As in the layer that it becomes; before the first batch there is nothing to reset."""

@@ -5,6 +5,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
 
 from renorm_onnx import (
     BatchRenorm1d,
@@ -77,6 +79,43 @@ def test_a_layer_before_its_first_batch_moves_pickles_and_loads():
     lazy.load_state_dict(trained.state_dict())
     with pytest.raises(InputError, match=r"x has shape \(4, 2, .*expected 3 channels"):
         lazy(torch.zeros(4, 2, 5, 5))
+
+
+def test_what_is_loaded_before_the_first_batch_stays_and_the_rest_is_as_in_a_new_layer():
+    lazy = LazyBatchRenorm1d(renorm_momentum=0.5)
+    lazy.load_state_dict({"weight": torch.full((3,), 5.0), "bias": torch.full((3,), 7.0)}, strict=False)
+    lazy.eval()(torch.zeros(2, 3))
+    assert {name: value.tolist() for name, value in lazy.state_dict().items()} == {
+        "weight": [5.0] * 3,
+        "bias": [7.0] * 3,
+        **{f"{which}_mean": [0.0] * 3 for which in ("running", "renorm")},
+        **{f"{which}_var": [1.0] * 3 for which in ("running", "renorm")},
+        "num_batches_tracked": 0,
+    }
+
+
+class Own(LazyModuleMixin, nn.Module):
+    """Stays of its class when it knows its sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = UninitializedParameter()
+
+    def initialize_parameters(self, x):
+        if self.has_uninitialized_params():
+            self.shift.materialize(x.shape[1:])
+            nn.init.ones_(self.shift)
+
+    def forward(self, x):
+        return x + self.shift
+
+
+def test_a_lazy_module_that_stays_of_its_class_is_exported_once_it_knows_its_sizes():
+    net, x = nn.Sequential(Own(), nn.Linear(3, 2)).eval(), torch.zeros(2, 3)
+    with pytest.raises(InputError, match="'0' is a Own that does not know its sizes yet"):
+        to_onnx(net, x)
+    net(x)
+    assert len(to_onnx(net, x).graph.output) == 1
 
 
 def test_bad_input_and_options_are_refused_as_by_the_usual_layer():

@@ -63,7 +63,8 @@ def refuse_lazy(module: nn.Module, who: str, name: str) -> None:
     Raises:
         InputError: It is lazy, and has not seen a batch.
     """
-    if isinstance(module, LazyModuleMixin):  # afterwards it is of another class
+    # After its first batch it is of another class, if it names one.
+    if isinstance(module, LazyModuleMixin) and (module.cls_to_become is not None or module.has_uninitialized_params()):  # type: ignore[no-untyped-call]
         raise InputError(
             f"{who}: {quoted(name)} is a {type(module).__name__} that does not know its sizes yet; run one batch "
             "through the model first"
