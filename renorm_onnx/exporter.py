@@ -138,6 +138,7 @@ def to_onnx(
             kwargs, shapes = in_order(kwargs, arguments), in_order(shapes, arguments)
     elif isinstance(module, torch.export.ExportedProgram):
         check_program(module, mode)
+        kwargs = in_order(kwargs, module.example_inputs[1] if module.example_inputs else {})
         check_program_args(module, args, kwargs, dynamic_axes if dynamic_shapes is None else dynamic_shapes)
     else:
         raise InputError(
@@ -153,8 +154,8 @@ def to_onnx(
     close_fixed_sizes(model, captured)
     if live is not None and (bounded := bounded_axes(captured, shapes)):
         _log.warning(
-            "to_onnx: torch keeps %s, because the module's code takes another way beyond; an ONNX model cannot say so, "
-            "and this one is wrong there",
+            "to_onnx: torch keeps %s, because the module's code takes another way beyond, or fails; no ONNX model can "
+            "say so, and this one computes on",
             ", ".join(bounded),
         )
     name_sizes(model, arguments, shapes)

@@ -10,6 +10,7 @@ from renorm_onnx.errors import InputError
 from renorm_onnx.exporter import keep_ops, to_onnx
 from renorm_onnx.exporting.conftest import X, small
 from renorm_onnx.exporting.interface import as_args
+from renorm_onnx.layers.modules import BatchRenorm1d
 
 
 @pytest.mark.parametrize(
@@ -192,3 +193,22 @@ def test_a_size_that_the_module_fixes_is_never_given_up_silently(size) -> None:
     assert "dynamic_shapes" in str(raised.value)
     proto = to_onnx(small(), X, dynamic_shapes=({0: size},))
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+
+
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = BatchRenorm1d(3)
+        self.norm.num_batches_tracked.fill_(1)
+        self.norm.running_mean.fill_(0.5)
+
+    def forward(self, x, *, a, b):
+        return self.norm(x) + a - 2 * b
+
+
+def test_keyword_inputs_of_a_program_may_come_in_another_order():
+    a, b, x = torch.full((3,), 1.0), torch.full((3,), 5.0), torch.zeros(2, 3)
+    with keep_ops():
+        program = torch.export.export(Difference().eval(), (x,), {"a": a, "b": b})
+    model = to_onnx(program, (x,), kwargs={"b": b, "a": a})
+    assert [value.name for value in model.graph.input] == ["x", "a", "b"]

@@ -16,7 +16,9 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 _UNBOUNDED = 1 << 62  # torch has written infinity in several ways
-_SYMBOL = re.compile(r"[^\W\d]\w*")
+_SYMBOL = re.compile(r"\b[^\W\d]\w*\b(?!\()")  # what stands before a parenthesis is a function
+# Of torch's own; sympy knows Max, Min and Mod.
+_FUNCTIONS = {"ToFloat": lambda x: x, "TruncToInt": lambda x: sympy.Integer(int(x))}
 
 
 def close_fixed_sizes(model: ir.Model, program: ExportedProgram) -> None:
@@ -44,14 +46,17 @@ def _closed(size: int | ir.SymbolicDim, numbers: Mapping[str, str]) -> int | ir.
     text = _SYMBOL.sub(lambda found: numbers.get(found[0], found[0]), size.value)
     if text == size.value:
         return size
-    return ir.SymbolicDim(text) if _SYMBOL.search(text) else int(sympy.sympify(text))
+    if _SYMBOL.search(text):
+        return ir.SymbolicDim(text)
+    number = sympy.sympify(text, locals=_FUNCTIONS)
+    return int(number) if number.is_Integer else ir.SymbolicDim(None)
 
 
 def bounded_axes(program: ExportedProgram, dynamic_shapes: Any) -> list[str]:
     """Return, as text, the axes that torch bounds from above though nobody asked for it.
 
-    That happens to `Dim.AUTO` where a module takes another way for larger sizes; a model has no place to say so. (From
-    below nearly every size is bounded, by kernels; there the module itself fails.)
+    That happens where a module takes another way for larger sizes, or refuses them; a model has no place to say so.
+    (From below nearly every size is bounded, by kernels; there the module itself fails.)
 
     Args:
         program: As captured.
@@ -164,15 +169,16 @@ def _solved(pairs: list[tuple[sympy.Expr, int]]) -> dict[sympy.Symbol, int]:
 
 
 def _changed(known: Mapping[sympy.Symbol, int], ranges: Mapping[sympy.Symbol, Any]) -> dict[sympy.Symbol, int]:
-    others = {}
-    for place, (symbol, size) in enumerate(known.items(), 1):
+    others: dict[sympy.Symbol, int] = {}
+    for symbol, size in known.items():
         bounds = ranges.get(symbol)
-        allowed = (
+        allowed = [
             other
-            for other in (size + place, size + 1, size - 1)  # apart, so that two axes cannot stand for one another
+            for other in (*range(size + 1, size + 2 + len(known)), size - 1)
             if bounds is None or bounds.lower <= other <= bounds.upper
-        )
-        others[symbol] = next(allowed, size)
+        ]
+        # Apart where that can be, so that no axis can stand for another.
+        others[symbol] = next((other for other in allowed if other not in others.values()), (allowed or [size])[0])
     return others
 
 
@@ -180,6 +186,10 @@ def _resized(leaf: Any, shape: list[int]) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     for axis, (size, wanted) in enumerate(zip(leaf.shape, shape, strict=False)):
-        if size not in (wanted, 0):  # of nothing there is nothing to repeat
-            leaf = leaf.index_select(axis, torch.arange(wanted, device=leaf.device) % size)
+        if size in (wanted, 0):  # of nothing there is nothing to repeat
+            continue
+        leaf = leaf.index_select(axis, torch.arange(wanted, device=leaf.device) % size)
+        if leaf.is_floating_point():  # a little smaller: of equal numbers each side may take another for the largest
+            shrunk = 1 - torch.arange(wanted, device=leaf.device).sub(size - 1).clamp(min=0) / (16 * wanted)
+            leaf = leaf * shrunk.to(leaf.dtype).view(-1, *[1] * (leaf.dim() - axis - 1))
     return leaf

@@ -266,7 +266,7 @@ def _check_other_sizes(
             return _skip(report, f"sizes other than the example's: {error}")
         raise VerificationError(
             f"to_onnx: the exported model is right for inputs of the example's sizes alone, and wrong for {shapes}, "
-            "which its open axes allow: torch's exporter has fixed what depends on them. Leave these axes out of "
+            "which its open axes allow: torch's exporter has fixed what depends on one of them. Leave that axis out of "
             f"dynamic_shapes or dynamic_axes, or change the module\n{error}"
         ) from error
     open_varying_sizes(model, {name: np.shape(value) for name, value in reference.items()})

@@ -10,11 +10,11 @@ _SAME_AXES = frozenset(
 _BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
 _NORMS = frozenset({"BatchNormalization", "BatchRenormalization", "InstanceNormalization"})
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
-_DOMAINS = frozenset({"", "ai.onnx", "renorm_onnx"})
+_DOMAINS = frozenset({"", "renorm_onnx"})
 
 
 def stated_sizes(value: ir.Value, rank: int) -> dict[int, int]:
-    """Return the sizes of `value` that constant operands of its readers leave no choice about.
+    """Return the sizes that constant operands of its readers ask of `value`; behind a broadcast 1 would do as well.
 
     Args:
         value: Input of a graph; followed through what keeps its axes or permutes them.
