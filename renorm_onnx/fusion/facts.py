@@ -264,8 +264,10 @@ class Facts:
 
     def _as_changed(self, node: ir.Node, index: int, fact: Fact) -> Fact:
         operand = self.operands.get((node, index))
-        if operand is None or math.prod(operand.shape) > MAX_COMPUTED_ELEMENTS:
-            return fact if operand is None else fact._replace(content=None, tensor=None)
+        if operand is None:
+            return fact
+        if math.prod(operand.shape) > MAX_COMPUTED_ELEMENTS:
+            return fact._replace(content=None, tensor=None)
         return computed(operand.float64(), fact.dtype)
 
     def _handed_out(self, node: ir.Node) -> list[ir.Value]:
