@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from renorm_onnx.errors import InputError
 from renorm_onnx.exporting.failures import about_steps, described
+from renorm_onnx.exporting.other_sizes import replace_symbols
 from renorm_onnx.exporting.surroundings import quiet
 
 
@@ -142,10 +143,7 @@ def name_sizes(model: ir.Model, arguments: Mapping[str, Any], dynamic_shapes: An
             new = size if isinstance(size, str) else size.__name__ if isinstance(size, torch.export.Dim) else None
             if isinstance(old, ir.SymbolicDim) and old.value is not None and new is not None:
                 names.setdefault(old.value, new)
-    for graph in model.graphs():
-        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-            if value.shape is not None and names:
-                value.shape = ir.Shape([_renamed(size, names) for size in value.shape])
+    replace_symbols(model, names)
 
 
 def _is_axes(shape: Any) -> bool:
@@ -153,13 +151,6 @@ def _is_axes(shape: Any) -> bool:
     if isinstance(shape, dict):
         return all(isinstance(axis, int) for axis in shape)
     return isinstance(shape, list | tuple) and any(isinstance(size, str | torch.export.Dim) for size in shape)
-
-
-def _renamed(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | ir.SymbolicDim:
-    """A size, or arithmetic on sizes such as ``2*s97``, with other names."""
-    if isinstance(size, int) or size.value is None:
-        return size
-    return ir.SymbolicDim(re.sub(r"[^\W\d]\w*", lambda found: names.get(found[0], found[0]), size.value))
 
 
 def check_names(model: ir.Model, input_names: Sequence[str] | None, output_names: Sequence[str] | None) -> None:
@@ -194,7 +185,8 @@ def check_sizes(model: ir.Model, module: nn.Module | None, dynamic_shapes: Any, 
     }
     if len(asked) > sum(isinstance(size, str) for shape in inputs.values() for size in shape):
         given = f"dynamic_shapes={dynamic_shapes}" if dynamic_axes is None else f"dynamic_axes={dynamic_axes}"
-        advice = "".join(f"; {text}" for text in (about_steps(module),) if text)
+        steps = about_steps(module)
+        advice = f"; {steps}" if steps else ""
         raise InputError(
             f"to_onnx: {given} given, but some of these sizes are fixed: the inputs are {inputs}; name inputs and "
             f"axes, from 0, that exist, or change what fixes the size, such as a reshape to numbers{advice}"

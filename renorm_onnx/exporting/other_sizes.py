@@ -32,18 +32,26 @@ def close_fixed_sizes(model: ir.Model, program: ExportedProgram) -> None:
     """
     ranges = program.range_constraints
     numbers = {str(name): str(bounds.lower) for name, bounds in ranges.items() if bounds.lower == bounds.upper}
-    if not numbers:
-        return
-    for graph in model.graphs():
+    replace_symbols(model, numbers)
+
+
+def replace_symbols(model: ir.Model, by: Mapping[str, str]) -> None:
+    """Write other names, or numbers, for symbols in sizes, in place; arithmetic on numbers alone becomes one.
+
+    Args:
+        model: As torch exported it.
+        by: Symbol -> what is to stand for it.
+    """
+    for graph in model.graphs() if by else ():
         for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
             if value.shape is not None:
-                value.shape = ir.Shape([_closed(size, numbers) for size in value.shape])
+                value.shape = ir.Shape([_replaced(size, by) for size in value.shape])
 
 
-def _closed(size: int | ir.SymbolicDim, numbers: Mapping[str, str]) -> int | ir.SymbolicDim:
+def _replaced(size: int | ir.SymbolicDim, by: Mapping[str, str]) -> int | ir.SymbolicDim:
     if isinstance(size, int) or size.value is None:
         return size
-    text = _SYMBOL.sub(lambda found: numbers.get(found[0], found[0]), size.value)
+    text = _SYMBOL.sub(lambda found: by.get(found[0], found[0]), size.value)
     if text == size.value:
         return size
     if _SYMBOL.search(text):
